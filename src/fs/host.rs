@@ -1,0 +1,57 @@
+//! What the filesystem needs of the process that holds the mount: memory files that outlive a server, and invalidation.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::error::Result;
+
+/// What a memory file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum Area {
+    /// Assembled images: the size is known, pages are as large as they fit.
+    Image,
+    /// Files being written: the size is not known.
+    Staging,
+}
+
+/// A memory file that the host keeps until it is released.
+#[derive(Debug)]
+pub struct HostFile {
+    /// Number under which the host keeps it.
+    pub key: u64,
+    /// The file, open for reading and writing, without a path.
+    pub file: Arc<File>,
+    /// Id under which the kernel serves it by passthrough, if it does.
+    pub backing: Option<u32>,
+}
+
+/// Whether files can be served without this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serving {
+    /// The kernel reads memory files by itself.
+    Passthrough,
+    /// Every read is a request; the reason why.
+    Requests(String),
+}
+
+/// The side of the mount that outlives a server.
+pub trait Host: Send + Sync {
+    /// How files are served.
+    fn serving(&self) -> Serving;
+
+    /// Makes a memory file; `size` is its final size for [`Area::Image`], 0 for [`Area::Staging`]. With passthrough it
+    /// is registered with the kernel.
+    ///
+    /// # Errors
+    /// `Full` if the area has no room.
+    fn create_file(&self, area: Area, size: u64) -> Result<HostFile>;
+
+    /// Drops a memory file. Memory is freed when the last mapping of it is gone.
+    fn release_file(&self, key: u64);
+
+    /// Tells the kernel that a name may lead elsewhere now. Returns at once; may be called from a handler.
+    fn invalidate_entry(&self, parent: u64, name: &std::ffi::OsStr);
+
+    /// Tells the kernel to drop what it has cached of an inode (data, attributes, listing). Returns at once.
+    fn invalidate_inode(&self, ino: u64);
+}

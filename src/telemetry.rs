@@ -1,0 +1,1 @@
+//! Logs: `tracing` to standard error or a file, as text or JSON.

@@ -1,0 +1,14 @@
+//! The client: talks to vineyardd over its Unix socket and maps its memory.
+//!
+//! [`Store`] is what the upper floors need of a store. [`client::Client`] is the real one; tests of the upper floors
+//! may use [`fake::FakeStore`], which keeps everything in this process.
+
+pub mod id;
+pub mod memory;
+pub mod meta;
+pub mod store;
+
+pub use id::{BlobKey, InstanceId, ObjectId};
+pub use memory::{Blob, Segment};
+pub use meta::Meta;
+pub use store::{BlobSource, Store};

@@ -1,0 +1,148 @@
+//! Memory segments of the store, mapped read-only into this process, and blobs inside them.
+//!
+//! Anyone with the store's socket can write to its memory, and vineyardd reuses the memory of a deleted blob at once.
+//! So bytes are *copied out* of a mapping, and a reader that needs to know whose bytes they were asks the store after
+//! the copy whether the blob still exists ([`super::BlobSource::verify`]).
+
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::id::BlobKey;
+use crate::error::{Context, Error, Result};
+
+/// A read-only shared mapping of one memory file of the store. Unmapped when the last blob of it is dropped.
+#[derive(Debug)]
+pub struct Segment {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a `Segment` is an address range that stays mapped until drop; it is only read, through raw copies.
+unsafe impl Send for Segment {}
+// SAFETY: as above; concurrent copies out of the range need no synchronisation among themselves.
+unsafe impl Sync for Segment {}
+
+impl Segment {
+    /// Maps the first `len` bytes of `file` for reading.
+    ///
+    /// # Errors
+    /// `Malformed` if the file is shorter than `len` (touching it would raise SIGBUS); the errno of `mmap`.
+    pub fn map(file: impl AsFd, len: usize) -> Result<Arc<Self>> {
+        let size = nix::sys::stat::fstat(&file).context(|| "stat of a memory segment".into())?.st_size;
+        if len == 0 || (size as u64) < len as u64 {
+            return Err(Error::malformed(format!("a segment of {len} bytes in a memory file of {size}")));
+        }
+        let length = std::num::NonZeroUsize::new(len).ok_or_else(|| Error::malformed("empty segment"))?;
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+        // SAFETY: a fresh mapping at an address that the kernel chooses; the file is at least `len` bytes long.
+        let base = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0) }
+            .context(|| format!("mapping {len} bytes of the store's memory"))?;
+        Ok(Arc::new(Segment { base: base.cast(), len }))
+    }
+
+    /// Length of the mapping in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true: empty segments are refused.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: base and len are what mmap returned, and nobody else unmaps them.
+        let _ = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// Bytes of one blob inside a [`Segment`]. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Blob {
+    key: BlobKey,
+    segment: Arc<Segment>,
+    offset: usize,
+    len: usize,
+}
+
+impl Blob {
+    /// The blob at `offset..offset + len` of `segment`.
+    ///
+    /// # Errors
+    /// `Malformed` if that range is not inside the segment.
+    pub fn new(key: BlobKey, segment: Arc<Segment>, offset: u64, len: u64) -> Result<Self> {
+        match offset.checked_add(len) {
+            Some(end) if end <= segment.len as u64 => {
+                Ok(Blob { key, segment, offset: offset as usize, len: len as usize })
+            }
+            _ => Err(Error::malformed(format!(
+                "blob {key} at {offset} of {len} bytes is outside its segment of {} bytes",
+                segment.len
+            ))),
+        }
+    }
+
+    /// The blob's key.
+    pub fn key(&self) -> BlobKey {
+        self.key
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// True if the blob has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// True if both are the same bytes of the same mapping: the store did not move the blob in between.
+    pub fn same_place(&self, other: &Blob) -> bool {
+        Arc::ptr_eq(&self.segment, &other.segment) && self.offset == other.offset && self.len == other.len
+    }
+
+    /// Address of the first byte; valid for [`Blob::len`] bytes while `self` lives. The bytes may change at any time.
+    pub fn as_ptr(&self) -> *const u8 {
+        // SAFETY: offset is inside the mapping, checked in `new`.
+        unsafe { self.segment.base.as_ptr().add(self.offset) }
+    }
+
+    /// Copies `out.len()` bytes from `offset` of the blob.
+    ///
+    /// # Errors
+    /// `Malformed` if that range is not inside the blob.
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        match offset.checked_add(out.len() as u64) {
+            Some(end) if end <= self.len as u64 => {}
+            _ => {
+                return Err(Error::malformed(format!(
+                    "bytes {offset} and {} more are outside blob {} of {} bytes",
+                    out.len(),
+                    self.key,
+                    self.len
+                )));
+            }
+        }
+        // SAFETY: the range was checked; `out` is private memory, so the ranges do not overlap. A concurrent writer in
+        // another process can make the copied bytes any bytes, which a `u8` may be.
+        unsafe { std::ptr::copy_nonoverlapping(self.as_ptr().add(offset as usize), out.as_mut_ptr(), out.len()) };
+        Ok(())
+    }
+
+    /// Maps the pages of a range ahead of a copy: one call instead of a fault every few pages. Best effort.
+    pub fn populate(&self, offset: u64, len: u64) {
+        const PAGE: usize = 4096;
+        let start = (self.offset + offset.min(self.len as u64) as usize) & !(PAGE - 1);
+        let end = self.offset + offset.saturating_add(len).min(self.len as u64) as usize;
+        if end > start {
+            // SAFETY: the range lies in the mapping; populating pages for reading changes no data.
+            unsafe {
+                libc::madvise(self.segment.base.as_ptr().add(start).cast(), end - start, libc::MADV_POPULATE_READ);
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! What the upper floors ask of a store.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use super::id::{BlobKey, InstanceId, ObjectId};
+use super::memory::Blob;
+use super::meta::Meta;
+use crate::error::Result;
+
+/// The vineyardd behind a [`Store`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    /// Its number in the cluster.
+    pub id: InstanceId,
+    /// Its Unix socket.
+    pub socket: PathBuf,
+    /// `host:port` of its TCP side, empty if it has none.
+    pub rpc_endpoint: String,
+    /// Its version, such as `0.24.2`.
+    pub version: String,
+    /// Counts the vineyardd processes that this client has met behind the socket: it grows when vineyardd restarts,
+    /// and everything that was learned from the former one is void.
+    pub generation: u64,
+}
+
+/// An instance as the cluster's metadata lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstanceInfo {
+    /// Host name that the instance gave.
+    pub hostname: String,
+    /// `host:port` for other instances.
+    pub rpc_endpoint: String,
+    /// Its Unix socket on its own host.
+    pub ipc_socket: String,
+}
+
+/// Use of the store's memory, in bytes, and of its connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreStatus {
+    /// The limit (`--size` of vineyardd).
+    pub memory_limit: u64,
+    /// Sum of the sizes of all live blobs.
+    pub memory_usage: u64,
+    /// Clients on the Unix socket.
+    pub ipc_connections: u64,
+    /// Clients over TCP.
+    pub rpc_connections: u64,
+}
+
+/// A question to the name map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NameQuery {
+    /// The name itself.
+    Exact(String),
+    /// At most `limit` names that begin with the prefix, in byte order. An empty prefix means all names.
+    Prefix {
+        /// What the names begin with.
+        prefix: String,
+        /// Most names to return; `None` for no limit.
+        limit: Option<u64>,
+    },
+}
+
+/// A name and the object that it points to.
+pub type NamedObject = (String, ObjectId);
+
+/// What `create_data` returns for one object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Created {
+    /// Id of the new object.
+    pub id: ObjectId,
+    /// Its signature.
+    pub signature: u64,
+}
+
+/// A fresh, unsealed blob that the caller fills.
+///
+/// Dropped unsealed it must be given back with [`Store::drop_blobs`]: vineyardd never reclaims it by itself.
+#[derive(Debug)]
+pub struct NewBlob {
+    /// Id of the blob; [`ObjectId::EMPTY_BLOB`] for size 0, which needs no seal.
+    pub id: ObjectId,
+    /// Size in bytes.
+    pub size: u64,
+    /// The memory file that holds it, opened for reading and writing; `None` for size 0.
+    pub file: Option<std::sync::Arc<std::os::fd::OwnedFd>>,
+    /// Offset of the blob in `file`.
+    pub offset: u64,
+}
+
+/// The bytes of blobs, wherever they live. Reading gives no promise that a blob still exists: call
+/// [`BlobSource::verify`] after the copy.
+pub trait BlobSource: Send + Sync {
+    /// Size in bytes, without touching the data.
+    ///
+    /// # Errors
+    /// `Stale` if there is no such blob any more.
+    fn size(&self, key: BlobKey) -> Result<u64>;
+
+    /// Copies `out.len()` bytes from `offset`.
+    ///
+    /// # Errors
+    /// `Stale` if there is no such blob any more, `Malformed` if the range is not inside it.
+    fn read(&self, key: BlobKey, offset: u64, out: &mut [u8]) -> Result<()>;
+
+    /// Finds the places of many blobs with one request, ahead of [`BlobSource::read`] and [`BlobSource::size`].
+    /// Blobs that do not exist are skipped.
+    fn prepare(&self, keys: &[BlobKey]) -> Result<()>;
+
+    /// Asks the store whether every one of these blobs still exists, at the place it was read from.
+    ///
+    /// # Errors
+    /// `Stale` if one does not: bytes that were copied before may be another blob's.
+    fn verify(&self, keys: &[BlobKey]) -> Result<()>;
+
+    /// The mapped blob, for code that copies large parts by itself; `None` if the blob is not in local memory.
+    fn blob(&self, key: BlobKey) -> Result<Option<Blob>>;
+}
+
+/// A vineyard store. Every call has a deadline and ends with `Timeout` or `Unavailable` past it.
+///
+/// Names, metadata and existence are asked anew with each call; nothing here caches them.
+pub trait Store: BlobSource {
+    /// The vineyardd that answers now.
+    fn instance(&self) -> Result<Instance>;
+
+    /// Answers all queries in one round trip, in order.
+    fn names(&self, queries: &[NameQuery]) -> Result<Vec<Vec<NamedObject>>>;
+
+    /// Metadata of objects, whole trees, in one or few round trips. Objects that do not exist are absent; one whose
+    /// metadata is unusable maps to the error. `sync` first catches up with other instances.
+    fn metas(&self, ids: &[ObjectId], sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>>;
+
+    /// Sizes of blobs of this instance, without taking references. Unknown ones are absent.
+    fn blob_sizes(&self, ids: &[ObjectId]) -> Result<HashMap<ObjectId, u64>>;
+
+    /// Use of memory and connections.
+    fn status(&self) -> Result<StoreStatus>;
+
+    /// The instances of the cluster.
+    fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>>;
+
+    /// Creates unsealed blobs, all or none, in the order of `sizes`.
+    ///
+    /// # Errors
+    /// `Full` if the store has no room.
+    fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<NewBlob>>;
+
+    /// Seals blobs (pipelined). Empty blobs are skipped.
+    fn seal_blobs(&self, ids: &[ObjectId]) -> Result<()>;
+
+    /// Frees blobs that belong to no object, sealed or not. Unknown ones are ignored.
+    fn drop_blobs(&self, ids: &[ObjectId]) -> Result<()>;
+
+    /// Creates objects whose members exist already. `content` follows vineyard's rules: `typename` and plain values;
+    /// a member object is `{"id": "o…"}`, a member blob has `id` and `typename` `vineyard::Blob`. `instance_id`,
+    /// `transient` and `global` are filled in where they are absent.
+    fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>>;
+
+    /// Makes an object and its members permanent and visible to the cluster.
+    fn persist(&self, id: ObjectId) -> Result<()>;
+
+    /// Points a name at a persisted object; replaces what it pointed at.
+    fn put_name(&self, name: &str, id: ObjectId) -> Result<()>;
+
+    /// Removes a name. Not an error if it is absent.
+    fn drop_name(&self, name: &str) -> Result<()>;
+
+    /// Deletes objects with their members and blobs, as far as no other object uses them. Unknown ids are ignored.
+    fn delete(&self, ids: &[ObjectId]) -> Result<()>;
+
+    /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
+    fn shallow_copy(&self, id: ObjectId, extra: serde_json::Map<String, Value>) -> Result<ObjectId>;
+}
