@@ -2,6 +2,8 @@
 //!
 //! An image's size and layout follow from metadata; making one touches no column data.
 
+pub mod arrow;
 pub mod extent;
 
+pub use arrow::Counts;
 pub use extent::{Builder, Extent, Image};
