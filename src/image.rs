@@ -2,8 +2,18 @@
 //!
 //! An image's size and layout follow from metadata; making one touches no column data.
 
+mod array;
 pub mod arrow;
+pub mod assemble;
 pub mod extent;
+pub mod npy;
+pub mod parquet;
+pub mod view;
+
+#[cfg(test)]
+mod testing;
 
 pub use arrow::Counts;
+pub use assemble::assemble;
 pub use extent::{Builder, Extent, Image};
+pub use view::View;

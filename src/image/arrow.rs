@@ -24,6 +24,7 @@ use crate::dataset::{ArrayLayout, Span, Table};
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::BlobSource;
 use batch::Body;
+pub(super) use batch::{buffers, null_count, width};
 
 /// Alignment of messages and body buffers in the file.
 const ALIGNMENT: u64 = 64;
@@ -277,3 +278,6 @@ pub(super) fn has_validity(data_type: &DataType) -> bool {
     !matches!(data_type, DataType::Null | DataType::Union(..) | DataType::RunEndEncoded(..))
 }
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -95,7 +95,7 @@ impl Image {
     }
 
     /// The extents that a range of the file touches, each with the part of its span.
-    fn covering(&self, range: Range<u64>) -> impl Iterator<Item = (&Extent, Range<u64>)> {
+    pub(super) fn covering(&self, range: Range<u64>) -> impl Iterator<Item = (&Extent, Range<u64>)> {
         let first = self.extents.partition_point(|e| e.start + e.span.len() <= range.start);
         self.extents[first..].iter().take_while(move |e| e.start < range.end).map(move |e| {
             let from = range.start.max(e.start) - e.start;

@@ -73,16 +73,11 @@ fn too_large(len: u64) -> Error {
     Error::new(Kind::TooLarge, format!("an array or buffer of {len} is beyond what an Arrow file can hold"))
 }
 
-/// Bytes of one value of a fixed-width type; `None` for other types.
+/// Bytes of one value of a fixed-width type, of a key for dictionaries; `None` for other types.
 pub fn width(data_type: &DataType) -> Option<u64> {
     match data_type {
         DataType::FixedSizeBinary(width) => u64::try_from(*width).ok(),
         DataType::Dictionary(key, _) => key.primitive_width().map(|width| width as u64),
-        DataType::Interval(unit) => Some(match unit {
-            arrow_schema::IntervalUnit::YearMonth => 4,
-            arrow_schema::IntervalUnit::DayTime => 8,
-            arrow_schema::IntervalUnit::MonthDayNano => 16,
-        }),
         other => other.primitive_width().map(|width| width as u64),
     }
 }
@@ -130,13 +125,19 @@ fn zeros(bitmap: &Span, bits: u64, source: &dyn BlobSource) -> Result<u64> {
         }
         let words = part.chunks_exact(8);
         ones += words.remainder().iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
-        ones += words.map(|w| u64::from(u64::from_ne_bytes([w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]]).count_ones())).sum::<u64>();
+        ones += words
+            .map(|w| u64::from(u64::from_ne_bytes([w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]]).count_ones()))
+            .sum::<u64>();
     }
     Ok(bits - ones)
 }
 
-/// The buffers of one array, without its children, each as long as its values need.
-fn buffers(array: &ArrayLayout) -> Result<Vec<Span>> {
+/// The buffers of one array, without its children, each as long as its values need: validity first where the type has
+/// it, empty where nothing is null.
+///
+/// # Errors
+/// `Malformed` if buffers or children do not fit type and length, `TooLarge`.
+pub fn buffers(array: &ArrayLayout) -> Result<Vec<Span>> {
     let len = array.len;
     let data_type = &array.data_type;
     let mut given = array.buffers.iter();

@@ -18,9 +18,10 @@ const MAX_FIELDS: usize = 1 << 21;
 pub fn schema(schema: &Schema) -> Result<()> {
     let mut totals = Totals::default();
     totals.text(schema.metadata().iter().map(|(key, value)| key.len() + value.len()).sum())?;
-    schema.fields().iter().try_for_each(|field| {
-        totals.field(field, 0).context(|| format!("column {:.200?}", field.name()))
-    })
+    schema
+        .fields()
+        .iter()
+        .try_for_each(|field| totals.field(field, 0).context(|| format!("column {:.200?}", field.name())))
 }
 
 #[derive(Default)]
@@ -86,9 +87,7 @@ impl Totals {
                 }
                 self.field(child, depth + 1)
             }
-            DataType::FixedSizeBinary(width) if *width < 0 => {
-                Err(Error::malformed(format!("values of {width} bytes")))
-            }
+            DataType::FixedSizeBinary(width) if *width < 0 => Err(Error::malformed(format!("values of {width} bytes"))),
             DataType::Struct(fields) => fields.iter().try_for_each(|field| self.field(field, depth + 1)),
             DataType::Union(fields, _) => fields.iter().try_for_each(|(_, field)| self.field(field, depth + 1)),
             _ => Ok(()),
