@@ -3,13 +3,27 @@
 //! [`decode`] turns metadata into a [`Dataset`] whose buffers are [`Span`]s: places in blobs, not bytes. It touches no
 //! column data, with one exception: a pickled column is looked into far enough to find its raw values.
 
+mod arrow;
+mod check;
+mod column;
+mod derive;
+mod dtype;
+mod frame;
+mod json;
+mod materialize;
+mod pandas;
+mod pickle;
 pub mod span;
 pub mod table;
+mod tensor;
 
+pub use check::check;
+pub use column::NOTE;
+pub use materialize::materialize;
 pub use span::{Derive, Span};
 pub use table::{ArrayLayout, Batch, Table};
 
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::vineyard::{BlobSource, Meta};
 
 /// What an object is, as far as files can show it.
@@ -54,6 +68,95 @@ pub struct Tensor {
 /// # Errors
 /// `Malformed` with the object and the reason.
 pub fn decode(meta: &Meta, source: &dyn BlobSource) -> Result<Dataset> {
-    let _ = source;
-    Err(meta.error("is of a type without a file form"))
+    Ok(match meta.base_type() {
+        "vineyard::DataFrame" => Dataset::Table(frame::data_frame(meta, source)?.into_table()?),
+        "vineyard::Series" => Dataset::Table(frame::series(meta, source)?.into_table()?),
+        "vineyard::Index" => Dataset::Table(frame::index(meta, source)?.into_table()?),
+        "vineyard::GlobalDataFrame" => Dataset::Table(frame::global_frame(meta, source)?),
+        "vineyard::Tensor" => tensor::tensor(meta, source)?,
+        "vineyard::GlobalTensor" => tensor::global_tensor(meta, source)?,
+        "vineyard::CSRMatrix" => tensor::csr_matrix(meta, source)?,
+        "vineyard::Table" | "vineyard::RecordBatch" => Dataset::Table(arrow::table(meta, source)?),
+        "vineyard::NumericArray"
+        | "vineyard::BooleanArray"
+        | "vineyard::BaseBinaryArray"
+        | "vineyard::StringArray"
+        | "vineyard::LargeStringArray"
+        | "vineyard::FixedSizeBinaryArray"
+        | "vineyard::ListArray"
+        | "vineyard::LargeListArray"
+        | "vineyard::BaseListArray"
+        | "vineyard::NullArray" => Dataset::Table(arrow::array_table(meta, source)?),
+        "vineyard::PickleBuffer" => Dataset::Pickle(arrow::pickle_span(meta)?),
+        "vineyard::Scalar" => Dataset::Json(json::scalar(meta)?),
+        "vineyard::Sequence" => Dataset::Json(json::sequence(meta, source)?),
+        "vineyard::Blob" => {
+            let key = meta.as_blob().ok_or_else(|| meta.error("has no blob id"))?;
+            Dataset::Blob(tensor::whole_blob(key, source)?)
+        }
+        _ => return Err(meta.error("is of a type without a file form")),
+    })
+}
+
+impl Dataset {
+    /// Checks that every buffer lies inside its blobs. Touches no data.
+    ///
+    /// # Errors
+    /// `Malformed` if one does not, `Stale` if a blob is gone.
+    pub fn validate(&self, source: &dyn BlobSource) -> Result<()> {
+        match self {
+            Dataset::Table(table) => table.validate(source),
+            Dataset::Tensor(tensor) => {
+                tensor.data.validate(source)?;
+                tensor.table.iter().try_for_each(|table| table.validate(source))
+            }
+            Dataset::Pickle(span) | Dataset::Blob(span) | Dataset::File(span) => span.validate(source),
+            Dataset::Json(_) => Ok(()),
+        }
+    }
+
+    /// Checks what must hold of the data before a reader may trust its offsets: see [`check`]. Reads offsets and
+    /// strings.
+    ///
+    /// # Errors
+    /// `Malformed` with the column.
+    pub fn check(&self, source: &dyn BlobSource) -> Result<()> {
+        let Some(table) = self.table() else { return Ok(()) };
+        for batch in &table.batches {
+            for (column, field) in batch.columns.iter().zip(table.schema.fields()) {
+                check(column, source).context(|| format!("column {:?}", field.name()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows and columns, if it has a table form.
+    pub fn table(&self) -> Option<&Table> {
+        match self {
+            Dataset::Table(table) => Some(table),
+            Dataset::Tensor(tensor) => tensor.table.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// Number of rows: of a table, or the first dimension of a tensor.
+    pub fn rows(&self) -> Option<u64> {
+        match self {
+            Dataset::Table(table) => Some(table.rows()),
+            Dataset::Tensor(tensor) => tensor.shape.first().copied(),
+            _ => None,
+        }
+    }
+
+    /// What it is, in one lower-case word for people.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Dataset::Table(_) => "table",
+            Dataset::Tensor(_) => "tensor",
+            Dataset::Pickle(_) => "pickle",
+            Dataset::Json(_) => "json",
+            Dataset::Blob(_) => "blob",
+            Dataset::File(_) => "file",
+        }
+    }
 }

@@ -1,0 +1,499 @@
+//! Computations that turn the bytes vineyard keeps into the bytes Arrow wants.
+//!
+//! Each one knows its length from metadata, reads its input in pieces of at most [`CHUNK`] bytes, and gives the same
+//! bytes for any way of cutting a range into reads.
+
+use std::ops::Range;
+
+use super::span::{Derive, Span};
+use crate::error::{Error, Result};
+use crate::vineyard::{BlobKey, BlobSource};
+
+/// Most bytes of input that one step of a computation holds.
+const CHUNK: u64 = 256 << 10;
+
+/// Which bit an element becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Test {
+    /// 1 if any byte is not zero: numpy booleans.
+    NonZero,
+    /// 1 if all bytes are zero: masks that say "missing".
+    Zero,
+    /// 1 unless it is the least integer, numpy's "not a time".
+    NotNat,
+    /// 1 unless the sign bit is set: codes of a category, where -1 is missing.
+    NonNegative,
+}
+
+impl Test {
+    fn holds(self, element: &[u8]) -> bool {
+        match self {
+            Test::NonZero => element.iter().any(|&b| b != 0),
+            Test::Zero => element.iter().all(|&b| b == 0),
+            Test::NonNegative => element.last().is_none_or(|b| b & 0x80 == 0),
+            Test::NotNat => match element.split_last() {
+                Some((&0x80, low)) => low.iter().any(|&b| b != 0),
+                _ => true,
+            },
+        }
+    }
+}
+
+/// One bit for each little-endian element of `width` bytes, least significant bit first.
+#[derive(Debug)]
+struct Bits {
+    input: Span,
+    width: u64,
+    test: Test,
+}
+
+/// A bitmap of one bit for each element of `input`, which has elements of `width` bytes.
+pub fn bits(input: Span, width: u64, test: Test) -> Span {
+    if input.is_empty() { Span::EMPTY } else { Span::derived(Bits { input, width: width.max(1), test }) }
+}
+
+impl Derive for Bits {
+    fn len(&self) -> u64 {
+        (self.input.len() / self.width).div_ceil(8)
+    }
+
+    fn read(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        let elements = self.input.len() / self.width;
+        let step = (CHUNK / (8 * self.width)).max(1);
+        let mut buffer = Vec::new();
+        for (i, part) in out.chunks_mut(step as usize).enumerate() {
+            let first = (offset + i as u64 * step) * 8;
+            let last = (first + 8 * part.len() as u64).min(elements);
+            buffer.resize(((last - first) * self.width) as usize, 0);
+            self.input.read(source, first * self.width, &mut buffer)?;
+            for (byte, group) in part.iter_mut().zip(buffer.chunks(8 * self.width as usize)) {
+                *byte = match (self.test, self.width) {
+                    (Test::NonZero, 1) => group.iter().enumerate().fold(0, |b, (i, &v)| b | (u8::from(v != 0) << i)),
+                    (Test::NotNat, 8) => group.chunks_exact(8).enumerate().fold(0, |b, (i, v)| {
+                        let nat = v == [0, 0, 0, 0, 0, 0, 0, 0x80];
+                        b | (u8::from(!nat) << i)
+                    }),
+                    (test, width) => group
+                        .chunks_exact(width as usize)
+                        .enumerate()
+                        .fold(0, |b, (i, v)| b | (u8::from(test.holds(v)) << i)),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    fn blobs(&self, range: Range<u64>) -> Vec<BlobKey> {
+        let end = (range.end * 8 * self.width).min(self.input.len());
+        self.input.blobs(range.start * 8 * self.width..end)
+    }
+
+    fn inputs(&self) -> Vec<Span> {
+        vec![self.input.clone()]
+    }
+}
+
+/// Bits `shift..shift + 8 * len` of a bitmap, moved to begin at a byte.
+#[derive(Debug)]
+struct Shifted {
+    input: Span,
+    shift: u32,
+    len: u64,
+}
+
+/// `count` bits from bit `first` of a bitmap.
+///
+/// # Errors
+/// `Malformed` if the bitmap is shorter.
+pub fn bit_slice(bitmap: &Span, first: u64, count: u64) -> Result<Span> {
+    let end = first.checked_add(count).ok_or_else(|| Error::malformed("a bitmap's window overflows"))?;
+    let input = bitmap.slice(first / 8, end.div_ceil(8).saturating_sub(first / 8))?;
+    Ok(match (first % 8) as u32 {
+        _ if count == 0 => Span::EMPTY,
+        0 => input,
+        shift => Span::derived(Shifted { input, shift, len: count.div_ceil(8) }),
+    })
+}
+
+impl Derive for Shifted {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        let mut buffer = Vec::new();
+        for (i, part) in out.chunks_mut(CHUNK as usize).enumerate() {
+            let first = offset + i as u64 * CHUNK;
+            // One byte more than is made, but for the last bits where the input has none left.
+            let last = (first + part.len() as u64 + 1).min(self.input.len());
+            buffer.clear();
+            buffer.resize((last - first) as usize, 0);
+            self.input.read(source, first, &mut buffer)?;
+            buffer.resize(part.len() + 1, 0);
+            for (byte, pair) in part.iter_mut().zip(buffer.windows(2)) {
+                *byte = (pair[0] >> self.shift) | (pair[1] << (8 - self.shift));
+            }
+        }
+        Ok(())
+    }
+
+    fn blobs(&self, range: Range<u64>) -> Vec<BlobKey> {
+        self.input.blobs(range.start..(range.end + 1).min(self.input.len()))
+    }
+
+    fn inputs(&self) -> Vec<Span> {
+        vec![self.input.clone()]
+    }
+}
+
+/// What happens to each element; its width stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Map {
+    /// The bytes of a number in the other order.
+    Swap,
+    /// Negative integers become 0.
+    ClearNegative,
+    /// A 64-bit integer times this; the least integer ("not a time") stays.
+    Scale(i64),
+}
+
+#[derive(Debug)]
+struct Mapped {
+    input: Span,
+    width: u64,
+    map: Map,
+}
+
+/// Each element of `width` bytes changed by `map`.
+pub fn map(input: Span, width: u64, map: Map) -> Span {
+    if input.is_empty() || width == 0 { input } else { Span::derived(Mapped { input, width, map }) }
+}
+
+impl Mapped {
+    fn apply(&self, elements: &mut [u8]) {
+        for element in elements.chunks_exact_mut(self.width as usize) {
+            match self.map {
+                Map::Swap => element.reverse(),
+                Map::ClearNegative if element.last().is_some_and(|b| b & 0x80 != 0) => element.fill(0),
+                Map::ClearNegative => {}
+                Map::Scale(by) => {
+                    if let Ok(bytes) = <[u8; 8]>::try_from(&*element) {
+                        let value = i64::from_le_bytes(bytes);
+                        let scaled = if value == i64::MIN { value } else { value.wrapping_mul(by) };
+                        element.copy_from_slice(&scaled.to_le_bytes());
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Derive for Mapped {
+    fn len(&self) -> u64 {
+        self.input.len()
+    }
+
+    fn read(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        let end = offset + out.len() as u64;
+        let (whole_start, whole_end) = (offset.next_multiple_of(self.width), end - end % self.width);
+        if whole_start >= whole_end {
+            return self.piece(source, offset, out);
+        }
+        // Whole elements are changed in place; the cut ones at both ends go through a small buffer.
+        let (head, rest) = out.split_at_mut((whole_start - offset) as usize);
+        let (body, tail) = rest.split_at_mut((whole_end - whole_start) as usize);
+        self.piece(source, offset, head)?;
+        self.input.read(source, whole_start, body)?;
+        self.apply(body);
+        self.piece(source, whole_end, tail)
+    }
+
+    fn blobs(&self, range: Range<u64>) -> Vec<BlobKey> {
+        let end = range.end.next_multiple_of(self.width).min(self.input.len());
+        self.input.blobs(range.start - range.start % self.width..end)
+    }
+
+    fn inputs(&self) -> Vec<Span> {
+        vec![self.input.clone()]
+    }
+}
+
+impl Mapped {
+    /// A range inside at most two elements.
+    fn piece(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        let first = offset - offset % self.width;
+        let last = (offset + out.len() as u64).next_multiple_of(self.width).min(self.input.len());
+        let mut buffer = vec![0; (last - first) as usize];
+        self.input.read(source, first, &mut buffer)?;
+        self.apply(&mut buffer);
+        let at = (offset - first) as usize;
+        out.copy_from_slice(&buffer[at..at + out.len()]);
+        Ok(())
+    }
+}
+
+/// Every element of `width` bytes that lies `stride` bytes after the one before, the first at 0: a column of a matrix.
+#[derive(Debug)]
+struct Gathered {
+    input: Span,
+    stride: u64,
+    width: u64,
+    count: u64,
+}
+
+/// A column of a row-major matrix whose rows are `stride` bytes long; `input` begins at the column's first element.
+///
+/// # Errors
+/// `Malformed` if `input` has no room for `count` elements.
+pub fn gather(input: &Span, stride: u64, width: u64, count: u64) -> Result<Span> {
+    if count == 0 || width == 0 {
+        return Ok(Span::EMPTY);
+    }
+    let needed = (count - 1)
+        .checked_mul(stride)
+        .and_then(|n| n.checked_add(width))
+        .ok_or_else(|| Error::malformed("a matrix of more than 2^64 bytes"))?;
+    let input = input.slice(0, needed)?;
+    if stride == width || count == 1 {
+        return Ok(input);
+    }
+    Ok(Span::derived(Gathered { input, stride, width, count }))
+}
+
+impl Derive for Gathered {
+    fn len(&self) -> u64 {
+        self.count * self.width
+    }
+
+    fn read(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        let (stride, width) = (self.stride, self.width);
+        let rows_at_once = (CHUNK / stride).max(1);
+        let mut buffer = Vec::new();
+        let (mut at, end) = (offset, offset + out.len() as u64);
+        while at < end {
+            let row = at / width;
+            // The rows that are touched and fit a chunk; a row wider than a chunk is read for its element only.
+            let rows = ((end - 1) / width - row + 1).min(rows_at_once);
+            buffer.resize(((rows - 1) * stride + width) as usize, 0);
+            self.input.read(source, row * stride, &mut buffer)?;
+            for r in 0..rows {
+                let skip = at % width;
+                let n = (width - skip).min(end - at);
+                let from = (r * stride + skip) as usize;
+                let to = (at - offset) as usize;
+                out[to..to + n as usize].copy_from_slice(&buffer[from..from + n as usize]);
+                at += n;
+            }
+        }
+        Ok(())
+    }
+
+    fn blobs(&self, range: Range<u64>) -> Vec<BlobKey> {
+        let last = range.end.div_ceil(self.width).saturating_sub(1);
+        self.input.blobs(range.start / self.width * self.stride..last * self.stride + self.width)
+    }
+
+    fn inputs(&self) -> Vec<Span> {
+        vec![self.input.clone()]
+    }
+}
+
+/// Spans one after the other.
+#[derive(Debug)]
+struct Joined {
+    /// Each with its first byte in the whole.
+    parts: Vec<(u64, Span)>,
+    len: u64,
+}
+
+/// Spans one after the other, as one.
+///
+/// # Errors
+/// `Malformed` if the sum of lengths overflows.
+pub fn join(spans: impl IntoIterator<Item = Span>) -> Result<Span> {
+    let mut parts = Vec::new();
+    let mut len = 0u64;
+    for span in spans.into_iter().filter(|s| !s.is_empty()) {
+        let n = span.len();
+        parts.push((len, span));
+        len = len.checked_add(n).ok_or_else(|| Error::malformed("parts of more than 2^64 bytes"))?;
+    }
+    Ok(match parts.len() {
+        0 => Span::EMPTY,
+        1 => parts.swap_remove(0).1,
+        _ => Span::derived(Joined { parts, len }),
+    })
+}
+
+impl Joined {
+    fn covering(&self, range: Range<u64>) -> impl Iterator<Item = (&Span, Range<u64>, u64)> {
+        let first = self.parts.partition_point(|(start, span)| start + span.len() <= range.start);
+        self.parts[first..].iter().take_while(move |(start, _)| *start < range.end).map(move |(start, span)| {
+            let from = range.start.max(*start);
+            let to = range.end.min(start + span.len());
+            (span, from - start..to - start, from)
+        })
+    }
+}
+
+impl Derive for Joined {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        for (span, part, at) in self.covering(offset..offset + out.len() as u64) {
+            let to = (at - offset) as usize;
+            span.read(source, part.start, &mut out[to..to + (part.end - part.start) as usize])?;
+        }
+        Ok(())
+    }
+
+    fn blobs(&self, range: Range<u64>) -> Vec<BlobKey> {
+        self.covering(range).flat_map(|(span, part, _)| span.blobs(part)).collect()
+    }
+
+    fn inputs(&self) -> Vec<Span> {
+        self.parts.iter().map(|(_, span)| span.clone()).collect()
+    }
+}
+
+/// The same bytes again and again.
+#[derive(Debug)]
+struct Repeated {
+    pattern: Vec<u8>,
+    len: u64,
+}
+
+/// `times` copies of `pattern`.
+///
+/// # Errors
+/// `Malformed` if that overflows.
+pub fn repeat(pattern: Vec<u8>, times: u64) -> Result<Span> {
+    let len =
+        times.checked_mul(pattern.len() as u64).ok_or_else(|| Error::malformed("a column of more than 2^64 bytes"))?;
+    if pattern.iter().all(|&b| b == 0) {
+        return Ok(Span::Zeros(len));
+    }
+    Ok(Span::derived(Repeated { pattern, len }))
+}
+
+impl Derive for Repeated {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read(&self, _: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        let start = (offset % self.pattern.len() as u64) as usize;
+        for (to, from) in out.iter_mut().zip(self.pattern.iter().cycle().skip(start)) {
+            *to = *from;
+        }
+        Ok(())
+    }
+
+    fn blobs(&self, _: Range<u64>) -> Vec<BlobKey> {
+        Vec::new()
+    }
+
+    fn inputs(&self) -> Vec<Span> {
+        Vec::new()
+    }
+}
+
+/// A sparse column made dense: `fill` everywhere but at the positions of `index`.
+#[derive(Debug)]
+struct Scattered {
+    /// Ascending 32-bit positions.
+    index: Span,
+    /// One value of `fill.len()` bytes for each position.
+    values: Span,
+    fill: Vec<u8>,
+    count: u64,
+}
+
+/// `count` elements that are `fill`, except at the ascending 32-bit positions of `index`, where they are `values`.
+/// Positions that do not ascend or are out of range are left out, some way that is the same for every read.
+///
+/// # Errors
+/// `Malformed` if the lengths do not fit together.
+pub fn scatter(index: Span, values: Span, fill: Vec<u8>, count: u64) -> Result<Span> {
+    let width = fill.len() as u64;
+    if width == 0 || index.len() % 4 != 0 || (index.len() / 4).checked_mul(width) != Some(values.len()) {
+        return Err(Error::malformed("a sparse array whose positions and values differ in number"));
+    }
+    let len = count.checked_mul(width).ok_or_else(|| Error::malformed("a sparse array of more than 2^64 bytes"))?;
+    if len == 0 {
+        return Ok(Span::EMPTY);
+    }
+    Ok(Span::derived(Scattered { index, values, fill, count }))
+}
+
+impl Scattered {
+    fn position(&self, source: &dyn BlobSource, at: u64) -> Result<u64> {
+        let mut bytes = [0; 4];
+        self.index.read(source, at * 4, &mut bytes)?;
+        // A negative position is as far away as none.
+        Ok(u64::try_from(i32::from_le_bytes(bytes)).unwrap_or(u64::MAX))
+    }
+
+    /// Reads whole elements.
+    fn elements(&self, source: &dyn BlobSource, first: u64, out: &mut [u8]) -> Result<()> {
+        let width = self.fill.len();
+        out.chunks_exact_mut(width).for_each(|element| element.copy_from_slice(&self.fill));
+        let count = (out.len() / width) as u64;
+        let (mut low, mut high) = (0, self.index.len() / 4);
+        let all = high;
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.position(source, middle)? < first { low = middle + 1 } else { high = middle }
+        }
+        let block = 4096.min(count.max(1));
+        let (mut positions, mut values) = (Vec::new(), Vec::new());
+        'blocks: while low < all {
+            let n = block.min(all - low);
+            positions.resize(n as usize * 4, 0);
+            values.resize(n as usize * width, 0);
+            self.index.read(source, low * 4, &mut positions)?;
+            self.values.read(source, low * width as u64, &mut values)?;
+            for (position, value) in positions.chunks_exact(4).zip(values.chunks_exact(width)) {
+                let position = i32::from_le_bytes([position[0], position[1], position[2], position[3]]);
+                match u64::try_from(position).ok().and_then(|p| p.checked_sub(first)) {
+                    Some(p) if p < count => out[p as usize * width..][..width].copy_from_slice(value),
+                    _ => break 'blocks,
+                }
+            }
+            low += n;
+        }
+        Ok(())
+    }
+}
+
+impl Derive for Scattered {
+    fn len(&self) -> u64 {
+        self.count * self.fill.len() as u64
+    }
+
+    fn read(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        let width = self.fill.len() as u64;
+        let first = offset / width;
+        let last = (offset + out.len() as u64).div_ceil(width);
+        let mut buffer = vec![0; ((last - first) * width) as usize];
+        self.elements(source, first, &mut buffer)?;
+        let at = (offset - first * width) as usize;
+        out.copy_from_slice(&buffer[at..at + out.len()]);
+        Ok(())
+    }
+
+    fn blobs(&self, _: Range<u64>) -> Vec<BlobKey> {
+        let mut keys = self.index.blobs(0..self.index.len());
+        keys.extend(self.values.blobs(0..self.values.len()));
+        keys
+    }
+
+    fn inputs(&self) -> Vec<Span> {
+        vec![self.index.clone(), self.values.clone()]
+    }
+}
