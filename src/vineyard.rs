@@ -3,6 +3,9 @@
 //! [`Store`] is what the upper floors need of a store. [`client::Client`] is the real one; tests of the upper floors
 //! may use [`fake::FakeStore`], which keeps everything in this process.
 
+pub mod content;
+#[doc(hidden)]
+pub mod fake;
 pub mod id;
 pub mod memory;
 pub mod meta;
