@@ -11,6 +11,9 @@ pub mod parquet;
 pub mod view;
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod readers;
+#[cfg(test)]
 mod testing;
 
 pub use arrow::Counts;

@@ -149,3 +149,101 @@ impl Drop for Mapping {
         let _ = unsafe { munmap(self.base.cast(), self.len.get()) };
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Read;
+
+    use super::super::extent::Builder;
+    use super::super::testing::{Memory, Random, Segments};
+    use super::*;
+
+    /// An image of `size` bytes: blobs of odd lengths between literals, and what it should read as.
+    fn example(segments: &Segments, size: usize) -> (Image, Vec<u8>) {
+        let mut random = Random(size as u64);
+        let mut file = Builder::new();
+        let mut expected = Vec::new();
+        let mut offset = 0;
+        while expected.len() < size {
+            let len = random.below(size / 3 + 2).min(size - expected.len());
+            let (span, bytes) = segments.piece(offset, len);
+            offset += len;
+            file.span(span);
+            expected.extend_from_slice(&bytes);
+            file.bytes(b"between");
+            expected.extend_from_slice(b"between");
+        }
+        (file.finish(), expected)
+    }
+
+    #[test]
+    fn the_file_has_the_images_bytes() {
+        for size in [0, 1, 5000, 3 << 20, 40 << 20] {
+            let segments = Segments::new(size + 64);
+            let (image, expected) = example(&segments, size);
+            for threads in [1, 3] {
+                let mut file = tempfile::tempfile_in("/dev/shm").unwrap();
+                assemble(&image, &segments, &file, threads).unwrap();
+                let mut found = Vec::new();
+                file.read_to_end(&mut found).unwrap();
+                assert!(found == expected, "{size} bytes, {threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn a_blob_that_is_gone_leaves_an_empty_file() {
+        let memory = Memory::default();
+        let mut file = Builder::new();
+        file.span(Span::Zeros(20 << 20));
+        file.span(memory.add(&[1; 100]));
+        let image = file.finish();
+        let target = tempfile::tempfile_in("/dev/shm").unwrap();
+        let error = assemble(&image, &Memory::default(), &target, 2).unwrap_err();
+        assert_eq!(error.kind(), Kind::Stale);
+        assert_eq!(target.metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn no_room_is_an_error() {
+        let mut file = Builder::new();
+        file.span(Span::Zeros(1 << 50));
+        let target = tempfile::tempfile_in("/dev/shm").unwrap();
+        let error = assemble(&file.finish(), &Memory::default(), &target, 2).unwrap_err();
+        assert_eq!(error.kind(), Kind::Full);
+        assert_eq!(target.metadata().unwrap().blocks_in_use(), 0);
+    }
+
+    trait Blocks {
+        fn blocks_in_use(&self) -> u64;
+    }
+
+    impl Blocks for std::fs::Metadata {
+        fn blocks_in_use(&self) -> u64 {
+            std::os::unix::fs::MetadataExt::blocks(self)
+        }
+    }
+
+    /// `ASSEMBLE_DIR=/a/tmpfs cargo test --release measure_assembling -- --ignored --nocapture`
+    #[test]
+    #[ignore = "a measurement"]
+    fn measure_assembling() {
+        let dir = std::env::var("ASSEMBLE_DIR").unwrap_or_else(|_| "/dev/shm".into());
+        for round in 0..3 {
+            for threads in [1, 2] {
+                let segments = Segments::new(1 << 30);
+                let mut file = Builder::new();
+                for i in 0..256 {
+                    file.bytes(&[7; 64]);
+                    file.span(segments.piece(i * (4 << 20), (4 << 20) - 64).0);
+                }
+                let image = file.finish();
+                let target = tempfile::tempfile_in(&dir).unwrap();
+                let start = std::time::Instant::now();
+                assemble(&image, &segments, &target, threads).unwrap();
+                println!("round {round}, {threads} threads: {:.3} s", start.elapsed().as_secs_f64());
+            }
+        }
+    }
+}

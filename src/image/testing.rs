@@ -13,7 +13,7 @@ use super::Image;
 use super::arrow::has_validity;
 use crate::dataset::{ArrayLayout, Batch, Span, Table};
 use crate::error::{Error, Result};
-use crate::vineyard::{Blob, BlobKey, BlobSource, InstanceId, ObjectId};
+use crate::vineyard::{Blob, BlobKey, BlobSource, InstanceId, ObjectId, Segment};
 
 /// Blobs in this process.
 #[derive(Debug, Default)]
@@ -58,6 +58,57 @@ impl BlobSource for Memory {
     }
     fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
         Ok(None)
+    }
+}
+
+/// One blob in a memory file of 4 KiB pages, mapped as the store's memory is.
+pub struct Segments {
+    file: std::fs::File,
+    blob: Blob,
+}
+
+impl Segments {
+    pub fn new(len: usize) -> Segments {
+        use std::io::Write;
+        let name = c"segment";
+        let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+        let mut file = std::fs::File::from(fd);
+        let mut random = Random(1);
+        let chunk: Vec<u8> = (0..(1 << 20)).map(|_| random.next() as u8).collect();
+        let mut left = len;
+        while left > 0 {
+            left -= file.write(&chunk[..left.min(chunk.len())]).unwrap();
+        }
+        let key = BlobKey { instance: InstanceId(0), id: ObjectId(BASE) };
+        let blob = Blob::new(key, Segment::map(&file, len).unwrap(), 0, len as u64).unwrap();
+        Segments { file, blob }
+    }
+
+    /// A part of the blob, with its bytes if they are few.
+    pub fn piece(&self, offset: usize, len: usize) -> (Span, Vec<u8>) {
+        use std::os::unix::fs::FileExt;
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, offset as u64).unwrap();
+        let span = Span::blob(self.blob.key(), self.blob.len()).slice(offset as u64, len as u64).unwrap();
+        (span, bytes)
+    }
+}
+
+impl BlobSource for Segments {
+    fn size(&self, _: BlobKey) -> Result<u64> {
+        Ok(self.blob.len())
+    }
+    fn read(&self, _: BlobKey, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.blob.read(offset, out)
+    }
+    fn prepare(&self, _: &[BlobKey]) -> Result<()> {
+        Ok(())
+    }
+    fn verify(&self, _: &[BlobKey]) -> Result<()> {
+        Ok(())
+    }
+    fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
+        Ok(Some(self.blob.clone()))
     }
 }
 
@@ -237,7 +288,7 @@ fn fixed_values(random: &mut Random, data_type: &DataType, len: usize) -> Buffer
             Buffer::from_vec((0..len).map(|_| random.below(86_400_000_000) as i64).collect::<Vec<_>>())
         }
         DataType::Timestamp(..) | DataType::Duration(_) => {
-            Buffer::from_vec((0..len).map(|_| small(random, 1 << 40)).collect::<Vec<_>>())
+            Buffer::from_vec((0..len).map(|_| small(random, 1 << 32)).collect::<Vec<_>>())
         }
         DataType::Decimal32(..) => Buffer::from_vec((0..len).map(|_| small(random, 90_000) as i32).collect::<Vec<_>>()),
         DataType::Decimal64(..) => Buffer::from_vec((0..len).map(|_| small(random, 90_000)).collect::<Vec<_>>()),
@@ -437,7 +488,7 @@ pub fn types(all: bool) -> impl Strategy<Value = DataType> {
     let leaf = proptest::sample::select(flat);
     leaf.prop_recursive(3, 12, 3, move |inner| {
         let field = (inner.clone(), any::<bool>())
-            .prop_map(|(t, nullable)| Arc::new(Field::new("item", t.clone(), nullable || t == DataType::Null)));
+            .prop_map(|(t, nullable)| Arc::new(Field::new("item", t.clone(), nullable || hides_nulls(&t))));
         let fields = proptest::collection::vec(field.clone(), 1..4).prop_map(|fields| {
             fields.iter().enumerate().map(|(i, f)| f.as_ref().clone().with_name(format!("f{i}"))).collect::<Fields>()
         });
@@ -495,7 +546,7 @@ pub fn tables(all: bool) -> impl Strategy<Value = (Arc<Schema>, Vec<RecordBatch>
                 .iter()
                 .enumerate()
                 .map(|(i, (t, nullable))| {
-                    Field::new(format!("c{i}"), t.clone(), *nullable || *t == DataType::Null).with_metadata(
+                    Field::new(format!("c{i}"), t.clone(), *nullable || hides_nulls(t)).with_metadata(
                         [(format!("key{i}"), "value".to_string())]
                             .into_iter()
                             .collect::<std::collections::HashMap<_, _>>(),
@@ -532,6 +583,11 @@ pub fn batches(schema: &Arc<Schema>, rows: &[usize], seed: u64) -> Vec<RecordBat
             all.slice(start - rows, *rows)
         })
         .collect()
+}
+
+/// Types whose arrays can hold nulls without a bitmap: their fields are nullable, or readers complain.
+fn hides_nulls(data_type: &DataType) -> bool {
+    matches!(data_type, DataType::Null | DataType::Union(..) | DataType::RunEndEncoded(..))
 }
 
 fn contains_runs(data_type: &DataType) -> bool {
