@@ -1,0 +1,217 @@
+//! Turning a written file into vineyard objects.
+//!
+//! [`plan`] looks at the bytes and decides what they are; it copies no column data. [`execute`] creates the blobs and
+//! objects of a plan, and [`publish`] points a name at them as well. Nothing that was written is refused because of its
+//! content: what is not the format that its name says is stored as it is.
+
+mod arrow_file;
+mod arrow_stream;
+mod check;
+mod column;
+mod decode;
+mod inflate;
+mod ipc;
+mod native;
+mod npy;
+mod plan;
+mod recipe;
+mod store;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+
+pub use self::inflate::{Codec, Inflated};
+pub use self::npy::Transposed;
+use self::plan::{Draft, field};
+pub use self::plan::{Field, Outcome, Part, Plan, PlannedBlob, PlannedObject};
+pub use self::store::{Published, execute, publish};
+use super::attributes::{ATTRIBUTES_KEY, FileAttributes};
+use super::native::FILE;
+use super::recipe::{RECIPE, Written};
+use crate::error::{Error, Kind, Result};
+
+pub(super) use self::arrow_stream::schema as schema_message;
+pub(super) use self::column::width as type_width;
+
+/// A written file: a memory file and a private mapping of it that nobody truncates or changes any more.
+#[derive(Clone, Copy, Debug)]
+pub struct Staged<'a> {
+    /// All its bytes.
+    pub bytes: &'a [u8],
+    /// The file.
+    pub file: &'a File,
+}
+
+/// How much of a format a file's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completeness {
+    /// Begins and ends as the format does.
+    Complete,
+    /// Begins as the format does, and the end is missing.
+    Incomplete,
+    /// No bytes, or zeros where the format begins: a file that was made longer before it is written.
+    Empty,
+    /// Something else.
+    Foreign,
+}
+
+/// Tells a finished file from one whose writer is not done, by its two ends. Cheap: no column data is looked at.
+pub fn completeness(bytes: &[u8], view: Written) -> Completeness {
+    use Completeness::*;
+    if view == Written::Plain {
+        return Complete;
+    }
+    if bytes.iter().take(8).all(|&b| b == 0) {
+        return Empty;
+    }
+    let short = |magic: &[u8]| bytes.len() < magic.len() && magic.starts_with(bytes);
+    let done = |complete: bool| if complete { Complete } else { Incomplete };
+    match view {
+        Written::Arrow | Written::Feather => {
+            if bytes.starts_with(arrow_file::MAGIC) {
+                return done(bytes.len() > 12 && arrow_file::footer(bytes).is_ok());
+            }
+            match arrow_stream::head(bytes) {
+                arrow_stream::Head::Stream => done(arrow_stream::complete(bytes)),
+                arrow_stream::Head::Short => Incomplete,
+                arrow_stream::Head::Other => {
+                    if short(arrow_file::MAGIC) {
+                        Incomplete
+                    } else {
+                        Foreign
+                    }
+                }
+            }
+        }
+        Written::Parquet => {
+            const MAGIC: &[u8] = b"PAR1";
+            match bytes.starts_with(MAGIC) {
+                true => done(bytes.len() >= 12 && bytes.ends_with(MAGIC)),
+                false => {
+                    if short(MAGIC) {
+                        Incomplete
+                    } else {
+                        Foreign
+                    }
+                }
+            }
+        }
+        Written::Npy => {
+            if !bytes.starts_with(npy::MAGIC) {
+                return if short(npy::MAGIC) { Incomplete } else { Foreign };
+            }
+            match npy::header(bytes) {
+                Err(npy::Missing::Short) => Incomplete,
+                Err(npy::Missing::Broken(_)) => Foreign,
+                Ok(header) => match header.data_len().and_then(|n| n.checked_add(header.data)) {
+                    Some(end) if end > bytes.len() as u64 => Incomplete,
+                    Some(end) if end == bytes.len() as u64 => Complete,
+                    _ => Foreign,
+                },
+            }
+        }
+        // Protocols 2 to 5 begin with their number; older ones with anything.
+        Written::Pickle => match bytes {
+            [0x80] => Incomplete,
+            [0x80, 2..=5, .., b'.'] => Complete,
+            [0x80, 2..=5, ..] => Incomplete,
+            _ => Foreign,
+        },
+        Written::Plain => Complete,
+    }
+}
+
+/// What a plan must keep to.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most bytes that compressed data may become; what the store has room for.
+    pub inflated: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { inflated: 1 << 40 }
+    }
+}
+
+/// Decides what a written file becomes.
+///
+/// Bytes that are not what `view` says become a plain file, with a warning in the plan; the caller stores that under the
+/// full file name.
+///
+/// # Errors
+/// `Invalid` if the file begins as its format does and its end is missing: the writer is not done, or was killed.
+pub fn plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limits: Limits) -> Result<Plan> {
+    let warning = match completeness(staged.bytes, view) {
+        Completeness::Complete if view == Written::Plain => return Ok(plain(staged, attrs)),
+        Completeness::Complete => match native_plan(staged, view, attrs, limits) {
+            Ok(plan) => return Ok(plan),
+            Err(error) if error.kind() == Kind::Malformed => format!("stored as it is: {error}"),
+            Err(error) => return Err(error),
+        },
+        Completeness::Incomplete => {
+            let what = view.extension();
+            return Err(Error::new(Kind::Invalid, format!("incomplete: it begins as a .{what} file and has no end")));
+        }
+        Completeness::Empty => "stored as it is: it is empty".into(),
+        Completeness::Foreign => format!("stored as it is: it is no .{} file", view.extension()),
+    };
+    let mut plan = plain(staged, attrs);
+    plan.warnings.push(warning);
+    Ok(plan)
+}
+
+/// A file as it is.
+pub fn plain(staged: &Staged<'_>, attrs: &FileAttributes) -> Plan {
+    let mut draft = Draft::default();
+    let size = staged.bytes.len() as u64;
+    let buffer = draft.blob(vec![Part::Staged(0..size)]);
+    let fields = vec![
+        field("size_", size),
+        field("nbytes", size),
+        ("buffer_".into(), buffer),
+        field(ATTRIBUTES_KEY, attrs.to_text()),
+    ];
+    draft.object(FILE, fields);
+    draft.finish(Outcome::File)
+}
+
+fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limits: Limits) -> Result<Plan> {
+    let bytes = staged.bytes;
+    let size = bytes.len() as u64;
+    let mut draft = Draft::default();
+    let (outcome, typename, mut root, exact) = match view {
+        Written::Arrow | Written::Feather => {
+            let read = if bytes.starts_with(arrow_file::MAGIC) { arrow_file::read } else { arrow_stream::read };
+            let batches = read(bytes, limits.inflated)?;
+            let root = table::table(&mut draft, &batches)?;
+            (Outcome::Table, "vineyard::Table".into(), root, batches.exact)
+        }
+        Written::Npy => {
+            let (typename, root, exact) = npy::tensor(&mut draft, bytes)?;
+            (Outcome::Tensor, typename, root, exact)
+        }
+        Written::Pickle => {
+            let buffer = draft.blob(vec![Part::Staged(0..size)]);
+            let mut root = vec![field("size_", size), field("nbytes", size), ("buffer_".into(), buffer)];
+            // The bytes of the file are the value: the recipe is its one blob.
+            let recipe = serde_json::json!({"view": view.extension(), "size": size, "extents": [[0, 0, size]]});
+            root.push(field(RECIPE, recipe.to_string()));
+            root.push(field(ATTRIBUTES_KEY, attrs.to_text()));
+            draft.object("vineyard::PickleBuffer", root);
+            return Ok(draft.finish(Outcome::Pickle));
+        }
+        Written::Parquet => return Err(Error::malformed("Parquet")),
+        Written::Plain => return Ok(plain(staged, attrs)),
+    };
+    recipe::add(&mut draft, &mut root, view, size, exact);
+    root.push(field(ATTRIBUTES_KEY, attrs.to_text()));
+    draft.object(typename, root);
+    let mut plan = draft.finish(outcome);
+    if !exact {
+        plan.fallback = Some(Box::new(plain(staged, attrs)));
+    }
+    Ok(plan)
+}

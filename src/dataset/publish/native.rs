@@ -1,0 +1,170 @@
+//! Columns as vineyard's array objects, and as this project's where vineyard has none.
+//!
+//! Layouts of vineyard's own types: `modules/basic/ds/arrow.vineyard-mod` and `python/vineyard/data/arrow.py` of v6d 0.24.
+//! Offsets of strings and lists are 64-bit there. [`ARRAY`] objects keep every buffer as Arrow lays it out:
+//! `__buffers_-i` in the order of Arrow IPC, `__children_-i`, and `dictionary_`.
+
+use std::sync::Arc;
+
+use arrow_schema::{DataType, Field as ArrowField, IntervalUnit, Schema, TimeUnit};
+
+use super::column::{Column, width};
+use super::plan::{Draft, Field, Part, field};
+use crate::dataset::native::ARRAY;
+use crate::error::{Error, Kind, Result};
+
+/// The object of one column.
+pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
+    use DataType::*;
+    let mut fields = vec![
+        field("length_", column.len),
+        field("null_count_", column.null_count),
+        field("offset_", 0),
+        field("nbytes", column.size()),
+    ];
+    let mut blob = |draft: &mut Draft, key: &str, parts| fields.push((key.into(), draft.blob(parts)));
+    Ok(match &column.data_type {
+        Null => draft.object("vineyard::NullArray", vec![field("length_", column.len), field("nbytes", 0)]),
+        Boolean => {
+            blob(draft, "null_bitmap_", column.buffer(0));
+            blob(draft, "buffer_", column.buffer(1));
+            draft.object("vineyard::BooleanArray", fields)
+        }
+        Utf8 | LargeUtf8 | Binary | LargeBinary => {
+            blob(draft, "null_bitmap_", column.buffer(0));
+            let narrow = matches!(column.data_type, Utf8 | Binary);
+            blob(draft, "buffer_offsets_", if narrow { widened(column.buffer(1))? } else { column.buffer(1) });
+            blob(draft, "buffer_data_", column.buffer(2));
+            let text = matches!(column.data_type, Utf8 | LargeUtf8);
+            let class = if text { "LargeStringArray" } else { "LargeBinaryArray" };
+            draft.object(format!("vineyard::BaseBinaryArray<arrow::{class}>"), fields)
+        }
+        FixedSizeBinary(n) if *n > 0 => {
+            blob(draft, "null_bitmap_", column.buffer(0));
+            blob(draft, "buffer_", column.buffer(1));
+            fields.push(field("byte_width_", *n));
+            draft.object("vineyard::FixedSizeBinaryArray", fields)
+        }
+        List(_) | LargeList(_) => {
+            blob(draft, "null_bitmap_", column.buffer(0));
+            let narrow = matches!(column.data_type, List(_));
+            blob(draft, "buffer_offsets_", if narrow { widened(column.buffer(1))? } else { column.buffer(1) });
+            let child = column.children.first().ok_or_else(no_child)?;
+            let values = array(draft, child)?;
+            fields.push(("values_".into(), values));
+            draft.object("vineyard::LargeListArray", fields)
+        }
+        other => match numeric(other) {
+            Some(name) => {
+                blob(draft, "null_bitmap_", column.buffer(0));
+                blob(draft, "buffer_", column.buffer(1));
+                draft.object(format!("vineyard::NumericArray<{name}>"), fields)
+            }
+            None => return generic(draft, column),
+        },
+    })
+}
+
+fn no_child() -> Error {
+    Error::new(Kind::Internal, "a nested column without its child")
+}
+
+/// The object that keeps the buffers of any type.
+fn generic(draft: &mut Draft, column: &Column) -> Result<Field> {
+    let mut fields = vec![
+        field("length_", column.len),
+        field("null_count_", column.null_count),
+        field("nbytes", column.size()),
+        field("type_", column.data_type.to_string()),
+        field("__buffers_-size", column.buffers.len()),
+    ];
+    for (i, parts) in column.buffers.iter().enumerate() {
+        let blob = draft.blob(parts.clone());
+        fields.push((format!("__buffers_-{i}"), blob));
+    }
+    fields.push(field("__children_-size", column.children.len()));
+    for (i, child) in column.children.iter().enumerate() {
+        let child = generic(draft, child)?;
+        fields.push((format!("__children_-{i}"), child));
+    }
+    if let Some(values) = &column.dictionary {
+        let values = draft.shared(values, generic)?;
+        fields.push(("dictionary_".into(), values));
+    }
+    Ok(draft.object(ARRAY, fields))
+}
+
+/// 32-bit offsets as 64-bit ones.
+pub(super) fn widened(parts: Vec<Part>) -> Result<Vec<Part>> {
+    parts
+        .into_iter()
+        .map(|part| match part {
+            Part::Staged(at) => Ok(Part::Widened { at, shift: 0 }),
+            Part::Zeros(n) => Ok(Part::Zeros(n * 2)),
+            Part::Widened { .. } => Ok(part),
+            Part::Owned(buffer) => {
+                let values = buffer.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                Ok(Part::owned(values.flat_map(|v| i64::from(v).to_le_bytes()).collect()))
+            }
+            Part::Inflated(_) | Part::Unpacked { .. } | Part::Transposed(_) => {
+                Err(Error::new(Kind::Internal, "offsets that were not looked at"))
+            }
+        })
+        .collect()
+}
+
+/// The parameter of `vineyard::NumericArray`: Arrow C++'s name of the type.
+fn numeric(data_type: &DataType) -> Option<String> {
+    use DataType::*;
+    let unit = |unit: &TimeUnit| match unit {
+        TimeUnit::Second => "s",
+        TimeUnit::Millisecond => "ms",
+        TimeUnit::Microsecond => "us",
+        TimeUnit::Nanosecond => "ns",
+    };
+    Some(match data_type {
+        Int8 => "int8".into(),
+        Int16 => "int16".into(),
+        Int32 => "int32".into(),
+        Int64 => "int64".into(),
+        UInt8 => "uint8".into(),
+        UInt16 => "uint16".into(),
+        UInt32 => "uint32".into(),
+        UInt64 => "uint64".into(),
+        Float16 => "halffloat".into(),
+        Float32 => "float".into(),
+        Float64 => "double".into(),
+        Date32 => "date32[day]".into(),
+        Date64 => "date64[ms]".into(),
+        Time32(u) => format!("time32[{}]", unit(u)),
+        Time64(u) => format!("time64[{}]", unit(u)),
+        Duration(u) => format!("duration[{}]", unit(u)),
+        Timestamp(u, None) => format!("timestamp[{}]", unit(u)),
+        Timestamp(u, Some(zone)) => format!("timestamp[{}, tz={zone}]", unit(u)),
+        _ => return None,
+    })
+}
+
+/// The schema that vineyard's array types have: large strings, binaries and lists.
+pub(super) fn stored_schema(schema: &Schema) -> Schema {
+    let fields: Vec<ArrowField> =
+        schema.fields().iter().map(|f| f.as_ref().clone().with_data_type(stored_type(f.data_type()))).collect();
+    Schema::new_with_metadata(fields, schema.metadata().clone())
+}
+
+fn stored_type(data_type: &DataType) -> DataType {
+    match data_type {
+        DataType::Utf8 => DataType::LargeUtf8,
+        DataType::Binary => DataType::LargeBinary,
+        DataType::List(child) | DataType::LargeList(child) => {
+            let inner = stored_type(child.data_type());
+            DataType::LargeList(Arc::new(child.as_ref().clone().with_data_type(inner)))
+        }
+        other => other.clone(),
+    }
+}
+
+/// True if the type's width is what its stored array has: a check for joins.
+pub(super) fn is_fixed_width(data_type: &DataType) -> bool {
+    width(data_type).is_some() && !matches!(data_type, DataType::Interval(IntervalUnit::MonthDayNano))
+}

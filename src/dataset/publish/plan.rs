@@ -1,0 +1,239 @@
+//! What publishing will write: blobs with their parts, and the objects over them.
+//!
+//! A plan is made from a staged file without copying its data: a blob is a list of parts, and a part that holds column
+//! data is a range of the file.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use arrow_buffer::Buffer;
+use serde_json::Value;
+
+use super::column::Column;
+use super::inflate::Inflated;
+use crate::error::{Error, Kind, Result};
+
+/// Consecutive bytes of a blob, and how to get them.
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// These bytes of the staged file.
+    Staged(Range<u64>),
+    /// These bytes.
+    Owned(Buffer),
+    /// So many zeros.
+    Zeros(u64),
+    /// A window of a buffer that the staged file holds compressed.
+    Inflated(Inflated),
+    /// 32-bit offsets of the staged file as 64-bit ones, each plus `shift`.
+    Widened {
+        /// The 32-bit offsets.
+        at: Range<u64>,
+        /// Added to each.
+        shift: i64,
+    },
+    /// A bitmap of the staged file as one byte (0 or 1) for each bit.
+    Unpacked {
+        /// Where the bitmap starts.
+        at: u64,
+        /// Number of bits.
+        bits: u64,
+    },
+    /// Elements of the staged file in the order of the transposed shape: column-major to row-major.
+    Transposed(Arc<super::npy::Transposed>),
+}
+
+impl Part {
+    /// No bytes.
+    pub const EMPTY: Part = Part::Zeros(0);
+
+    /// Number of bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Part::Staged(range) => range.end - range.start,
+            Part::Owned(buffer) => buffer.len() as u64,
+            Part::Zeros(n) => *n,
+            Part::Inflated(inflated) => inflated.len(),
+            Part::Widened { at, .. } => (at.end - at.start) / 4 * 8,
+            Part::Unpacked { bits, .. } => *bits,
+            Part::Transposed(transposed) => transposed.len(),
+        }
+    }
+
+    /// True if there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Owned bytes.
+    pub fn owned(bytes: Vec<u8>) -> Part {
+        Part::Owned(Buffer::from_vec(bytes))
+    }
+
+    /// Bytes `range` of this part.
+    ///
+    /// # Errors
+    /// `Malformed` if that is not inside, or for parts that are never cut (widened, unpacked, transposed).
+    pub fn slice(&self, range: Range<u64>) -> Result<Part> {
+        if range.start > range.end || range.end > self.len() {
+            return Err(Error::malformed(format!("bytes {range:?} of a buffer of {}", self.len())));
+        }
+        if range.start == range.end {
+            return Ok(Part::EMPTY);
+        }
+        Ok(match self {
+            Part::Staged(at) => Part::Staged(at.start + range.start..at.start + range.end),
+            Part::Owned(buffer) => {
+                Part::Owned(buffer.slice_with_length(range.start as usize, (range.end - range.start) as usize))
+            }
+            Part::Zeros(_) => Part::Zeros(range.end - range.start),
+            Part::Inflated(inflated) => Part::Inflated(inflated.window(range)),
+            whole if range == (0..whole.len()) => whole.clone(),
+            _ => return Err(Error::new(Kind::Internal, "cut of a part that is made as a whole")),
+        })
+    }
+}
+
+/// A blob to be made.
+#[derive(Clone, Debug)]
+pub struct PlannedBlob {
+    /// Its bytes, in order.
+    pub parts: Vec<Part>,
+}
+
+impl PlannedBlob {
+    /// Number of bytes.
+    pub fn size(&self) -> u64 {
+        self.parts.iter().map(Part::len).sum()
+    }
+}
+
+/// A value of an object to be made.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Field {
+    /// A plain value: string, number, boolean.
+    Json(Value),
+    /// The blob of no bytes.
+    Empty,
+    /// A blob, by its place in [`Plan::blobs`].
+    Blob(usize),
+    /// Another object, by its place in [`Plan::objects`], which is before this one's.
+    Object(usize),
+}
+
+impl<T: Into<Value>> From<T> for Field {
+    fn from(value: T) -> Self {
+        Field::Json(value.into())
+    }
+}
+
+/// An object to be made.
+#[derive(Clone, Debug)]
+pub struct PlannedObject {
+    /// Its type.
+    pub typename: String,
+    /// Its keys and values, without `typename` and what the store adds.
+    pub fields: Vec<(String, Field)>,
+}
+
+/// What a plan makes of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// A vineyard `DataFrame`.
+    Frame,
+    /// A vineyard `Table`.
+    Table,
+    /// A vineyard `Tensor`.
+    Tensor,
+    /// A vineyard `PickleBuffer`.
+    Pickle,
+    /// The file as it is.
+    File,
+}
+
+/// Blobs and objects that stand for one file.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What the root is.
+    pub outcome: Outcome,
+    /// The blobs.
+    pub blobs: Vec<PlannedBlob>,
+    /// The objects, members before the objects that hold them; the last is the root.
+    pub objects: Vec<PlannedObject>,
+    /// What the user should know, such as why a file is stored as it is.
+    pub warnings: Vec<String>,
+    /// What to store if the data turns out to be broken while it is copied; only compressed and encoded data can.
+    pub fallback: Option<Box<Plan>>,
+}
+
+impl Plan {
+    /// Sum of the blobs' sizes in bytes, without those that decoding will add.
+    pub fn size(&self) -> u64 {
+        self.blobs.iter().map(PlannedBlob::size).sum()
+    }
+}
+
+/// A plan in the making.
+#[derive(Debug, Default)]
+pub(super) struct Draft {
+    pub(super) blobs: Vec<PlannedBlob>,
+    pub(super) objects: Vec<PlannedObject>,
+    /// Blobs that are one range of the staged file, so that buffers that share bytes share the blob.
+    ranges: HashMap<(u64, u64), usize>,
+    /// Objects of dictionaries that several columns share. The column is kept: its address is the key.
+    dictionaries: HashMap<usize, (Arc<Column>, Field)>,
+}
+
+impl Draft {
+    /// Adds a blob.
+    pub(super) fn blob(&mut self, mut parts: Vec<Part>) -> Field {
+        parts.retain(|part| !part.is_empty());
+        if parts.is_empty() {
+            return Field::Empty;
+        }
+        let key = match parts.as_slice() {
+            [Part::Staged(range)] => Some((range.start, range.end)),
+            _ => None,
+        };
+        if let Some(&index) = key.and_then(|key| self.ranges.get(&key)) {
+            return Field::Blob(index);
+        }
+        self.blobs.push(PlannedBlob { parts });
+        let index = self.blobs.len() - 1;
+        if let Some(key) = key {
+            self.ranges.insert(key, index);
+        }
+        Field::Blob(index)
+    }
+
+    /// Adds an object.
+    pub(super) fn object(&mut self, typename: impl Into<String>, fields: Vec<(String, Field)>) -> Field {
+        self.objects.push(PlannedObject { typename: typename.into(), fields });
+        Field::Object(self.objects.len() - 1)
+    }
+
+    /// The object of a shared dictionary, made once.
+    pub(super) fn shared(
+        &mut self,
+        column: &Arc<Column>,
+        make: impl FnOnce(&mut Draft, &Column) -> Result<Field>,
+    ) -> Result<Field> {
+        let key = Arc::as_ptr(column) as usize;
+        if let Some((_, field)) = self.dictionaries.get(&key) {
+            return Ok(field.clone());
+        }
+        let field = make(self, column)?;
+        self.dictionaries.insert(key, (column.clone(), field.clone()));
+        Ok(field)
+    }
+
+    /// The plan; the object that was added last is its root.
+    pub(super) fn finish(self, outcome: Outcome) -> Plan {
+        Plan { outcome, blobs: self.blobs, objects: self.objects, warnings: Vec::new(), fallback: None }
+    }
+}
+
+/// Shorthand for one key and value.
+pub(super) fn field(key: impl Into<String>, value: impl Into<Field>) -> (String, Field) {
+    (key.into(), value.into())
+}

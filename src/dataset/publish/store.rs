@@ -1,0 +1,331 @@
+//! Carrying out a plan: all of it, or nothing.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use serde_json::{Map, Value, json};
+
+use super::Staged;
+use super::plan::{Field, Outcome, Part, Plan, PlannedObject};
+use crate::dataset::publish::check;
+use crate::error::{Context, Error, Kind, Result};
+use crate::vineyard::store::NewBlob;
+use crate::vineyard::{ObjectId, Store};
+
+/// Bytes that one thread copies before it looks for more work.
+const PIECE: u64 = 8 << 20;
+/// Below this many bytes a second thread costs more than it brings.
+const ONE_THREAD: u64 = 4 << 20;
+/// Most threads.
+const MAX_THREADS: usize = 4;
+
+/// What was published.
+#[derive(Clone, Debug)]
+pub struct Published {
+    /// The new object, persisted.
+    pub id: ObjectId,
+    /// Its blobs.
+    pub blobs: Vec<ObjectId>,
+    /// What it is; [`Outcome::File`] may be the plan's fallback.
+    pub outcome: Outcome,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Creates, fills and persists what is planned. If that fails, nothing stays in the store.
+///
+/// # Errors
+/// `Full` if the store has no room, `Malformed` if compressed data turns out to be broken (see [`Plan::fallback`]), and
+/// what the store answers.
+pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Published> {
+    let mut made = Made { store, blobs: Vec::new(), objects: Vec::new(), keep: false };
+    let sizes: Vec<u64> = plan.blobs.iter().map(|blob| blob.size()).collect();
+    let blobs = store.create_blobs(&sizes).context(|| format!("room for {} bytes", plan.size()))?;
+    made.blobs.extend(blobs.iter().map(|blob| blob.id).filter(|id| id.is_stored_blob()));
+    fill(plan, &blobs, staged)?;
+    store.seal_blobs(&made.blobs).context(|| "sealing blobs".into())?;
+    let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
+    let root = create(&mut made, &plan.objects, &ids)?;
+    store.persist(root).context(|| "persisting the object".into())?;
+    made.keep = true;
+    let blobs = std::mem::take(&mut made.blobs);
+    Ok(Published { id: root, blobs, outcome: plan.outcome, warnings: plan.warnings.clone() })
+}
+
+/// [`execute`], then points a name at the object, then deletes the object `replaced`.
+///
+/// The name depends on the outcome: a plain file goes under its full file name, anything else under the dataset's.
+///
+/// # Errors
+/// As [`execute`]; the name and the old object are untouched then. What goes wrong with the old object after that is a
+/// warning.
+pub fn publish(
+    store: &dyn Store,
+    name: &dyn Fn(Outcome) -> String,
+    plan: &Plan,
+    staged: &Staged<'_>,
+    replaced: Option<ObjectId>,
+) -> Result<Published> {
+    let mut published = match (execute(store, plan, staged), &plan.fallback) {
+        (Err(error), Some(fallback)) if error.kind() == Kind::Malformed => {
+            let mut published = execute(store, fallback, staged)?;
+            published.warnings.push(format!("stored as it is: {error}"));
+            published
+        }
+        (result, _) => result?,
+    };
+    let name = name(published.outcome);
+    if let Err(error) = store.put_name(&name, published.id) {
+        if let Err(left) = store.delete(&[published.id]) {
+            tracing::warn!(object = %published.id, error = %left, "an object without a name could not be deleted");
+        }
+        return Err(error).context(|| format!("naming {name:?}"));
+    }
+    if let Some(old) = replaced.filter(|&old| old != published.id)
+        && let Err(error) = store.delete(&[old])
+    {
+        published.warnings.push(format!("the former object {old} could not be deleted: {error}"));
+    }
+    Ok(published)
+}
+
+/// What exists in the store so far; taken back on drop.
+struct Made<'a> {
+    store: &'a dyn Store,
+    blobs: Vec<ObjectId>,
+    objects: Vec<ObjectId>,
+    keep: bool,
+}
+
+impl Drop for Made<'_> {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        // Parents were made last: deleting them first frees their members.
+        self.objects.reverse();
+        let deleted = if self.objects.is_empty() { Ok(()) } else { self.store.delete(&self.objects) };
+        let dropped = if self.blobs.is_empty() { Ok(()) } else { self.store.drop_blobs(&self.blobs) };
+        for error in [deleted, dropped].into_iter().filter_map(Result::err) {
+            tracing::warn!(%error, blobs = self.blobs.len(), "what a failed publish made could not be removed");
+        }
+    }
+}
+
+/// Creates objects, members first, one request for each level. Returns the last one's id.
+fn create(made: &mut Made<'_>, objects: &[PlannedObject], blobs: &[ObjectId]) -> Result<ObjectId> {
+    let broken = || Error::new(Kind::Internal, "a plan whose objects do not follow their members");
+    let mut levels: Vec<Vec<usize>> = Vec::new();
+    let mut level_of = Vec::with_capacity(objects.len());
+    for (i, object) in objects.iter().enumerate() {
+        let mut level = 0;
+        for (_, field) in &object.fields {
+            if let Field::Object(member) = field {
+                level = level.max(1 + *level_of.get(*member).ok_or_else(broken)?);
+            }
+        }
+        level_of.push(level);
+        if levels.len() <= level {
+            levels.resize_with(level + 1, Vec::new);
+        }
+        levels[level].push(i);
+    }
+    let mut ids: HashMap<usize, ObjectId> = HashMap::with_capacity(objects.len());
+    for level in levels {
+        let contents = level.iter().map(|&i| content(&objects[i], &ids, blobs)).collect::<Option<Vec<Value>>>();
+        let created = made.store.create_objects(contents.ok_or_else(broken)?).context(|| "creating objects".into())?;
+        made.objects.extend(created.iter().map(|c| c.id));
+        if created.len() != level.len() {
+            return Err(Error::malformed(format!("the store made {} objects of {}", created.len(), level.len())));
+        }
+        ids.extend(level.into_iter().zip(created.iter().map(|c| c.id)));
+    }
+    objects.len().checked_sub(1).and_then(|root| ids.get(&root)).copied().ok_or_else(broken)
+}
+
+fn content(object: &PlannedObject, ids: &HashMap<usize, ObjectId>, blobs: &[ObjectId]) -> Option<Value> {
+    let mut map = Map::with_capacity(object.fields.len() + 1);
+    map.insert("typename".into(), Value::String(object.typename.clone()));
+    let blob = |id: ObjectId| json!({"id": id.to_string(), "typename": "vineyard::Blob"});
+    for (key, field) in &object.fields {
+        let value = match field {
+            Field::Json(value) => value.clone(),
+            Field::Empty => blob(ObjectId::EMPTY_BLOB),
+            Field::Blob(index) => blob(*blobs.get(*index)?),
+            Field::Object(index) => json!({"id": ids.get(index)?.to_string()}),
+        };
+        map.insert(key.clone(), value);
+    }
+    Some(Value::Object(map))
+}
+
+/// A part of a blob to be written: bytes `from..to` of it, at `position` of the blob.
+struct Job<'a> {
+    blob: usize,
+    position: u64,
+    part: &'a Part,
+    from: u64,
+    to: u64,
+}
+
+/// Writes all blobs, with several threads if that is worth it.
+///
+/// `pwrite` on the store's descriptor: for pages that this process never touched it is more than twice as fast as a copy
+/// into a mapping, which would fault each of them in.
+pub(super) fn fill(plan: &Plan, blobs: &[NewBlob], staged: &Staged<'_>) -> Result<()> {
+    let mut jobs = Vec::new();
+    for (i, blob) in plan.blobs.iter().enumerate() {
+        let mut position = 0;
+        for part in &blob.parts {
+            let whole = part.len();
+            let step = match part {
+                // A frame is decompressed from its beginning.
+                Part::Inflated(_) => whole,
+                Part::Transposed(transposed) => PIECE.next_multiple_of(transposed.item()),
+                _ => PIECE,
+            };
+            let mut from = 0;
+            while from < whole {
+                let to = (from + step).min(whole);
+                jobs.push(Job { blob: i, position: position + from, part, from, to });
+                from = to;
+            }
+            position += whole;
+        }
+    }
+    // The longest that cannot be cut go first.
+    jobs.sort_by_key(|job| std::cmp::Reverse(if job.to - job.from > PIECE { job.to - job.from } else { 0 }));
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = if plan.size() < ONE_THREAD { 1 } else { cores.min(MAX_THREADS).min(jobs.len()) };
+    let next = AtomicUsize::new(0);
+    let failed = AtomicBool::new(false);
+    let error = Mutex::new(None);
+    let work = || {
+        while !failed.load(Ordering::Relaxed) {
+            let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let done = blobs
+                .get(job.blob)
+                .ok_or_else(|| Error::new(Kind::Internal, "fewer blobs than planned"))
+                .and_then(|blob| write(job, blob, staged.bytes));
+            if let Err(e) = done {
+                failed.store(true, Ordering::Relaxed);
+                error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
+            }
+        }
+    };
+    if threads <= 1 {
+        work();
+    } else {
+        std::thread::scope(|scope| {
+            // A thread that can't start leaves its work to the others.
+            for _ in 1..threads {
+                let _ = std::thread::Builder::new().name("publish".into()).spawn_scoped(scope, work);
+            }
+            work();
+        });
+    }
+    match error.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+fn write(job: &Job<'_>, blob: &NewBlob, staged: &[u8]) -> Result<()> {
+    let outside = || Error::malformed("a part outside the file");
+    let put = |offset: u64, bytes: &[u8]| {
+        let end = job.position.checked_add(offset).and_then(|at| at.checked_add(bytes.len() as u64));
+        if end.is_none_or(|end| end > blob.size) {
+            return Err(Error::new(Kind::Internal, format!("bytes past blob {} of {}", blob.id, blob.size)));
+        }
+        pwrite(blob, job.position + offset, bytes)
+    };
+    let cut = |at: &std::ops::Range<u64>| staged.get(at.start as usize..at.end as usize).ok_or_else(outside);
+    match job.part {
+        Part::Staged(at) => put(0, cut(&(at.start + job.from..at.start + job.to))?),
+        Part::Owned(buffer) => put(0, buffer.get(job.from as usize..job.to as usize).ok_or_else(outside)?),
+        Part::Inflated(inflated) => inflated.stream(staged, put),
+        Part::Zeros(_) => pieces(
+            job,
+            1,
+            |_, out| {
+                out.fill(0);
+                Ok(())
+            },
+            put,
+        ),
+        Part::Widened { at, shift } => pieces(
+            job,
+            8,
+            |offset, out| {
+                let start = at.start + offset / 2;
+                let narrow = cut(&(start..start + out.len() as u64 / 2))?;
+                for (to, from) in out.chunks_exact_mut(8).zip(narrow.chunks_exact(4)) {
+                    let value = i64::from(i32::from_le_bytes([from[0], from[1], from[2], from[3]])) + shift;
+                    to.copy_from_slice(&value.to_le_bytes());
+                }
+                Ok(())
+            },
+            put,
+        ),
+        Part::Unpacked { at, bits } => {
+            let bitmap = cut(&(*at..*at + bits.div_ceil(8)))?;
+            pieces(
+                job,
+                1,
+                |offset, out| {
+                    for (i, to) in out.iter_mut().enumerate() {
+                        *to = u8::from(check::bit(bitmap, offset as usize + i));
+                    }
+                    Ok(())
+                },
+                put,
+            )
+        }
+        Part::Transposed(transposed) => {
+            pieces(job, transposed.item(), |offset, out| transposed.read(staged, offset, out), put)
+        }
+    }
+}
+
+/// Computes a job's bytes in pieces of whole units of `unit` bytes, and passes each on with its offset in the job.
+fn pieces(
+    job: &Job<'_>,
+    unit: u64,
+    make: impl Fn(u64, &mut [u8]) -> Result<()>,
+    put: impl Fn(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let step = (256u64 << 10).next_multiple_of(unit);
+    let mut buffer = vec![0; step.min(job.to - job.from) as usize];
+    let mut from = job.from;
+    while from < job.to {
+        let n = step.min(job.to - from) as usize;
+        make(from, &mut buffer[..n])?;
+        put(from - job.from, &buffer[..n])?;
+        from += n as u64;
+    }
+    Ok(())
+}
+
+/// Writes into the store's memory file.
+fn pwrite(blob: &NewBlob, position: u64, bytes: &[u8]) -> Result<()> {
+    let Some(file) = &blob.file else {
+        return if bytes.is_empty() { Ok(()) } else { Err(Error::malformed("a blob without memory")) };
+    };
+    let mut rest = bytes;
+    let mut at = blob.offset.saturating_add(position);
+    while !rest.is_empty() {
+        let offset = i64::try_from(at).map_err(|_| Error::malformed("a blob past the end of files"))?;
+        match nix::sys::uio::pwrite(file.as_fd(), rest, offset) {
+            Ok(0) => return Err(Error::new(Kind::Full, "the store's memory takes no more bytes")),
+            Ok(n) => {
+                rest = &rest[n..];
+                at += n as u64;
+            }
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context(|| format!("writing blob {}", blob.id)),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,261 @@
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write;
+use std::sync::Arc;
+
+use arrow_array::builder::*;
+use arrow_array::types::*;
+use arrow_array::*;
+use arrow_schema::{DataType, Field as ArrowField, Fields, Schema, UnionFields};
+
+use super::*;
+use crate::dataset::recipe::{attrs_of, recipe_of};
+use crate::vineyard::fake::FakeStore;
+use crate::vineyard::{Meta, ObjectId, Store};
+
+/// A staged file of these bytes.
+pub(super) struct Temp {
+    file: File,
+    bytes: Vec<u8>,
+}
+
+impl Temp {
+    pub(super) fn new(bytes: Vec<u8>) -> Temp {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        Temp { file, bytes }
+    }
+
+    pub(super) fn staged(&self) -> Staged<'_> {
+        Staged { bytes: &self.bytes, file: &self.file }
+    }
+}
+
+pub(super) fn attrs() -> FileAttributes {
+    FileAttributes { mode: 0o640, uid: 1, gid: 2, mtime: (-3, 4), xattrs: vec![(b"user.k\xff".into(), b"v".into())] }
+}
+
+pub(super) fn arrow_bytes(batches: &[RecordBatch], options: arrow_ipc::writer::IpcWriteOptions) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut writer =
+        arrow_ipc::writer::FileWriter::try_new_with_options(&mut bytes, &batches[0].schema(), options).unwrap();
+    batches.iter().for_each(|b| writer.write(b).unwrap());
+    writer.finish().unwrap();
+    drop(writer);
+    bytes
+}
+
+pub(super) fn meta_of(store: &FakeStore, id: ObjectId) -> Meta {
+    store.metas(&[id], false).unwrap().remove(&id).unwrap().unwrap()
+}
+
+/// The bytes that the recipe of an object gives.
+pub(super) fn bytes_back(store: &FakeStore, meta: &Meta) -> Vec<u8> {
+    let recipe = recipe_of(meta).unwrap().unwrap();
+    let mut bytes = Vec::new();
+    for span in &recipe.spans {
+        span.validate(store).unwrap();
+        bytes.extend(span.to_vec(store).unwrap());
+    }
+    assert_eq!(bytes.len() as u64, recipe.size);
+    bytes
+}
+
+/// Plans and executes, checks the recipe and that deleting leaves nothing, and returns the plan's outcome.
+fn round_trip(bytes: Vec<u8>, view: Written) -> (FakeStore, Meta, Plan) {
+    let store = FakeStore::new(64 << 20);
+    let temp = Temp::new(bytes);
+    let plan = plan(&temp.staged(), view, &attrs(), Limits::default()).unwrap();
+    assert_eq!(plan.warnings, Vec::<String>::new());
+    let published = execute(&store, &plan, &temp.staged()).unwrap();
+    let meta = meta_of(&store, published.id);
+    assert_eq!(bytes_back(&store, &meta), temp.bytes);
+    assert_eq!(attrs_of(&meta).unwrap(), Some(attrs()));
+    (store, meta, plan)
+}
+
+/// One column of every Arrow type, with and without nulls.
+pub(super) fn all_types(rows: usize) -> RecordBatch {
+    let valid = |i: usize| i % 5 != 3;
+    let ints = |i: usize| valid(i).then_some(i as i64 * 7 - 20);
+    let text = |i: usize| valid(i).then(|| if i % 2 == 0 { format!("grün {i}") } else { "long ".repeat(i % 9) });
+    let mut columns: Vec<(&str, ArrayRef)> = vec![
+        ("i8", Arc::new((0..rows).map(|i| ints(i).map(|v| v as i8)).collect::<Int8Array>())),
+        ("u16", Arc::new((0..rows).map(|i| i as u16).collect::<UInt16Array>())),
+        ("i64", Arc::new((0..rows).map(ints).collect::<Int64Array>())),
+        ("f64", Arc::new((0..rows).map(|i| i as f64 / 3.0).collect::<Float64Array>())),
+        ("bool", Arc::new((0..rows).map(|i| valid(i).then_some(i % 3 == 0)).collect::<BooleanArray>())),
+        ("utf8", Arc::new((0..rows).map(text).collect::<StringArray>())),
+        ("large", Arc::new((0..rows).map(text).collect::<LargeStringArray>())),
+        ("view", Arc::new((0..rows).map(text).collect::<StringViewArray>())),
+        ("binary", Arc::new((0..rows).map(|i| text(i).map(String::into_bytes)).collect::<BinaryArray>())),
+        ("binview", Arc::new((0..rows).map(|i| text(i).map(String::into_bytes)).collect::<BinaryViewArray>())),
+        ("null", Arc::new(NullArray::new(rows))),
+        ("ts", Arc::new((0..rows).map(ints).collect::<TimestampMicrosecondArray>().with_timezone("Europe/Berlin"))),
+        ("dec", Arc::new((0..rows).map(|i| ints(i).map(i128::from)).collect::<Decimal128Array>())),
+        (
+            "iv",
+            Arc::new(
+                (0..rows)
+                    .map(|i| ints(i).map(|v| IntervalMonthDayNano::new(1, 2, v)))
+                    .collect::<IntervalMonthDayNanoArray>(),
+            ),
+        ),
+        (
+            "dict",
+            Arc::new(
+                (0..rows).map(|i| valid(i).then_some(["a", "bb", "ccc"][i % 3])).collect::<DictionaryArray<Int8Type>>(),
+            ),
+        ),
+    ];
+    let mut fsb = FixedSizeBinaryBuilder::new(3);
+    let mut list = ListBuilder::new(StringBuilder::new());
+    let mut large_list = LargeListBuilder::new(Int32Builder::new());
+    let mut fsl = FixedSizeListBuilder::new(Float32Builder::new(), 2);
+    let mut map = MapBuilder::new(None, StringBuilder::new(), Int64Builder::new());
+    let mut ree = PrimitiveRunBuilder::<Int32Type, Int64Type>::new();
+    let mut list_view = ListViewBuilder::new(Int16Builder::new());
+    for i in 0..rows {
+        if valid(i) {
+            fsb.append_value([i as u8; 3]).unwrap()
+        } else {
+            fsb.append_null()
+        }
+        (0..i % 4).for_each(|k| list.values().append_option(text(i + k)));
+        list.append(valid(i));
+        (0..i % 3).for_each(|k| large_list.values().append_value(k as i32));
+        large_list.append(true);
+        fsl.values().append_slice(&[i as f32, 0.5]);
+        fsl.append(valid(i));
+        map.keys().append_value(format!("k{i}"));
+        map.values().append_option(ints(i));
+        map.append(true).unwrap();
+        ree.append_option(ints(i / 4));
+        (0..i % 3).for_each(|k| list_view.values().append_value(k as i16));
+        list_view.append(valid(i));
+    }
+    columns.push(("fsb", Arc::new(fsb.finish())));
+    columns.push(("list", Arc::new(list.finish())));
+    columns.push(("large_list", Arc::new(large_list.finish())));
+    columns.push(("fsl", Arc::new(fsl.finish())));
+    columns.push(("map", Arc::new(map.finish())));
+    columns.push(("ree", Arc::new(ree.finish())));
+    columns.push(("list_view", Arc::new(list_view.finish())));
+    let a: ArrayRef = Arc::new((0..rows).map(ints).collect::<Int64Array>());
+    let b: ArrayRef = Arc::new((0..rows).map(text).collect::<StringArray>());
+    let fields =
+        Fields::from(vec![ArrowField::new("a", DataType::Int64, true), ArrowField::new("b", DataType::Utf8, true)]);
+    columns.push(("struct", Arc::new(StructArray::new(fields.clone(), vec![a.clone(), b.clone()], None))));
+    let ids: Vec<i8> = (0..rows).map(|i| [4, 9][i % 2]).collect();
+    let union_fields: UnionFields = [4i8, 9].into_iter().zip(fields.iter().cloned()).collect();
+    let sparse =
+        UnionArray::try_new(union_fields.clone(), ids.clone().into(), None, vec![a.clone(), b.clone()]).unwrap();
+    columns.push(("sparse", Arc::new(sparse)));
+    let offsets: Vec<i32> = (0..rows as i32).collect();
+    let dense = UnionArray::try_new(union_fields, ids.into(), Some(offsets.into()), vec![a, b]).unwrap();
+    columns.push(("dense", Arc::new(dense)));
+    let fields: Vec<ArrowField> = columns
+        .iter()
+        .map(|(name, array)| {
+            let nullable = array.is_nullable() || *name == "null";
+            ArrowField::new(*name, array.data_type().clone(), nullable)
+                .with_metadata(std::collections::HashMap::from([("k".to_string(), format!("of {name}"))]))
+        })
+        .collect();
+    let schema = Schema::new_with_metadata(
+        fields,
+        std::collections::HashMap::from([("origin".to_string(), "test".to_string())]),
+    );
+    RecordBatch::try_new(Arc::new(schema), columns.into_iter().map(|c| c.1).collect()).unwrap()
+}
+
+#[test]
+fn arrow_file_of_all_types_reads_back_byte_for_byte() {
+    for (rows, cut) in [(1000, 300), (7, 0), (0, 0), (1, 1)] {
+        let batch = all_types(rows);
+        let batches = [batch.slice(0, cut), batch.slice(cut, rows - cut)];
+        for alignment in [8, 64] {
+            let options = arrow_ipc::writer::IpcWriteOptions::try_new(alignment, false, arrow_ipc::MetadataVersion::V5);
+            let (_, meta, plan) = round_trip(arrow_bytes(&batches, options.unwrap()), Written::Arrow);
+            assert_eq!(plan.outcome, Outcome::Table);
+            assert_eq!(meta.unsigned("num_rows_").unwrap(), rows as u64);
+            assert_eq!(*super::super::native::true_schema(&meta).unwrap().unwrap(), *batch.schema());
+        }
+    }
+}
+
+#[test]
+fn zero_copy_stores_column_bytes_once() {
+    let batch = RecordBatch::try_from_iter([
+        ("a", Arc::new(Int64Array::from_iter_values(0..100_000)) as ArrayRef),
+        ("s", Arc::new(StringArray::from_iter_values((0..100_000).map(|i| i.to_string())))),
+    ])
+    .unwrap();
+    let bytes = arrow_bytes(&[batch], Default::default());
+    let size = bytes.len() as u64;
+    let (_, _, plan) = round_trip(bytes, Written::Arrow);
+    // The 32-bit offsets became 64-bit ones; nothing else is there twice.
+    assert!(plan.size() < size + 400_004 + 2048, "{} of {size}", plan.size());
+}
+
+#[test]
+fn streams_and_compressed_files() {
+    let batch = all_types(500);
+    let mut stream = Vec::new();
+    let mut writer = arrow_ipc::writer::StreamWriter::try_new(&mut stream, &batch.schema()).unwrap();
+    writer.write(&batch.slice(0, 100)).unwrap();
+    writer.write(&batch.slice(100, 400)).unwrap();
+    writer.finish().unwrap();
+    drop(writer);
+    round_trip(stream, Written::Arrow);
+    for codec in [arrow_ipc::CompressionType::LZ4_FRAME, arrow_ipc::CompressionType::ZSTD] {
+        let options = arrow_ipc::writer::IpcWriteOptions::default().try_with_compression(Some(codec)).unwrap();
+        let (_, _, plan) = round_trip(arrow_bytes(&[batch.clone()], options), Written::Feather);
+        assert!(plan.fallback.is_some());
+    }
+}
+
+#[test]
+fn npy_pickle_and_plain() {
+    let npy = |order: &str, shape: &str, data: &[u8]| {
+        let header = format!("{{'descr': '<i2', 'fortran_order': {order}, 'shape': {shape}, }}");
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend((header.len() as u16).to_le_bytes());
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        bytes
+    };
+    let data: Vec<u8> = (0..12u16).flat_map(u16::to_le_bytes).collect();
+    let (store, meta, _) = round_trip(npy("False", "(2, 6)", &data), Written::Npy);
+    assert_eq!(meta.typename(), "vineyard::Tensor<int16>");
+    assert_eq!(meta.shape("shape_").unwrap(), [2, 6]);
+    let buffer = |store: &FakeStore, meta: &Meta| {
+        let key = meta.blob("buffer_").unwrap();
+        crate::dataset::Span::blob(key, 24).to_vec(store).unwrap()
+    };
+    assert_eq!(buffer(&store, &meta), data);
+    let (store, meta, _) = round_trip(npy("True", "(2, 3, 2)", &data), Written::Npy);
+    // Row-major order of a column-major array: element (i, j, k) lies at i + 2 j + 6 k.
+    let expected: Vec<u8> = [0u16, 6, 2, 8, 4, 10, 1, 7, 3, 9, 5, 11].into_iter().flat_map(u16::to_le_bytes).collect();
+    assert_eq!(buffer(&store, &meta), expected);
+    round_trip(npy("False", "()", &data[..2]), Written::Npy);
+    round_trip(npy("False", "(0, 3)", &[]), Written::Npy);
+    let (_, meta, _) = round_trip(b"\x80\x05K\x01.".to_vec(), Written::Pickle);
+    assert_eq!(meta.typename(), "vineyard::PickleBuffer");
+
+    let store = FakeStore::new(1 << 20);
+    for (bytes, view) in
+        [(b"a,b\n1,2\n".to_vec(), Written::Plain), (b"not arrow".to_vec(), Written::Arrow), (vec![], Written::Plain)]
+    {
+        let temp = Temp::new(bytes);
+        let plan = plan(&temp.staged(), view, &attrs(), Limits::default()).unwrap();
+        assert_eq!((plan.outcome, plan.warnings.len()), (Outcome::File, usize::from(view == Written::Arrow)));
+        let published = execute(&store, &plan, &temp.staged()).unwrap();
+        let super::super::Dataset::File(span) =
+            super::super::native::decode_file(&meta_of(&store, published.id)).unwrap()
+        else {
+            panic!("no file")
+        };
+        assert_eq!(span.to_vec(&store).unwrap(), temp.bytes);
+    }
+}
