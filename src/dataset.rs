@@ -4,6 +4,7 @@
 //! column data, with one exception: a pickled column is looked into far enough to find its raw values.
 
 mod arrow;
+pub mod attributes;
 mod check;
 mod column;
 mod derive;
@@ -11,12 +12,16 @@ mod dtype;
 mod frame;
 mod json;
 mod materialize;
+pub mod native;
 mod pandas;
 mod pickle;
+pub mod publish;
+pub mod recipe;
 pub mod span;
 pub mod table;
 mod tensor;
 
+pub use attributes::FileAttributes;
 pub use check::check;
 pub use column::NOTE;
 pub use materialize::materialize;

@@ -7,14 +7,35 @@
 //!   done already;
 //! * a handle number means something to the next server too: it carries its inode.
 
+mod attributes;
+pub mod cache;
+mod directory;
 pub mod host;
+pub mod inode;
+pub mod name;
+pub mod objects;
+mod open;
+mod options;
+mod publish;
+mod rename;
+mod resolve;
+pub mod staging;
+mod write;
 
-use std::ffi::{OsStr, OsString};
-use std::time::{Duration, SystemTime};
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime};
 
 pub use host::{Area, Host, HostFile, Serving};
+pub use options::{Options, ServePolicy};
 
 use crate::error::{Error, Kind, Result};
+use crate::vineyard::store::StoreStatus;
+use crate::vineyard::{ObjectId, Store};
+use directory::Listing;
+use inode::{Inode, Inodes};
 
 /// Inode number of the root directory.
 pub const ROOT: u64 = 1;
@@ -152,122 +173,172 @@ pub struct StatFs {
 }
 
 /// The filesystem of one mount. All methods may be called from several threads at once.
+///
+/// Its operations are in the files of `fs/`: `resolve` (lookup), `directory` (listings), `open` (open, read, release),
+/// `attributes` (stat, xattrs), `staging` and `publish` (writing), `rename` (rename, unlink, directories).
 pub struct FileSystem {
-    host: Box<dyn Host>,
+    store: Arc<dyn Store>,
+    host: Arc<dyn Host>,
+    options: Options,
+    objects: objects::Objects,
+    inodes: Inodes,
+    cache: cache::ImageCache,
+    handles: Mutex<HashMap<u64, Handle>>,
+    next_handle: AtomicU64,
+    listings: Mutex<HashMap<String, Arc<Listing>>>,
+    staging: staging::Staging,
+    /// Objects that open handles read from the blobs, with the number of handles.
+    lazy_opens: Mutex<HashMap<ObjectId, u64>>,
+    /// Objects that nothing names any more, to be deleted when their last such handle is closed.
+    doomed: Mutex<HashSet<ObjectId>>,
+    /// Held while names are changed: what a name pointed to is read and replaced as one step.
+    naming: Mutex<()>,
+    store_status: Mutex<Option<(Instant, StoreStatus)>>,
+    generation: AtomicU64,
+    started: SystemTime,
+    warnings: Mutex<Vec<String>>,
 }
 
-macro_rules! later {
-    () => {
-        Err(Error::new(Kind::Unsupported, "not supported"))
-    };
+/// An open file or directory.
+#[derive(Clone)]
+enum Handle {
+    /// A view of a published object.
+    View,
+    /// A file that is being written, or was.
+    Staged {
+        /// Opened for writing.
+        writer: bool,
+        /// By which process.
+        pid: u32,
+    },
+    /// A directory, with the listing that it had when it was opened.
+    Directory(Arc<Listing>),
 }
 
-#[allow(unused_variables, missing_docs, clippy::too_many_arguments)]
+/// Most warnings that `status` keeps.
+const WARNINGS_KEPT: usize = 20;
+
 impl FileSystem {
-    pub fn lookup(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<Entry> {
-        later!()
+    /// A filesystem over a store.
+    pub fn new(store: Arc<dyn Store>, host: Arc<dyn Host>, options: Options) -> Self {
+        // Handles of a former server must not meet ours: numbers start at a point that no server reached before.
+        let start = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64) << 20;
+        FileSystem {
+            objects: objects::Objects::default(),
+            inodes: Inodes::new(options.prefix.clone()),
+            cache: cache::ImageCache::new(options.cache_size, host.clone()),
+            handles: Mutex::default(),
+            next_handle: AtomicU64::new(start),
+            listings: Mutex::default(),
+            staging: staging::Staging::new(start),
+            lazy_opens: Mutex::default(),
+            doomed: Mutex::default(),
+            naming: Mutex::default(),
+            store_status: Mutex::default(),
+            generation: AtomicU64::new(0),
+            started: SystemTime::now(),
+            warnings: Mutex::default(),
+            store,
+            host,
+            options,
+        }
     }
-    pub fn forget(&self, ino: u64, count: u64) {}
-    pub fn getattr(&self, ino: u64, fh: Option<u64>) -> Result<(Attr, Duration)> {
-        later!()
+
+    fn handles(&self) -> MutexGuard<'_, HashMap<u64, Handle>> {
+        self.handles.lock().unwrap_or_else(|e| e.into_inner())
     }
-    pub fn setattr(&self, ino: u64, fh: Option<u64>, change: SetAttr, caller: Caller) -> Result<(Attr, Duration)> {
-        later!()
+
+    fn lazy_opens(&self) -> MutexGuard<'_, HashMap<ObjectId, u64>> {
+        self.lazy_opens.lock().unwrap_or_else(|e| e.into_inner())
     }
-    pub fn open(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
-        later!()
+
+    fn add_handle(&self, handle: Handle) -> u64 {
+        let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.handles().insert(fh, handle);
+        fh
     }
-    pub fn create(
-        &self,
-        parent: u64,
-        name: &OsStr,
-        mode: u32,
-        umask: u32,
-        flags: i32,
-        caller: Caller,
-    ) -> Result<(Entry, Opened)> {
-        later!()
+
+    /// Drops what was learned from a vineyardd that is gone.
+    fn follow_store(&self) -> Result<()> {
+        let generation = self.store.instance()?.generation;
+        if self.generation.swap(generation, Ordering::Relaxed) != generation {
+            self.objects.clear();
+            self.cache.clear();
+            self.listings.lock().unwrap_or_else(|e| e.into_inner()).clear();
+        }
+        Ok(())
     }
-    /// Exactly `size` bytes, or fewer at the end of the file, or an error: a short answer would be silent corruption.
-    pub fn read(&self, ino: u64, fh: u64, offset: u64, size: u32) -> Result<Vec<u8>> {
-        later!()
+
+    fn inode(&self, ino: u64) -> Result<Arc<Inode>> {
+        match self.inodes.get(ino) {
+            Some(inode) => Ok(inode),
+            None => self.recover(ino)?.ok_or_else(|| Error::stale(format!("inode {ino} is not known (any more)"))),
+        }
     }
-    pub fn write(&self, ino: u64, fh: u64, offset: u64, data: &[u8]) -> Result<u32> {
-        later!()
+
+    fn writable(&self) -> Result<()> {
+        if self.options.read_only {
+            return Err(Error::new(Kind::ReadOnly, "the mount is read-only"));
+        }
+        Ok(())
     }
-    pub fn flush(&self, ino: u64, fh: u64, caller: Caller) -> Result<()> {
-        later!()
+
+    /// Keeps a warning for `status` and logs it.
+    fn warn(&self, message: String) {
+        tracing::warn!("{}", message.escape_debug());
+        let mut warnings = self.warnings.lock().unwrap_or_else(|e| e.into_inner());
+        if warnings.len() == WARNINGS_KEPT {
+            warnings.remove(0);
+        }
+        warnings.push(message);
     }
-    pub fn fsync(&self, ino: u64, fh: u64, caller: Caller) -> Result<()> {
-        later!()
+
+    /// Size and use of the store, at most a second old.
+    fn recent_status(&self) -> Result<StoreStatus> {
+        let mut cached = self.store_status.lock().unwrap_or_else(|e| e.into_inner());
+        match *cached {
+            Some((at, status)) if at.elapsed() < Duration::from_secs(1) => Ok(status),
+            _ => {
+                let status = self.store.status()?;
+                *cached = Some((Instant::now(), status));
+                Ok(status)
+            }
+        }
     }
-    pub fn release(&self, ino: u64, fh: u64) {}
-    /// The handle, and whether the kernel may keep the listing that it has.
-    pub fn opendir(&self, ino: u64) -> Result<(u64, bool)> {
-        later!()
-    }
-    /// Gives entries after `offset` to `add` until that returns true (full).
-    pub fn readdir(
-        &self,
-        ino: u64,
-        fh: u64,
-        offset: u64,
-        with_attributes: bool,
-        add: &mut dyn FnMut(DirEntry) -> bool,
-    ) -> Result<()> {
-        later!()
-    }
-    pub fn releasedir(&self, ino: u64, fh: u64) {}
-    pub fn mkdir(&self, parent: u64, name: &OsStr, mode: u32, umask: u32, caller: Caller) -> Result<Entry> {
-        later!()
-    }
-    pub fn rmdir(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<()> {
-        later!()
-    }
-    pub fn unlink(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<()> {
-        later!()
-    }
-    pub fn rename(
-        &self,
-        parent: u64,
-        name: &OsStr,
-        new_parent: u64,
-        new_name: &OsStr,
-        flags: u32,
-        caller: Caller,
-    ) -> Result<()> {
-        later!()
-    }
-    pub fn symlink(&self, parent: u64, name: &OsStr, target: &OsStr, caller: Caller) -> Result<Entry> {
-        later!()
-    }
-    pub fn readlink(&self, ino: u64) -> Result<Vec<u8>> {
-        later!()
-    }
+
+    /// Answer to `statfs`.
     pub fn statfs(&self) -> Result<StatFs> {
-        later!()
+        let status = self.recent_status()?;
+        Ok(StatFs {
+            total_bytes: status.memory_limit,
+            free_bytes: status.memory_limit.saturating_sub(status.memory_usage),
+            files: self.inodes.len() as u64,
+        })
     }
-    pub fn getxattr(&self, ino: u64, name: &OsStr) -> Result<Vec<u8>> {
-        later!()
-    }
-    /// Names, each with a terminating NUL.
-    pub fn listxattr(&self, ino: u64) -> Result<Vec<u8>> {
-        later!()
-    }
-    pub fn setxattr(&self, ino: u64, name: &OsStr, value: &[u8], flags: i32, caller: Caller) -> Result<()> {
-        later!()
-    }
-    pub fn removexattr(&self, ino: u64, name: &OsStr, caller: Caller) -> Result<()> {
-        later!()
-    }
-    pub fn fallocate(&self, ino: u64, fh: u64, offset: u64, len: u64, mode: i32) -> Result<()> {
-        later!()
-    }
-    pub fn lseek(&self, ino: u64, fh: u64, offset: i64, whence: i32) -> Result<u64> {
-        later!()
-    }
+
     /// What `status` prints: a JSON object of counters and modes.
     pub fn status(&self) -> serde_json::Value {
-        serde_json::json!({"passthrough": matches!(self.host.serving(), Serving::Passthrough)})
+        let (passthrough, reason) = match self.host.serving() {
+            Serving::Passthrough => (true, None),
+            Serving::Requests(reason) => (false, Some(reason)),
+        };
+        let (summaries, loaded) = self.objects.counts();
+        let store = match (self.store.instance(), self.recent_status()) {
+            (Ok(instance), Ok(status)) => serde_json::json!({
+                "socket": instance.socket, "instance": instance.id.0, "version": instance.version,
+                "rpc_endpoint": instance.rpc_endpoint, "restarts_seen": instance.generation.saturating_sub(1),
+                "memory_limit": status.memory_limit, "memory_usage": status.memory_usage,
+            }),
+            (Err(error), _) | (_, Err(error)) => serde_json::json!({"error": error.to_string()}),
+        };
+        serde_json::json!({
+            "passthrough": passthrough, "passthrough_reason": reason, "read_only": self.options.read_only,
+            "serve": self.options.serve, "prefix": self.options.prefix, "store": store,
+            "cache": self.cache.status(), "staging": self.staging.status(),
+            "objects": {"summaries": summaries, "loaded": loaded}, "inodes": self.inodes.len(),
+            "open_handles": self.handles().len(),
+            "started": self.started.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            "warnings": *self.warnings.lock().unwrap_or_else(|e| e.into_inner()),
+        })
     }
 }

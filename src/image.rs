@@ -19,4 +19,4 @@ mod testing;
 pub use arrow::Counts;
 pub use assemble::assemble;
 pub use extent::{Builder, Extent, Image};
-pub use view::View;
+pub use view::{View, build, listed_view, size, views_of};

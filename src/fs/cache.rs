@@ -1,0 +1,320 @@
+//! The image cache: assembled images in memory files that the kernel reads by itself.
+//!
+//! An assembled image is immutable and immune to what happens to its object afterwards. The cache keeps what was used
+//! last, up to a limit; images that are open are never dropped.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use super::host::{Area, Host, HostFile};
+use crate::error::{Error, Kind, Result};
+use crate::image::{self, Image, View};
+use crate::vineyard::{BlobSource, ObjectId};
+
+/// A memory file of the host's. Dropping it gives it back.
+pub struct MemoryFile {
+    file: HostFile,
+    area: Area,
+    host: Arc<dyn Host>,
+}
+
+impl MemoryFile {
+    /// Makes a memory file; `size` is its final size, 0 if that is not known.
+    ///
+    /// # Errors
+    /// `Full` if the area has no room.
+    pub fn create(host: &Arc<dyn Host>, area: Area, size: u64) -> Result<Self> {
+        Ok(MemoryFile { file: host.create_file(area, size)?, area, host: host.clone() })
+    }
+}
+
+impl std::ops::Deref for MemoryFile {
+    type Target = HostFile;
+    fn deref(&self) -> &HostFile {
+        &self.file
+    }
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        self.host.release_file(self.file.key);
+    }
+}
+
+impl std::fmt::Debug for MemoryFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MemoryFile({:?} {})", self.area, self.file.key)
+    }
+}
+
+/// An image in a memory file.
+#[derive(Debug)]
+pub struct Assembled {
+    file: Arc<MemoryFile>,
+    size: u64,
+}
+
+impl Assembled {
+    /// Takes a memory file that holds exactly an image's bytes and that nobody writes to any more.
+    pub fn adopt(file: Arc<MemoryFile>, size: u64) -> Self {
+        Assembled { file, size }
+    }
+
+    /// The memory file.
+    pub fn file(&self) -> &MemoryFile {
+        &self.file
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+type Key = (ObjectId, View);
+
+enum Slot {
+    Building,
+    Ready { image: Arc<Assembled>, used: u64 },
+}
+
+#[derive(Default)]
+struct State {
+    slots: HashMap<Key, Slot>,
+    bytes: u64,
+    clock: u64,
+    hits: u64,
+    misses: u64,
+    evictions: u64,
+}
+
+/// Counters of the cache.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct CacheStatus {
+    /// Limit in bytes.
+    pub limit: u64,
+    /// Bytes of all images in the cache.
+    pub bytes: u64,
+    /// Number of images.
+    pub images: usize,
+    /// Opens that found their image.
+    pub hits: u64,
+    /// Opens that had to assemble.
+    pub misses: u64,
+    /// Images that were dropped for room.
+    pub evictions: u64,
+}
+
+/// Assembled images, by object and view.
+pub struct ImageCache {
+    limit: u64,
+    host: Arc<dyn Host>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl ImageCache {
+    /// A cache of at most `limit` bytes.
+    pub fn new(limit: u64, host: Arc<dyn Host>) -> Self {
+        ImageCache { limit, host, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Limit in bytes.
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// Counters.
+    pub fn status(&self) -> CacheStatus {
+        let state = self.state();
+        CacheStatus {
+            limit: self.limit,
+            bytes: state.bytes,
+            images: state.slots.len(),
+            hits: state.hits,
+            misses: state.misses,
+            evictions: state.evictions,
+        }
+    }
+
+    /// The image if it is there.
+    pub fn get(&self, object: ObjectId, view: View) -> Option<Arc<Assembled>> {
+        let mut state = self.state();
+        state.clock += 1;
+        let now = state.clock;
+        match state.slots.get_mut(&(object, view)) {
+            Some(Slot::Ready { image, used }) => {
+                *used = now;
+                Some(image.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// The assembled image, made if it is not there; however many ask, one makes it.
+    ///
+    /// # Errors
+    /// `Full` if it does not fit the limit beside what is open, `Stale` if the object was deleted meanwhile.
+    pub fn assemble(
+        &self,
+        object: ObjectId,
+        view: View,
+        image: &Image,
+        source: &dyn BlobSource,
+    ) -> Result<Arc<Assembled>> {
+        let key = (object, view);
+        let mut state = self.state();
+        loop {
+            state.clock += 1;
+            let now = state.clock;
+            match state.slots.get_mut(&key) {
+                Some(Slot::Ready { image, used }) => {
+                    *used = now;
+                    let image = image.clone();
+                    state.hits += 1;
+                    return Ok(image);
+                }
+                Some(Slot::Building) => state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+                None => break,
+            }
+        }
+        state.misses += 1;
+        self.make_room(&mut state, image.size())?;
+        state.slots.insert(key, Slot::Building);
+        state.bytes += image.size();
+        drop(state);
+
+        let built = self.build(image, source);
+
+        let mut state = self.state();
+        let result = match built {
+            Ok(assembled) => {
+                let assembled = Arc::new(assembled);
+                let used = state.clock;
+                state.slots.insert(key, Slot::Ready { image: assembled.clone(), used });
+                Ok(assembled)
+            }
+            Err(error) => {
+                state.slots.remove(&key);
+                state.bytes -= image.size();
+                Err(error)
+            }
+        };
+        drop(state);
+        self.changed.notify_all();
+        result
+    }
+
+    fn build(&self, image: &Image, source: &dyn BlobSource) -> Result<Assembled> {
+        let blobs = image.blobs(0..image.size());
+        source.prepare(&blobs)?;
+        let file = Arc::new(MemoryFile::create(&self.host, Area::Image, image.size())?);
+        let assembled = Assembled { file, size: image.size() };
+        let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(1, 4));
+        image::assemble(image, source, &assembled.file.file.file, threads)?;
+        // Only now is it sure that what was copied was this object's.
+        source.verify(&blobs)?;
+        Ok(assembled)
+    }
+
+    /// Puts an image that exists already into the cache: a file that was just written.
+    pub fn insert(&self, object: ObjectId, view: View, assembled: Arc<Assembled>) {
+        let mut state = self.state();
+        let size = assembled.size();
+        if self.make_room(&mut state, size).is_ok() && !state.slots.contains_key(&(object, view)) {
+            state.clock += 1;
+            let used = state.clock;
+            state.bytes += size;
+            state.slots.insert((object, view), Slot::Ready { image: assembled, used });
+        }
+    }
+
+    /// Hands the images of an object on to an equal one.
+    pub fn rename(&self, from: ObjectId, to: ObjectId) {
+        let mut state = self.state();
+        let views: Vec<View> = state.slots.keys().filter(|(id, _)| *id == from).map(|(_, view)| *view).collect();
+        for view in views {
+            if matches!(state.slots.get(&(from, view)), Some(Slot::Ready { .. })) {
+                if let Some(slot) = state.slots.remove(&(from, view)) {
+                    state.slots.insert((to, view), slot);
+                }
+            }
+        }
+    }
+
+    /// Drops the images of an object; open handles keep theirs.
+    pub fn forget(&self, object: ObjectId) {
+        let mut state = self.state();
+        let keys: Vec<Key> = state.slots.keys().copied().filter(|(id, _)| *id == object).collect();
+        for key in keys {
+            remove(&mut state, &key);
+        }
+    }
+
+    /// Drops everything that is not being made.
+    pub fn clear(&self) {
+        let mut state = self.state();
+        let keys: Vec<Key> = state.slots.keys().copied().collect();
+        for key in keys {
+            remove(&mut state, &key);
+        }
+    }
+
+    /// Drops images that were written into the staging area until at most `limit` bytes of it are in the cache.
+    pub fn shrink_staged(&self, limit: u64) {
+        let mut state = self.state();
+        let mut staged: Vec<(u64, Key, u64)> = state
+            .slots
+            .iter()
+            .filter_map(|(key, slot)| match slot {
+                Slot::Ready { image, used } if image.file.area == Area::Staging => Some((*used, *key, image.size())),
+                _ => None,
+            })
+            .collect();
+        staged.sort_unstable();
+        let mut bytes: u64 = staged.iter().map(|(_, _, size)| size).sum();
+        for (_, key, size) in staged {
+            if bytes <= limit {
+                break;
+            }
+            remove(&mut state, &key);
+            state.evictions += 1;
+            bytes -= size;
+        }
+    }
+
+    /// Drops what was used longest ago and is not open until `size` more bytes fit.
+    fn make_room(&self, state: &mut State, size: u64) -> Result<()> {
+        while state.bytes + size > self.limit {
+            let oldest = state
+                .slots
+                .iter()
+                .filter_map(|(key, slot)| match slot {
+                    Slot::Ready { image, used } if Arc::strong_count(image) == 1 => Some((*used, *key)),
+                    _ => None,
+                })
+                .min();
+            let Some((_, key)) = oldest else {
+                return Err(Error::new(
+                    Kind::Full,
+                    format!("an image of {size} bytes does not fit the image cache (--cache-size {})", self.limit),
+                ));
+            };
+            remove(state, &key);
+            state.evictions += 1;
+        }
+        Ok(())
+    }
+}
+
+fn remove(state: &mut State, key: &Key) {
+    if let Some(Slot::Ready { image, .. }) = state.slots.get(key) {
+        let size = image.size();
+        state.slots.remove(key);
+        state.bytes -= size;
+    }
+}

@@ -1,0 +1,273 @@
+//! Directories: listings.
+
+use std::collections::{BTreeSet, HashSet};
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::inode::{Inodes, Node};
+use super::objects::Summary;
+use super::resolve::{Found, Target, suffix};
+use super::staging::Staged;
+use super::{DirEntry, FileKind, FileSystem, Handle, ROOT, name};
+use crate::error::{Error, Kind, Result};
+use crate::image::View;
+use crate::vineyard::ObjectId;
+
+/// Listings that are kept, so that an unchanged directory is answered from the kernel's own cache.
+const LISTINGS_KEPT: usize = 64;
+
+/// What an entry of a listing is.
+#[derive(Clone, Debug)]
+enum Item {
+    Directory { name: String },
+    View { name: String, object: ObjectId, summary: Option<Arc<Summary>> },
+    Staged(Arc<Staged>),
+}
+
+/// The names of a directory at one moment.
+#[derive(Debug)]
+pub(super) struct Listing {
+    directory: String,
+    entries: Vec<(String, Item)>,
+    /// Fingerprint of the name map's part and of the staged files that it was made of.
+    fingerprint: u64,
+    /// Every object's type was known.
+    complete: bool,
+}
+
+impl FileSystem {
+    /// Opens a directory: the handle, and whether the kernel may keep the listing that it has.
+    ///
+    /// # Errors
+    /// `NotDirectory`; what the store answers.
+    pub fn opendir(&self, ino: u64) -> Result<(u64, bool)> {
+        self.follow_store()?;
+        let directory = self.directory_name(ino)?;
+        let (listing, unchanged) = self.list(&directory)?;
+        Ok((self.add_handle(Handle::Directory(listing)), unchanged))
+    }
+
+    /// The listing of a directory, and whether it is the one that was made last.
+    fn list(&self, directory: &str) -> Result<(Arc<Listing>, bool)> {
+        let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
+        let names = self.names_below(&prefix)?;
+        let staged = self.staging.below(directory);
+        let local = self.staging.directories_below(directory);
+        let fingerprint = fingerprint(&names, &staged, &local);
+        let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();
+        if let Some(former) = former.filter(|l| l.fingerprint == fingerprint && l.complete) {
+            return Ok((former, true));
+        }
+
+        let mut directories: BTreeSet<String> = local.into_iter().collect();
+        let mut files = Vec::new();
+        for (name, object) in names {
+            match name[prefix.len()..].find('/') {
+                Some(at) => {
+                    // Names come sorted, so most repeat the last directory.
+                    let below = &name[..prefix.len() + at];
+                    if !directories.contains(below) {
+                        directories.insert(below.to_owned());
+                    }
+                }
+                None => files.push((name, object)),
+            }
+        }
+        let ids: Vec<ObjectId> = files.iter().map(|(_, id)| *id).collect();
+        let unknown = ids.iter().filter(|id| self.objects.known_summary(**id).is_none()).count();
+        let deadline =
+            (unknown > self.options.listing_wait_names).then(|| Instant::now() + self.options.listing_budget);
+        let missing: HashSet<ObjectId> = self.objects.summarize(&*self.store, &ids, deadline)?.into_iter().collect();
+
+        let mut taken: HashSet<String> = HashSet::with_capacity(files.len() + directories.len());
+        let mut entries = Vec::with_capacity(files.len() + directories.len());
+        let mut complete = true;
+        for name in directories {
+            let part = &name[prefix.len()..];
+            let component = name::encode_part(part, "", &name);
+            taken.insert(component.clone());
+            entries.push((component, Item::Directory { name }));
+        }
+        for staged in staged {
+            if let Some(component) = staged.listed_component() {
+                if taken.insert(component.clone()) {
+                    entries.push((component, Item::Staged(staged)));
+                }
+            }
+        }
+        // Plain files first: a view gives way to the plain file of the same path.
+        let mut views = Vec::new();
+        for (name, object) in files {
+            let summary = self.objects.known_summary(object);
+            complete &= summary.is_some();
+            if summary.is_none() && missing.contains(&object) {
+                // A name that outlived its object: nothing to open.
+                continue;
+            }
+            let component = Self::listed_component(&name[prefix.len()..], &name, summary.as_deref());
+            let is_plain = component == name[prefix.len()..];
+            let item = Item::View { name, object, summary };
+            if is_plain && taken.insert(component.clone()) {
+                entries.push((component, item));
+            } else {
+                views.push((component, item));
+            }
+        }
+        for (component, item) in views {
+            if taken.insert(component.clone()) {
+                entries.push((component, item));
+                continue;
+            }
+            let Item::View { name, summary, .. } = &item else { continue };
+            if self.staging.shows(name) {
+                // The file that is being written stands for it.
+                continue;
+            }
+            // Nothing is hidden: under another of its views, or under a name made unique.
+            let part = &name[prefix.len()..];
+            let other = summary
+                .iter()
+                .flat_map(|s| s.sizes.iter())
+                .map(|(view, _)| name::encode_part(part, &suffix(*view), name))
+                .find(|component| !taken.contains(component));
+            let component = other.unwrap_or_else(|| {
+                let listed = summary.as_ref().map_or(View::Raw, |s| s.listed);
+                name::hashed_part(part, &suffix(listed), name)
+            });
+            taken.insert(component.clone());
+            entries.push((component, item));
+        }
+        let listing = Arc::new(Listing { directory: directory.to_owned(), entries, fingerprint, complete });
+        let mut listings = self.listings.lock().unwrap_or_else(|e| e.into_inner());
+        if listings.len() >= LISTINGS_KEPT && !listings.contains_key(directory) {
+            listings.clear();
+        }
+        listings.insert(directory.to_owned(), listing.clone());
+        Ok((listing, false))
+    }
+
+    /// Gives the entries after `offset` to `add` until that returns true (full).
+    ///
+    /// # Errors
+    /// `Invalid` for a handle that is no directory's.
+    pub fn readdir(
+        &self,
+        ino: u64,
+        fh: u64,
+        offset: u64,
+        with_attributes: bool,
+        add: &mut dyn FnMut(DirEntry) -> bool,
+    ) -> Result<()> {
+        let handle = self.handles().get(&fh).cloned();
+        let listing = match handle {
+            Some(Handle::Directory(listing)) => listing,
+            Some(_) => return Err(Error::new(Kind::Invalid, "not a directory's handle")),
+            // Opened before the server was replaced.
+            None => self.list(&self.directory_name(ino)?)?.0,
+        };
+        for (index, dots) in [".", ".."].iter().enumerate().skip(offset as usize) {
+            let next = index as u64 + 1;
+            let entry = DirEntry { next, name: OsString::from(dots), ino, kind: FileKind::Directory, entry: None };
+            if add(entry) {
+                return Ok(());
+            }
+        }
+        let first = (offset.max(2) - 2) as usize;
+        for (index, (component, item)) in listing.entries.iter().enumerate().skip(first) {
+            let entry = self.dir_entry(&listing.directory, component, item, index as u64 + 3, with_attributes);
+            let counted = entry.entry.is_some();
+            let entry_ino = entry.ino;
+            if add(entry) {
+                if counted {
+                    self.inodes.forget(entry_ino, 1);
+                }
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn dir_entry(&self, directory: &str, component: &str, item: &Item, next: u64, plus: bool) -> DirEntry {
+        let target = Target::new(directory, component);
+        let found = match item {
+            Item::Directory { name } => Some(Found::Directory { name: name.clone() }),
+            Item::Staged(staged) => Some(Found::Staged(staged.clone())),
+            Item::View { name, object, summary: Some(summary) } => {
+                let view = match &target.view {
+                    Some((_, view)) if summary.view(*view).is_some() => *view,
+                    _ => summary.listed,
+                };
+                Some(Found::View(target.view_node(name.clone(), *object, view, summary.clone())))
+            }
+            Item::View { summary: None, .. } => None,
+        };
+        let kind = match item {
+            Item::Directory { .. } => FileKind::Directory,
+            _ => FileKind::File,
+        };
+        let Some(found) = found else {
+            // The type is not known yet; the number only has to be one.
+            let ino = name::stable_hash(&[target.path().as_bytes()]).max(ROOT + 1);
+            return DirEntry { next, name: component.into(), ino, kind, entry: None };
+        };
+        let (ino, node) = self.node_of(&target, found);
+        let entry = if plus { self.known_entry(ino, node) } else { None };
+        DirEntry { next, name: component.into(), ino, kind, entry }
+    }
+
+    /// Attributes for a listing, if they are known without asking anyone; counts a lookup then.
+    fn known_entry(&self, ino: u64, node: Node) -> Option<super::Entry> {
+        if let Node::View(view) = &node {
+            view.summary.view(view.view)??;
+        }
+        let inode = self.inodes.look_up(ino, || node);
+        match self.entry(&inode) {
+            Ok(entry) => Some(entry),
+            Err(_) => {
+                self.inodes.forget(ino, 1);
+                None
+            }
+        }
+    }
+
+    /// Closes a directory.
+    pub fn releasedir(&self, _ino: u64, fh: u64) {
+        self.handles().remove(&fh);
+    }
+
+    /// Whether a directory has anything in it.
+    pub(super) fn is_empty_directory(&self, directory: &str) -> Result<bool> {
+        Ok(self.list(directory)?.0.entries.is_empty())
+    }
+
+    /// Learns the types of all names ahead of the first listing, a batch at a time, until all are known.
+    pub fn warm_up(&self) -> Result<()> {
+        let prefix = if self.options.prefix.is_empty() { String::new() } else { format!("{}/", self.options.prefix) };
+        let ids: Vec<ObjectId> = self.names_below(&prefix)?.into_iter().map(|(_, id)| id).collect();
+        for batch in ids.chunks(1024) {
+            self.objects.summarize(&*self.store, batch, None)?;
+        }
+        Ok(())
+    }
+
+    /// Number of a directory, for tests and tools.
+    pub fn directory_inode(&self, name: &str) -> u64 {
+        if name == self.options.prefix { ROOT } else { Inodes::directory_number(name) }
+    }
+}
+
+fn fingerprint(names: &[(String, ObjectId)], staged: &[Arc<Staged>], local: &[String]) -> u64 {
+    let mut hash = name::stable_hash(&[b"listing"]);
+    for (name, id) in names {
+        hash = name::stable_hash(&[&hash.to_le_bytes(), name.as_bytes(), &id.0.to_le_bytes()]);
+    }
+    for file in staged {
+        let component = file.listed_component().unwrap_or_default();
+        hash = name::stable_hash(&[&hash.to_le_bytes(), &file.ino().to_le_bytes(), component.as_bytes()]);
+    }
+    for directory in local {
+        hash = name::stable_hash(&[&hash.to_le_bytes(), directory.as_bytes()]);
+    }
+    hash
+}

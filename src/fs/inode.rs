@@ -1,0 +1,195 @@
+//! The inode table.
+//!
+//! Inode numbers of directories and views are a function of what they show (path, object, view), so a server that
+//! replaces another finds them again ([`Inodes::number`]) and the kernel's page cache of an inode never goes out of
+//! date. Inodes of files that are being written get fresh numbers.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::ROOT;
+use super::cache::Assembled;
+use super::name::{self, Identity};
+use super::objects::{Loaded, Summary};
+use super::staging::Staged;
+use crate::image::{Image, View};
+use crate::vineyard::ObjectId;
+
+/// Numbers that are computed have these bits; staged files have the next one set, so that they never meet.
+const COMPUTED: u64 = (1 << 62) - 1;
+/// The bit of staged files' inode numbers.
+pub const STAGED: u64 = 1 << 62;
+
+/// A view of an object at a path.
+#[derive(Clone, Debug)]
+pub struct ViewNode {
+    /// Full name of the directory that the file is in.
+    pub directory: String,
+    /// File name.
+    pub component: String,
+    /// Name in vineyard.
+    pub name: String,
+    /// The object that the name pointed to; this inode shows it for ever.
+    pub object: ObjectId,
+    /// The format.
+    pub view: View,
+    /// What is known of the object.
+    pub summary: Arc<Summary>,
+}
+
+/// What an inode is.
+#[derive(Clone, Debug)]
+pub enum Node {
+    /// A directory: the names that begin with `name` and a slash.
+    Directory {
+        /// Full name in vineyard without a trailing slash; empty for the root of a mount without prefix.
+        name: String,
+    },
+    /// A view of a published object.
+    View(ViewNode),
+    /// A file that was written through this mount.
+    Staged(Arc<Staged>),
+}
+
+/// How the open handles of a view are served: the kernel allows one way at a time for an inode.
+#[derive(Clone, Debug)]
+pub enum Mode {
+    /// Reads come as requests and are answered from the blobs.
+    Lazy {
+        /// The object, kept in use.
+        loaded: Arc<Loaded>,
+        /// The bytes.
+        image: Arc<Image>,
+    },
+    /// The kernel reads the assembled image by itself.
+    Assembled(Arc<Assembled>),
+}
+
+/// The part of an inode that changes.
+#[derive(Debug, Default)]
+pub struct Use {
+    /// Lookups that the kernel has not taken back.
+    pub lookups: u64,
+    /// Open handles.
+    pub opens: u64,
+    /// How they are served; kept until the last RELEASE.
+    pub mode: Option<Mode>,
+    /// Bytes that were read lazily, over all opens.
+    pub bytes_read: u64,
+}
+
+/// An inode.
+#[derive(Debug)]
+pub struct Inode {
+    /// Its number.
+    pub ino: u64,
+    /// What it is.
+    pub node: Node,
+    state: Mutex<Use>,
+}
+
+impl Inode {
+    /// The changing part.
+    pub fn state(&self) -> MutexGuard<'_, Use> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// All inodes that the kernel knows.
+pub struct Inodes {
+    table: Mutex<HashMap<u64, Arc<Inode>, Identity>>,
+    /// Views whose object was replaced by an equal one with other attributes keep their number.
+    kept: Mutex<HashMap<u64, u64, Identity>>,
+}
+
+impl Inodes {
+    /// A table with the root, which is never forgotten.
+    pub fn new(root_name: String) -> Self {
+        let inodes = Inodes { table: Mutex::default(), kept: Mutex::default() };
+        let root = Inode { ino: ROOT, node: Node::Directory { name: root_name }, state: Mutex::default() };
+        inodes.table().insert(ROOT, Arc::new(root));
+        inodes
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<u64, Arc<Inode>, Identity>> {
+        self.table.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Number of a directory.
+    pub fn directory_number(name: &str) -> u64 {
+        (name::stable_hash(&[b"directory", name.as_bytes()]) & COMPUTED).max(ROOT + 1)
+    }
+
+    /// Number of a view: of the path (directory's name and file name), the object and the format.
+    pub fn view_number(&self, path: &str, object: ObjectId, view: View) -> u64 {
+        let hash = name::stable_hash(&[b"view", path.as_bytes(), &object.0.to_le_bytes(), &[view as u8]]);
+        let number = (hash & COMPUTED).max(ROOT + 1);
+        let kept = self.kept.lock().unwrap_or_else(|e| e.into_inner());
+        kept.get(&number).copied().unwrap_or(number)
+    }
+
+    /// Lets the number that `view_number` computes for a new object stand for an inode that exists already.
+    pub fn keep_number(&self, path: &str, object: ObjectId, view: View, ino: u64) {
+        let number = self.view_number(path, object, view);
+        if number != ino {
+            self.kept.lock().unwrap_or_else(|e| e.into_inner()).insert(number, ino);
+        }
+    }
+
+    /// The inode of a number.
+    pub fn get(&self, ino: u64) -> Option<Arc<Inode>> {
+        self.table().get(&ino).cloned()
+    }
+
+    /// The inode of that number, made if it is not there, with one lookup more.
+    pub fn look_up(&self, ino: u64, node: impl FnOnce() -> Node) -> Arc<Inode> {
+        let inode = self.ensure(ino, node);
+        inode.state().lookups += 1;
+        inode
+    }
+
+    /// The inode of that number, made if it is not there.
+    pub fn ensure(&self, ino: u64, node: impl FnOnce() -> Node) -> Arc<Inode> {
+        let mut table = self.table();
+        table.entry(ino).or_insert_with(|| Arc::new(Inode { ino, node: node(), state: Mutex::default() })).clone()
+    }
+
+    /// Replaces what an inode shows; counts and handles stay.
+    pub fn replace(&self, ino: u64, node: Node) {
+        let mut table = self.table();
+        if let Some(old) = table.get(&ino) {
+            let state = std::mem::take(&mut *old.state());
+            let inode = Arc::new(Inode { ino, node, state: Mutex::new(state) });
+            table.insert(ino, inode);
+        }
+    }
+
+    /// Takes lookups back and drops the inode with the last. An unknown number is a former server's: ignored.
+    pub fn forget(&self, ino: u64, count: u64) {
+        if ino == ROOT {
+            return;
+        }
+        let mut table = self.table();
+        let Some(inode) = table.get(&ino).cloned() else { return };
+        let mut state = inode.state();
+        state.lookups = state.lookups.saturating_sub(count);
+        if state.lookups == 0 && state.opens == 0 {
+            table.remove(&ino);
+            drop(table);
+            let mut kept = self.kept.lock().unwrap_or_else(|e| e.into_inner());
+            if !kept.is_empty() {
+                kept.retain(|_, number| *number != ino);
+            }
+        }
+    }
+
+    /// Number of inodes.
+    pub fn len(&self) -> usize {
+        self.table().len()
+    }
+
+    /// Never true: the root is always there.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,380 @@
+//! What is known of objects: a small summary of each that was ever listed, and whole objects while they are in use.
+//!
+//! An object never changes, so nothing here goes out of date; it only becomes useless when the object is deleted, and
+//! everything is dropped when vineyardd restarts ([`Objects::clear`]).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::dataset::recipe::{Recipe, Written, recipe_of};
+use crate::dataset::{self, Dataset, FileAttributes};
+use crate::error::{Error, Kind, Result};
+use crate::image::{self, Counts, Image, View};
+use crate::vineyard::{Blob, BlobKey, BlobSource, InstanceId, Meta, ObjectId, Store};
+
+/// Whole objects that are kept although nobody has them open. A ten-column frame takes about 20 kB.
+const LOADED_KEPT: usize = 256;
+/// Objects whose metadata is fetched with one call, so that a listing can stop in between.
+const BATCH: usize = 256;
+
+/// What a listing needs of an object, and no more: there may be 100,000 of them.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// The object.
+    pub id: ObjectId,
+    /// Where its data lives.
+    pub instance: InstanceId,
+    /// Equal for all copies.
+    pub signature: Option<u64>,
+    /// Its type, such as `vineyard::DataFrame`.
+    pub typename: Arc<str>,
+    /// Creation time.
+    pub created: SystemTime,
+    /// Number of rows of tables.
+    pub rows: Option<u64>,
+    /// The view that a listing shows.
+    pub listed: View,
+    /// Sizes of the views that exist; `None` where the size is known only after encoding.
+    pub sizes: Box<[(View, Option<u64>)]>,
+    /// Why no view exists, if the object cannot be shown.
+    pub broken: Option<Arc<str>>,
+    /// Owner, mode and times of a file that was written through a mount.
+    pub attributes: Option<Arc<FileAttributes>>,
+}
+
+impl Summary {
+    /// Whether a view exists, and its size if that is known.
+    pub fn view(&self, view: View) -> Option<Option<u64>> {
+        self.sizes.iter().find(|(v, _)| *v == view).map(|(_, size)| *size)
+    }
+
+    fn broken(id: ObjectId, meta: Option<&Meta>, error: &Error) -> Summary {
+        Summary {
+            id,
+            instance: meta.map_or(InstanceId::UNSPECIFIED, Meta::instance),
+            signature: meta.and_then(Meta::signature),
+            typename: meta.map_or("", Meta::typename).into(),
+            created: created(meta),
+            rows: None,
+            listed: View::Raw,
+            sizes: Box::new([(View::Raw, Some(0))]),
+            broken: Some(error.to_string().into()),
+            attributes: None,
+        }
+    }
+}
+
+fn created(meta: Option<&Meta>) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(meta.and_then(Meta::timestamp_ms).unwrap_or(0).min(1 << 53))
+}
+
+/// A whole object: metadata, meaning, and the images that were made of it.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The metadata.
+    pub meta: Meta,
+    /// The meaning.
+    pub dataset: Dataset,
+    /// The file that it was written as.
+    pub recipe: Option<Recipe>,
+    images: Mutex<HashMap<View, Arc<OnceLock<Arc<Image>>>>>,
+    checked: OnceLock<()>,
+}
+
+impl Loaded {
+    /// The image of a view, ready to be served: null counts are counted, every extent lies inside its blob, offsets and
+    /// text are valid. Made once, however many ask at the same time.
+    ///
+    /// # Errors
+    /// `Malformed` with the object and the reason; `Stale` if a blob is gone.
+    pub fn image(&self, view: View, source: &dyn BlobSource) -> Result<Arc<Image>> {
+        let cell = self.images.lock().unwrap_or_else(|e| e.into_inner()).entry(view).or_default().clone();
+        if let Some(image) = cell.get() {
+            return Ok(image.clone());
+        }
+        source.prepare(&self.meta.blobs())?;
+        if self.checked.get().is_none() {
+            self.dataset.validate(source).map_err(|e| self.wrap(e))?;
+            self.dataset.check(source).map_err(|e| self.wrap(e))?;
+            let _ = self.checked.set(());
+        }
+        let written = self.recipe.as_ref().filter(|recipe| view_of(recipe.view) == view);
+        let image = match written {
+            Some(recipe) => Ok(written_image(recipe)),
+            None => image::build(&self.dataset, view, Counts::From(source)),
+        };
+        let image = image.map_err(|e| self.wrap(e))?;
+        image.validate(source).map_err(|e| self.wrap(e))?;
+        // Data was looked at (null counts, offsets, encoded columns): it must still have been this object's.
+        source.verify(&self.meta.blobs())?;
+        Ok(cell.get_or_init(|| Arc::new(image)).clone())
+    }
+
+    fn wrap(&self, error: Error) -> Error {
+        Error::new(error.kind(), format!("object {} ({})", self.meta.id(), self.meta.typename())).with_source(error)
+    }
+}
+
+#[derive(Default)]
+struct Known {
+    summaries: HashMap<ObjectId, Arc<Summary>>,
+    loaded: HashMap<ObjectId, (Arc<Loaded>, u64)>,
+    clock: u64,
+}
+
+/// The table of objects.
+#[derive(Default)]
+pub struct Objects {
+    known: Mutex<Known>,
+}
+
+impl Objects {
+    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Forgets everything: another vineyardd answers now.
+    pub fn clear(&self) {
+        *self.known() = Known::default();
+    }
+
+    /// Drops what is known of a deleted object.
+    pub fn forget(&self, id: ObjectId) {
+        let mut known = self.known();
+        known.summaries.remove(&id);
+        known.loaded.remove(&id);
+    }
+
+    /// Number of summaries and of whole objects.
+    pub fn counts(&self) -> (usize, usize) {
+        let known = self.known();
+        (known.summaries.len(), known.loaded.len())
+    }
+
+    /// The summary of an object, if it was made before.
+    pub fn known_summary(&self, id: ObjectId) -> Option<Arc<Summary>> {
+        self.known().summaries.get(&id).cloned()
+    }
+
+    /// The summary of one object; `None` if the object does not exist.
+    pub fn summary(&self, store: &dyn Store, id: ObjectId) -> Result<Option<Arc<Summary>>> {
+        if let Some(summary) = self.known_summary(id) {
+            return Ok(Some(summary));
+        }
+        self.learn(store, &[id])?;
+        Ok(self.known_summary(id))
+    }
+
+    /// Makes summaries of all of these objects that have none, in batches, until `deadline`. Returns those that do not
+    /// exist.
+    pub fn summarize(
+        &self,
+        store: &dyn Store,
+        ids: &[ObjectId],
+        deadline: Option<std::time::Instant>,
+    ) -> Result<Vec<ObjectId>> {
+        let unknown: Vec<ObjectId> = {
+            let known = self.known();
+            let mut unknown: Vec<_> = ids.iter().copied().filter(|id| !known.summaries.contains_key(id)).collect();
+            unknown.sort_unstable();
+            unknown.dedup();
+            unknown
+        };
+        let mut missing = Vec::new();
+        for batch in unknown.chunks(BATCH) {
+            if deadline.is_some_and(|d| std::time::Instant::now() >= d) {
+                break;
+            }
+            missing.extend(self.learn(store, batch)?);
+        }
+        Ok(missing)
+    }
+
+    fn learn(&self, store: &dyn Store, ids: &[ObjectId]) -> Result<Vec<ObjectId>> {
+        // A name whose object was put by another instance may be ahead of this instance's metadata: ask again, synced.
+        let mut metas = store.metas(ids, false)?;
+        let absent: Vec<ObjectId> = ids.iter().copied().filter(|id| !metas.contains_key(id)).collect();
+        if !absent.is_empty() {
+            metas.extend(store.metas(&absent, true)?);
+        }
+        // First with sizes unknown, so that one request asks for all that matter; then those again, with sizes.
+        let recorder = Recorder { inner: store, wanted: Mutex::default() };
+        let mut summaries = HashMap::with_capacity(metas.len());
+        let mut again = Vec::new();
+        let mut wanted = Vec::new();
+        for (&id, meta) in &metas {
+            let meta = match meta {
+                Ok(meta) => meta,
+                Err(error) => {
+                    tracing::warn!(object = %id, "cannot be shown: {error}");
+                    summaries.insert(id, Summary::broken(id, None, error));
+                    continue;
+                }
+            };
+            let summary = summarize(meta, &recorder);
+            let sizes = recorder.take();
+            if sizes.is_empty() {
+                summaries.insert(id, summary);
+            } else {
+                wanted.extend(sizes);
+                again.push(meta);
+            }
+        }
+        if !wanted.is_empty() {
+            store.prepare(&wanted)?;
+            summaries.extend(again.into_iter().map(|meta| (meta.id(), summarize(meta, store))));
+        }
+        let missing = ids.iter().copied().filter(|id| !metas.contains_key(id)).collect();
+        for summary in summaries.values() {
+            if let Some(reason) = &summary.broken {
+                tracing::warn!(object = %summary.id, "cannot be shown: {}", reason.escape_debug());
+            }
+        }
+        self.known().summaries.extend(summaries.into_iter().map(|(id, s)| (id, Arc::new(s))));
+        Ok(missing)
+    }
+
+    /// The whole object.
+    ///
+    /// # Errors
+    /// `Stale` if it does not exist any more, `Malformed` if it cannot be shown.
+    pub fn load(&self, store: &dyn Store, id: ObjectId) -> Result<Arc<Loaded>> {
+        {
+            let mut known = self.known();
+            known.clock += 1;
+            let now = known.clock;
+            if let Some((loaded, used)) = known.loaded.get_mut(&id) {
+                *used = now;
+                return Ok(loaded.clone());
+            }
+        }
+        let mut metas = store.metas(&[id], false)?;
+        if metas.is_empty() {
+            metas = store.metas(&[id], true)?;
+        }
+        let meta = metas.remove(&id).ok_or_else(|| Error::stale(format!("object {id} was deleted")))??;
+        let dataset = dataset::decode(&meta, store)?;
+        let recipe = recipe_of(&meta)?;
+        let loaded = Arc::new(Loaded { meta, dataset, recipe, images: Mutex::default(), checked: OnceLock::new() });
+        let mut known = self.known();
+        let now = known.clock;
+        let loaded = known.loaded.entry(id).or_insert((loaded, now)).0.clone();
+        if known.loaded.len() > LOADED_KEPT {
+            let oldest = known
+                .loaded
+                .iter()
+                .filter(|(_, (object, _))| Arc::strong_count(object) == 1)
+                .min_by_key(|(_, (_, used))| *used)
+                .map(|(id, _)| *id);
+            if let Some(oldest) = oldest {
+                known.loaded.remove(&oldest);
+            }
+        }
+        Ok(loaded)
+    }
+
+    /// Remembers the size of a view that had to be encoded to be known.
+    pub fn learn_size(&self, id: ObjectId, view: View, size: u64) {
+        let mut known = self.known();
+        if let Some(summary) = known.summaries.get_mut(&id) {
+            if summary.view(view) == Some(None) {
+                let summary = Arc::make_mut(summary);
+                summary.sizes.iter_mut().filter(|(v, _)| *v == view).for_each(|(_, s)| *s = Some(size));
+            }
+        }
+    }
+}
+
+fn summarize(meta: &Meta, source: &dyn BlobSource) -> Summary {
+    let described = dataset::decode(meta, source).and_then(|dataset| {
+        let mut sizes: Vec<(View, Option<u64>)> = Vec::new();
+        for view in image::views_of(&dataset) {
+            // Feather is the same file under another name: not worth laying out again.
+            let same = sizes.iter().find(|(v, _)| *v == View::Arrow && view == View::Feather).map(|(_, size)| *size);
+            let size = same.map_or_else(|| image::size(&dataset, view), Ok)?;
+            sizes.push((view, size));
+        }
+        let mut listed = image::listed_view(&dataset);
+        if let Some(recipe) = recipe_of(meta)? {
+            let written = view_of(recipe.view);
+            sizes.retain(|(view, _)| *view != written);
+            sizes.push((written, Some(recipe.size)));
+            listed = written;
+        }
+        Ok((dataset, sizes, listed))
+    });
+    match described {
+        Ok((dataset, sizes, listed)) => Summary {
+            id: meta.id(),
+            instance: meta.instance(),
+            signature: meta.signature(),
+            typename: meta.typename().into(),
+            created: created(Some(meta)),
+            rows: dataset.rows(),
+            listed,
+            sizes: sizes.into(),
+            broken: None,
+            attributes: FileAttributes::of(meta).map(Arc::new),
+        },
+        Err(error) => Summary::broken(meta.id(), Some(meta), &error),
+    }
+}
+
+/// The view of a format that files are written in.
+pub fn view_of(written: Written) -> View {
+    match written {
+        Written::Arrow => View::Arrow,
+        Written::Feather => View::Feather,
+        Written::Parquet => View::Parquet,
+        Written::Npy => View::Npy,
+        Written::Pickle => View::Pickle,
+        Written::Plain => View::Raw,
+    }
+}
+
+/// The bytes of the file that an object was written as.
+fn written_image(recipe: &Recipe) -> Image {
+    let mut file = image::Builder::new();
+    for span in &recipe.spans {
+        file.span(span.clone());
+    }
+    file.finish()
+}
+
+/// A source that answers every size with 0 and remembers that it was asked.
+struct Recorder<'a> {
+    inner: &'a dyn Store,
+    wanted: Mutex<Vec<BlobKey>>,
+}
+
+impl Recorder<'_> {
+    fn take(&self) -> Vec<BlobKey> {
+        std::mem::take(&mut self.wanted.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    fn want(&self, key: BlobKey) {
+        self.wanted.lock().unwrap_or_else(|e| e.into_inner()).push(key);
+    }
+}
+
+impl BlobSource for Recorder<'_> {
+    fn size(&self, key: BlobKey) -> Result<u64> {
+        self.want(key);
+        Ok(0)
+    }
+    fn read(&self, key: BlobKey, _offset: u64, _out: &mut [u8]) -> Result<()> {
+        self.want(key);
+        Err(Error::new(Kind::Internal, "not while sizes are unknown"))
+    }
+    fn prepare(&self, _keys: &[BlobKey]) -> Result<()> {
+        Ok(())
+    }
+    fn verify(&self, keys: &[BlobKey]) -> Result<()> {
+        self.inner.verify(keys)
+    }
+    fn blob(&self, key: BlobKey) -> Result<Option<Blob>> {
+        self.want(key);
+        Err(Error::new(Kind::Internal, "not while sizes are unknown"))
+    }
+}

@@ -1,0 +1,203 @@
+//! Opening and reading published views.
+
+use std::sync::Arc;
+
+use super::inode::{Inode, Mode, Node, ViewNode};
+use super::objects::Loaded;
+use super::resolve::Target;
+use super::{Caller, FileSystem, Handle, Opened, Serve, ServePolicy, Serving};
+use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+
+/// Files below this size are not worth a memory file: one request and a page serve them.
+const SMALL: u64 = 64 << 10;
+/// A table of more columns is likely to be read in part.
+const WIDE_COLUMNS: usize = 32;
+/// A wide table below this size is assembled all the same: that takes less than a few requests.
+const WIDE_SIZE: u64 = 32 << 20;
+
+pub(super) fn wants_write(flags: i32) -> bool {
+    flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0
+}
+
+impl FileSystem {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// `Stale` if the name leads to another object by now: the kernel looks the name up again and opens what it finds.
+    /// `ReadOnly` for a write to a read-only mount, `IsDirectory`, and why the object cannot be shown.
+    pub fn open(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
+        self.follow_store()?;
+        let inode = self.inode(ino)?;
+        if wants_write(flags) {
+            self.writable()?;
+        }
+        match &inode.node {
+            Node::Directory { .. } => Err(Error::new(Kind::IsDirectory, "is a directory")),
+            Node::Staged(staged) => self.open_staged(&inode, staged, flags, caller),
+            Node::View(view) if wants_write(flags) => Err(self.open_view_for_writing(view, flags, caller)),
+            Node::View(view) => self.open_view(&inode, view),
+        }
+    }
+
+    fn open_view(&self, inode: &Arc<Inode>, view: &ViewNode) -> Result<Opened> {
+        if self.object_of(&view.name)? != Some(view.object) {
+            return Err(Error::stale(format!("{:?} has another value now", view.name)));
+        }
+        if let Some(reason) = &view.summary.broken {
+            tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {}", reason.escape_debug());
+            return Err(Error::malformed(reason.to_string()));
+        }
+        // The first open chooses the mode, and whoever comes meanwhile waits for it: one inode has one mode.
+        let mut state = inode.state();
+        let mode = match &state.mode {
+            Some(mode) => mode.clone(),
+            None => self.choose_mode(view, state.bytes_read)?,
+        };
+        state.mode = Some(mode.clone());
+        state.opens += 1;
+        drop(state);
+        if matches!(mode, Mode::Lazy { .. }) {
+            *self.lazy_opens().entry(view.object).or_default() += 1;
+        }
+        let serve = match &mode {
+            Mode::Assembled(file) => file.file().backing.map_or(Serve::Cached, Serve::Passthrough),
+            Mode::Lazy { .. } => Serve::Cached,
+        };
+        Ok(Opened { fh: self.add_handle(Handle::View), serve, no_flush: true })
+    }
+
+    fn choose_mode(&self, view: &ViewNode, bytes_read: u64) -> Result<Mode> {
+        // What was assembled, or written through this mount, needs no look at the object.
+        if self.host.serving() == Serving::Passthrough && self.options.serve != ServePolicy::Lazy {
+            if let Some(assembled) = self.cache.get(view.object, view.view) {
+                return Ok(Mode::Assembled(assembled));
+            }
+        }
+        let loaded = self.objects.load(&*self.store, view.object)?;
+        let image = loaded.image(view.view, &*self.store).inspect_err(|error| {
+            tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {error}");
+        })?;
+        self.objects.learn_size(view.object, view.view, image.size());
+        if self.assembled_pays(&loaded, &image, bytes_read) {
+            match self.cache.assemble(view.object, view.view, &image, &*self.store) {
+                Ok(assembled) => return Ok(Mode::Assembled(assembled)),
+                // No room for it: it can still be read from the blobs.
+                Err(error) if matches!(error.kind(), Kind::Full | Kind::Os(_)) => {
+                    tracing::info!(name = ?view.name, "served without a memory file: {error}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Mode::Lazy { loaded, image })
+    }
+
+    /// The policy: whether a file is assembled at its first open or served from the blobs.
+    ///
+    /// Assembling costs about 0.2 s per GiB once, and every read after it costs half of what a tmpfs file costs. A
+    /// small file, or one of which a reader probably wants a part, is better served from the blobs; if most of it was
+    /// read that way, its next first open assembles it.
+    fn assembled_pays(&self, loaded: &Loaded, image: &Image, bytes_read: u64) -> bool {
+        let size = image.size();
+        let local = self.store.instance().is_ok_and(|instance| instance.id == loaded.meta.instance());
+        if self.host.serving() != Serving::Passthrough || size == 0 || size > self.options.cache_size {
+            return false;
+        }
+        match self.options.serve {
+            ServePolicy::Lazy => false,
+            ServePolicy::Assembled => true,
+            ServePolicy::Auto => {
+                let columns = loaded.dataset.table().map_or(0, |table| table.schema.fields().len());
+                let wide = columns > WIDE_COLUMNS && size > WIDE_SIZE;
+                let mostly_read = bytes_read >= size / 2;
+                size > SMALL && local && (!wide || mostly_read)
+            }
+        }
+    }
+
+    /// Reads bytes `offset..offset + size`, cut at the end of the file. Never less: a short answer inside the file
+    /// would be silent corruption.
+    ///
+    /// # Errors
+    /// `Stale` if the object was deleted by someone else: its memory may hold other bytes by now.
+    pub fn read(&self, ino: u64, _fh: u64, offset: u64, size: u32) -> Result<Vec<u8>> {
+        let inode = self.inode(ino)?;
+        let view = match &inode.node {
+            Node::Directory { .. } => return Err(Error::new(Kind::IsDirectory, "is a directory")),
+            Node::Staged(staged) => return staged.read(offset, size),
+            Node::View(view) => view,
+        };
+        let mode = inode.state().mode.clone();
+        let mode = match mode {
+            Some(mode) => mode,
+            // Opened before the server was replaced: reads come as requests, so it was lazy.
+            None => {
+                let loaded = self.objects.load(&*self.store, view.object)?;
+                let image = loaded.image(view.view, &*self.store)?;
+                let mode = Mode::Lazy { loaded, image };
+                inode.state().mode.get_or_insert(mode).clone()
+            }
+        };
+        let image_size = match &mode {
+            Mode::Lazy { image, .. } => image.size(),
+            Mode::Assembled(file) => file.size(),
+        };
+        let end = offset.saturating_add(u64::from(size)).min(image_size);
+        if offset >= end {
+            return Ok(Vec::new());
+        }
+        let mut out = vec![0; (end - offset) as usize];
+        match &mode {
+            Mode::Lazy { image, .. } => {
+                let blobs = image.blobs(offset..end);
+                self.store.prepare(&blobs)?;
+                image.read(&*self.store, offset, &mut out)?;
+                // The copy is whole; now it must still be this object's memory.
+                self.store.verify(&blobs)?;
+                inode.state().bytes_read += out.len() as u64;
+            }
+            Mode::Assembled(assembled) => {
+                use std::os::unix::fs::FileExt;
+                assembled.file().file.read_exact_at(&mut out, offset)?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Closes a file. Comes once for each successful open, and also when the kernel refused what was granted.
+    pub fn release(&self, ino: u64, fh: u64) {
+        let handle = self.handles().remove(&fh);
+        let Some(inode) = self.inodes.get(ino) else { return };
+        match &inode.node {
+            Node::Staged(staged) => self.release_staged(&inode, staged, handle),
+            Node::View(view) => {
+                let mut state = inode.state();
+                state.opens = state.opens.saturating_sub(1);
+                let last = state.opens == 0;
+                let lazy = matches!(state.mode, Some(Mode::Lazy { .. }));
+                if last {
+                    state.mode = None;
+                }
+                let forgotten = last && state.lookups == 0;
+                drop(state);
+                if lazy {
+                    self.end_lazy_open(view.object);
+                }
+                if forgotten {
+                    self.inodes.forget(ino, 0);
+                }
+            }
+            Node::Directory { .. } => {}
+        }
+    }
+
+    /// A write open of a published view: makes or finds the file that will replace it, and answers `Stale`, so that
+    /// the kernel looks the name up again and opens that file. Readers keep the inode that they have.
+    fn open_view_for_writing(&self, view: &ViewNode, flags: i32, caller: Caller) -> Error {
+        let target = Target::new(&view.directory, &view.component);
+        match self.stage_view(&target, view, flags, caller) {
+            Ok(()) => Error::stale(format!("{:?} is being replaced", view.name)),
+            Err(error) => error,
+        }
+    }
+}

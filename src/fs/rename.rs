@@ -1,0 +1,351 @@
+//! Names: mkdir, rmdir, unlink, rename.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use super::inode::{Inodes, Node, ViewNode};
+use super::resolve::{Found, Target};
+use super::staging::Staged;
+use super::{Caller, Entry, FileSystem, name};
+use crate::error::{Error, Kind, Result};
+use crate::image::View;
+
+impl FileSystem {
+    fn target(&self, parent: u64, name: &OsStr) -> Result<Target> {
+        Ok(Target::new(&self.directory_name(parent)?, name::component(name)?))
+    }
+
+    /// Makes a directory; it exists for as long as the mount, or while a name lies under it.
+    ///
+    /// # Errors
+    /// `Exists`; `ReadOnly`.
+    pub fn mkdir(&self, parent: u64, name: &OsStr, _mode: u32, _umask: u32, caller: Caller) -> Result<Entry> {
+        self.writable()?;
+        let target = self.target(parent, name)?;
+        match self.resolve(&target, caller.pid)? {
+            Some(Found::Directory { .. }) if caller.resent => {}
+            // A dataset whose own name is the directory's, without extension, is not in the way: its file is its view.
+            Some(Found::View(view)) if view.name == target.plain && view.view != View::Raw && target.view.is_none() => {
+            }
+            Some(_) => return Err(Error::new(Kind::Exists, "the name exists")),
+            None => {}
+        }
+        self.staging.add_directory(target.plain.clone());
+        self.enter(&target, Found::Directory { name: target.plain.clone() })
+    }
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    /// `NotEmpty`, `NotFound`, `NotDirectory`.
+    pub fn rmdir(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<()> {
+        self.writable()?;
+        let target = self.target(parent, name)?;
+        match self.resolve(&target, caller.pid)? {
+            Some(Found::Directory { name }) => {
+                if !self.is_empty_directory(&name)? {
+                    return Err(Error::new(Kind::NotEmpty, "the directory is not empty"));
+                }
+                self.staging.remove_directory(&name);
+                Ok(())
+            }
+            Some(_) => Err(Error::new(Kind::NotDirectory, "not a directory")),
+            None if caller.resent => Ok(()),
+            None => Err(Error::not_found("no such directory")),
+        }
+    }
+
+    /// Removes a file. The dataset goes with all its views; open files stay readable.
+    ///
+    /// # Errors
+    /// `NotFound`, `IsDirectory`, what the store answers.
+    pub fn unlink(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<()> {
+        self.writable()?;
+        let target = self.target(parent, name)?;
+        match self.resolve(&target, 0)? {
+            Some(Found::Directory { .. }) => Err(Error::new(Kind::IsDirectory, "is a directory")),
+            Some(Found::Staged(staged)) => self.unlink_staged(&staged),
+            Some(Found::View(view)) => self.remove_dataset(&view),
+            None if caller.resent => Ok(()),
+            None => Err(Error::not_found("no such file")),
+        }
+    }
+
+    fn unlink_staged(&self, staged: &Arc<Staged>) -> Result<()> {
+        // A publish that is under way ends first; none starts afterwards.
+        let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
+        let (published, replaces, directory) = {
+            let state = staged.state();
+            (state.published.clone(), state.replaces.clone(), state.target.directory.clone())
+        };
+        let named = published.or_else(|| replaces.map(|view| (view.name, view.object)));
+        if let Some((name, object)) = named {
+            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            if self.object_of(&name)? == Some(object) {
+                self.keep_directory(&directory);
+                self.store.drop_name(&name)?;
+                self.delete_unnamed(object);
+            }
+        }
+        self.staging.detach(staged);
+        staged.state().detached = true;
+        Ok(())
+    }
+
+    fn remove_dataset(&self, view: &ViewNode) -> Result<()> {
+        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        self.keep_directory(&view.directory);
+        // Somebody may have replaced it since the lookup: the name goes with what it points to now.
+        let object = self.object_of(&view.name)?;
+        self.store.drop_name(&view.name)?;
+        if let Some(object) = object {
+            self.delete_unnamed(object);
+        }
+        Ok(())
+    }
+
+    /// A directory from which the last name goes stays until `rmdir`, as on any filesystem.
+    fn keep_directory(&self, directory: &str) {
+        if directory != self.options.prefix {
+            self.staging.add_directory(directory.to_owned());
+        }
+    }
+
+    /// Renames a file or a directory.
+    ///
+    /// # Errors
+    /// `Exists` with `RENAME_NOREPLACE`; `NotEmpty`, `IsDirectory`, `NotDirectory` as POSIX says; why the content
+    /// could not be published under the new name.
+    pub fn rename(
+        &self,
+        parent: u64,
+        name: &OsStr,
+        new_parent: u64,
+        new_name: &OsStr,
+        flags: u32,
+        caller: Caller,
+    ) -> Result<()> {
+        self.writable()?;
+        let from = self.target(parent, name)?;
+        let to = self.target(new_parent, new_name)?;
+        let source = self.resolve(&from, 0)?;
+        let there = self.resolve(&to, 0)?;
+        let Some(source) = source else {
+            let done = caller.resent && there.is_some();
+            return if done { Ok(()) } else { Err(Error::not_found("no such file")) };
+        };
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            let there = there.ok_or_else(|| Error::not_found("nothing to exchange with"))?;
+            return self.exchange(&from, source, &to, there);
+        }
+        if flags & !libc::RENAME_NOREPLACE != 0 {
+            return Err(Error::new(Kind::Invalid, "unknown rename flags"));
+        }
+        if from.path() == to.path() {
+            return Ok(());
+        }
+        if flags & libc::RENAME_NOREPLACE != 0 && there.is_some() {
+            return Err(Error::new(Kind::Exists, "the new name exists"));
+        }
+        match (source, there) {
+            (Found::Directory { name }, there) => self.rename_directory(&name, &to, there),
+            (_, Some(Found::Directory { .. })) => Err(Error::new(Kind::IsDirectory, "the new name is a directory")),
+            (Found::Staged(staged), there) => self.rename_staged(&staged, to, there),
+            (Found::View(view), there) => self.rename_view(&view, &to, there),
+        }
+    }
+
+    fn rename_directory(&self, from: &str, to: &Target, there: Option<Found>) -> Result<()> {
+        match there {
+            Some(Found::Directory { name }) if name == from => return Ok(()),
+            Some(Found::Directory { name }) if !self.is_empty_directory(&name)? => {
+                return Err(Error::new(Kind::NotEmpty, "the new name is a directory that is not empty"));
+            }
+            Some(Found::Directory { .. }) | None => {}
+            Some(_) => return Err(Error::new(Kind::NotDirectory, "the new name is a file")),
+        }
+        if to.plain.starts_with(&format!("{from}/")) {
+            return Err(Error::new(Kind::Invalid, "a directory cannot move into itself"));
+        }
+        for staged in self.staging.tree(from) {
+            let mut target = staged.state().target.clone();
+            target.directory = format!("{}{}", to.plain, &target.directory[from.len()..]);
+            let target = Target::new(&target.directory, &target.component);
+            self.move_staged(&staged, target)?;
+        }
+        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        for (name, object) in self.names_below(&format!("{from}/"))? {
+            self.store.put_name(&format!("{}{}", to.plain, &name[from.len()..]), object)?;
+            self.store.drop_name(&name)?;
+        }
+        self.staging.remove_directory(&to.plain);
+        self.staging.rename_directories(from, &to.plain);
+        self.staging.add_directory(to.plain.clone());
+        Ok(())
+    }
+
+    /// Moves a staged file, and the name of what it published, to another path of the same format.
+    fn move_staged(&self, staged: &Arc<Staged>, target: Target) -> Result<()> {
+        let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((name, object)) = staged.published() {
+            let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| *dataset == name);
+            let new_name = if native { target.dataset().to_owned() } else { target.plain.clone() };
+            if new_name != name {
+                self.point_name(&new_name, object, &[target.dataset(), &target.plain])?;
+                self.store.drop_name(&name)?;
+            }
+            staged.state().published = Some((new_name, object));
+        }
+        self.staging.move_to(staged, target);
+        Ok(())
+    }
+
+    fn rename_staged(&self, staged: &Arc<Staged>, to: Target, there: Option<Found>) -> Result<()> {
+        let (format, replaces) = {
+            let state = staged.state();
+            (state.target.view.as_ref().map(|(_, view)| *view), state.replaces.clone())
+        };
+        let new_format = to.view.as_ref().map(|(_, view)| *view);
+        let old_directory = staged.state().target.directory.clone();
+        self.keep_directory(&old_directory);
+        if let Some(Found::Staged(other)) = &there {
+            if !Arc::ptr_eq(other, staged) {
+                // What it published is replaced with the name; what it did not publish ends here.
+                let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
+                self.staging.detach(other);
+                other.state().detached = true;
+            }
+        }
+        if let Some(view) = replaces {
+            // The version under the old path goes with the path.
+            self.remove_dataset(&view)?;
+            staged.state().replaces = None;
+        }
+        if format == new_format || staged.published().is_none() {
+            self.move_staged(staged, to)?;
+            // A file that was closed before it was moved is published here, and its errors are this call's.
+            let idle = staged.state().writers.is_empty();
+            return if idle { self.publish_settled(staged) } else { Ok(()) };
+        }
+        // Another extension: the bytes are looked at anew and published under the new name, then the old one goes.
+        let former = staged.published();
+        self.staging.move_to(staged, to);
+        {
+            let mut state = staged.state();
+            state.published = None;
+            state.clean = None;
+        }
+        self.publish_settled(staged)?;
+        if let Some((name, object)) = former {
+            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            if self.object_of(&name)? == Some(object) {
+                self.store.drop_name(&name)?;
+                self.delete_unnamed(object);
+            }
+        }
+        Ok(())
+    }
+
+    fn rename_view(&self, view: &ViewNode, to: &Target, there: Option<Found>) -> Result<()> {
+        self.keep_directory(&view.directory);
+        let plain_to_plain = view.view == View::Raw && to.view.is_none();
+        let same_view = view.view != View::Raw && to.view.as_ref().is_some_and(|(_, v)| *v == view.view);
+        if !(plain_to_plain || same_view) {
+            // Bytes move as they are; what they become is decided by the new name.
+            let attributes = view.summary.attributes.as_deref().cloned().unwrap_or_default();
+            let staged = self.stage(to.clone(), attributes, None)?;
+            let moved = self.copy_view(view, &staged).and_then(|()| self.publish_changed(&staged));
+            if let Err(error) = moved {
+                self.staging.detach(&staged);
+                return Err(error);
+            }
+            let replaced_itself = staged.published().is_some_and(|(name, _)| name == view.name);
+            return if replaced_itself { Ok(()) } else { self.remove_dataset(view) };
+        }
+        if let Some(Found::Staged(other)) = &there {
+            let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
+            self.staging.detach(other);
+            other.state().detached = true;
+        }
+        let name = if same_view { to.dataset() } else { &to.plain };
+        if name == view.name {
+            return Ok(());
+        }
+        self.point_name(name, view.object, &[to.dataset(), &to.plain])?;
+        self.store.drop_name(&view.name)
+    }
+
+    /// `RENAME_EXCHANGE`: two published files of one format, or two directories, change places.
+    fn exchange(&self, from: &Target, source: Found, to: &Target, there: Found) -> Result<()> {
+        let settled = |found: Found| -> Result<Found> {
+            let Found::Staged(staged) = &found else { return Ok(found) };
+            self.publish_changed(staged)?;
+            if !staged.state().writers.is_empty() || staged.published().is_none() {
+                return Err(Error::new(Kind::Busy, "a file that is being written is not exchanged"));
+            }
+            self.staging.detach(staged);
+            let target = staged.state().target.clone();
+            self.resolve(&target, 0)?.ok_or_else(|| Error::not_found("removed meanwhile"))
+        };
+        match (settled(source)?, settled(there)?) {
+            (Found::View(a), Found::View(b)) if a.view == b.view => {
+                let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+                self.store.put_name(&a.name, b.object)?;
+                self.store.put_name(&b.name, a.object)
+            }
+            (Found::Directory { name: a }, Found::Directory { name: b }) => {
+                let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+                let (left, right) = (self.names_below(&format!("{a}/"))?, self.names_below(&format!("{b}/"))?);
+                for (name, _) in left.iter().chain(&right) {
+                    self.store.drop_name(name)?;
+                }
+                for (name, object) in &left {
+                    self.store.put_name(&format!("{b}{}", &name[a.len()..]), *object)?;
+                }
+                for (name, object) in &right {
+                    self.store.put_name(&format!("{a}{}", &name[b.len()..]), *object)?;
+                }
+                self.staging.add_directory(a);
+                self.staging.add_directory(b);
+                Ok(())
+            }
+            _ => Err(Error::new(
+                Kind::Invalid,
+                format!("{:?} and {:?} are of different kinds and cannot be exchanged", from.path(), to.path()),
+            )),
+        }
+    }
+
+    /// Symbolic links are not kept.
+    ///
+    /// # Errors
+    /// Always `NotPermitted`.
+    pub fn symlink(&self, _parent: u64, _name: &OsStr, _target: &OsStr, _caller: Caller) -> Result<Entry> {
+        Err(Error::new(Kind::NotPermitted, "symbolic links are not kept"))
+    }
+
+    /// There are no symbolic links.
+    ///
+    /// # Errors
+    /// Always `Invalid`.
+    pub fn readlink(&self, _ino: u64) -> Result<Vec<u8>> {
+        Err(Error::new(Kind::Invalid, "not a symbolic link"))
+    }
+
+    /// Takes lookups back.
+    pub fn forget(&self, ino: u64, count: u64) {
+        let node = self.inodes.get(ino).map(|inode| inode.node.clone());
+        self.inodes.forget(ino, count);
+        // A published file that the kernel forgot is found through the store from now on.
+        if let Some(Node::Staged(staged)) = node {
+            if self.inodes.get(ino).is_none() && staged.published().is_some() && !staged.is_dirty().unwrap_or(true) {
+                self.staging.detach(&staged);
+            }
+        }
+    }
+
+    /// Number of a directory by name, for tools.
+    pub fn directory_number(name: &str) -> u64 {
+        Inodes::directory_number(name)
+    }
+}

@@ -1,0 +1,263 @@
+//! From a path to what is there: lookup, and finding inodes again after a restart of the server.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::inode::{Inode, Inodes, Node, ViewNode};
+use super::objects::Summary;
+use super::staging::Staged;
+use super::{Caller, Entry, FileSystem, name};
+use crate::error::{Error, Kind, Result};
+use crate::image::View;
+use crate::vineyard::ObjectId;
+use crate::vineyard::store::{NameQuery, NamedObject};
+
+/// What a path leads to.
+#[derive(Clone, Debug)]
+pub(super) enum Found {
+    /// Names lie below it, or it was made with `mkdir`.
+    Directory {
+        /// Full name.
+        name: String,
+    },
+    /// A view of a published object.
+    View(ViewNode),
+    /// A file that this mount is writing or has written.
+    Staged(Arc<Staged>),
+}
+
+/// A path cut into what the name map may know it as.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    /// Full name of the directory.
+    pub directory: String,
+    /// File name, as the kernel gave it.
+    pub component: String,
+    /// The name of a plain file (or of a directory) at this path.
+    pub plain: String,
+    /// The name of the dataset whose view this path is, and the format, if the extension is one of a view.
+    pub view: Option<(String, View)>,
+}
+
+impl Target {
+    pub(super) fn new(directory: &str, component: &str) -> Target {
+        let view = component.rsplit_once('.').and_then(|(stem, extension)| {
+            let view = View::from_extension(extension)?;
+            (!stem.is_empty()).then(|| (name::join(directory, &name::decode_part(stem)), view))
+        });
+        Target {
+            directory: directory.to_owned(),
+            component: component.to_owned(),
+            plain: name::join(directory, &name::decode_part(component)),
+            view,
+        }
+    }
+
+    /// The node of a view at this path.
+    pub(super) fn view_node(&self, name: String, object: ObjectId, view: View, summary: Arc<Summary>) -> ViewNode {
+        let (directory, component) = (self.directory.clone(), self.component.clone());
+        ViewNode { directory, component, name, object, view, summary }
+    }
+
+    /// The path below the mount's root; what inode numbers are made of.
+    pub(super) fn path(&self) -> String {
+        name::join(&self.directory, &self.component)
+    }
+
+    /// Name under which a file of the view's format is published.
+    pub(super) fn dataset(&self) -> &str {
+        self.view.as_ref().map_or(&self.plain, |(name, _)| name)
+    }
+
+    pub(super) fn queries(&self) -> Vec<NameQuery> {
+        let mut queries = vec![
+            NameQuery::Exact(self.plain.clone()),
+            NameQuery::Prefix { prefix: format!("{}/", self.plain), limit: Some(1) },
+        ];
+        queries.extend(self.view.iter().map(|(name, _)| NameQuery::Exact(name.clone())));
+        queries
+    }
+}
+
+impl FileSystem {
+    /// The name prefix of a directory inode.
+    pub(super) fn directory_name(&self, ino: u64) -> Result<String> {
+        match &self.inode(ino)?.node {
+            Node::Directory { name } => Ok(name.clone()),
+            _ => Err(Error::new(Kind::NotDirectory, "not a directory")),
+        }
+    }
+
+    /// What is at a path, for a process. The name map is asked anew each time.
+    pub(super) fn resolve(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
+        let staged = self.staging.at(&target.path());
+        if let Some(staged) = staged.filter(|_| !self.staging.take_redirect(&target.path(), pid)) {
+            if staged.is_current_version(&*self.store)? {
+                return Ok(Some(Found::Staged(staged)));
+            }
+            self.staging.detach(&staged);
+        }
+        if self.staging.has_directory(&target.plain) {
+            return Ok(Some(Found::Directory { name: target.plain.clone() }));
+        }
+        if let Some((hash, rest)) = name::split_hash(&target.component) {
+            if let Some(found) = self.resolve_hashed(target, hash, rest)? {
+                return Ok(Some(found));
+            }
+        }
+        let mut answers = self.store.names(&target.queries())?.into_iter();
+        let plain = answers.next().unwrap_or_default();
+        let below = answers.next().unwrap_or_default();
+        let dataset = answers.next().unwrap_or_default();
+        if !below.is_empty() {
+            return Ok(Some(Found::Directory { name: target.plain.clone() }));
+        }
+        if let Some((name, object)) = plain.into_iter().next() {
+            if let Some(summary) = self.objects.summary(&*self.store, object)? {
+                // A name that carries the extension of one of its views is that view; any other is the listed one.
+                let named = target.view.as_ref().map(|(_, view)| *view).filter(|view| summary.view(*view).is_some());
+                let view = if summary.view(View::Raw).is_some() { View::Raw } else { named.unwrap_or(summary.listed) };
+                return Ok(Some(Found::View(target.view_node(name, object, view, summary))));
+            }
+        }
+        let Some((_, view)) = target.view else { return Ok(None) };
+        let Some((name, object)) = dataset.into_iter().next() else { return Ok(None) };
+        let summary = self.objects.summary(&*self.store, object)?;
+        Ok(summary
+            .filter(|summary| summary.view(view).is_some())
+            .map(|summary| Found::View(target.view_node(name, object, view, summary))))
+    }
+
+    /// Finds the name behind a shortened file name, by looking at all names of the directory.
+    fn resolve_hashed(&self, target: &Target, hash: u64, rest: &str) -> Result<Option<Found>> {
+        let directory = &target.directory;
+        let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
+        let names = self.names_below(&prefix)?;
+        for (name, object) in names {
+            // The hash is of the name up to the end of this path's part.
+            let part_end = name[prefix.len()..].find('/').map(|at| prefix.len() + at);
+            let whole = &name[..part_end.unwrap_or(name.len())];
+            if name::stable_hash(&[whole.as_bytes()]) != hash {
+                continue;
+            }
+            if part_end.is_some() {
+                return Ok(Some(Found::Directory { name: whole.to_owned() }));
+            }
+            let Some(summary) = self.objects.summary(&*self.store, object)? else { continue };
+            let view = match rest.strip_prefix('.').map(View::from_extension) {
+                Some(Some(view)) if summary.view(view).is_some() => view,
+                _ if rest.is_empty() => summary.listed,
+                _ => continue,
+            };
+            return Ok(Some(Found::View(target.view_node(name, object, view, summary))));
+        }
+        Ok(None)
+    }
+
+    /// All names that begin with a prefix, in byte order.
+    pub(super) fn names_below(&self, prefix: &str) -> Result<Vec<NamedObject>> {
+        let query = NameQuery::Prefix { prefix: prefix.to_owned(), limit: None };
+        Ok(self.store.names(&[query])?.into_iter().next().unwrap_or_default())
+    }
+
+    /// The object that a name points to now.
+    pub(super) fn object_of(&self, name: &str) -> Result<Option<ObjectId>> {
+        let answers = self.store.names(&[NameQuery::Exact(name.to_owned())])?;
+        Ok(answers.into_iter().flatten().next().map(|(_, id)| id))
+    }
+
+    /// Looks a name up in a directory.
+    ///
+    /// # Errors
+    /// `NotFound`; `NameTooLong`; what the store answers.
+    pub fn lookup(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<Entry> {
+        self.follow_store()?;
+        let directory = self.directory_name(parent)?;
+        let target = Target::new(&directory, name::component(name)?);
+        match self.resolve(&target, caller.pid)? {
+            Some(found) => self.enter(&target, found),
+            None => Err(Error::not_found(format!("no dataset behind {:?}", target.path()))),
+        }
+    }
+
+    /// Makes the inode of what was found, counts a lookup, and describes it.
+    pub(super) fn enter(&self, target: &Target, found: Found) -> Result<Entry> {
+        let (ino, node) = self.node_of(target, found);
+        let inode = self.inodes.look_up(ino, || node);
+        self.entry(&inode)
+    }
+
+    pub(super) fn node_of(&self, target: &Target, found: Found) -> (u64, Node) {
+        match found {
+            Found::Directory { name } if name == self.options.prefix => (super::ROOT, Node::Directory { name }),
+            Found::Directory { name } => (Inodes::directory_number(&name), Node::Directory { name }),
+            Found::View(view) => (self.inodes.view_number(&target.path(), view.object, view.view), Node::View(view)),
+            Found::Staged(staged) => (staged.ino(), Node::Staged(staged)),
+        }
+    }
+
+    /// Attributes and how long they hold.
+    pub(super) fn entry(&self, inode: &Arc<Inode>) -> Result<Entry> {
+        let (attr, attr_ttl) = self.attributes(inode)?;
+        let entry_ttl = match &inode.node {
+            // Its writer's next lookup may have to find another version.
+            Node::Staged(_) => Duration::ZERO,
+            _ => self.options.entry_ttl,
+        };
+        Ok(Entry { attr, entry_ttl, attr_ttl })
+    }
+
+    /// Finds the inode of a number that a former server gave out: a directory or a view of a name that still points
+    /// to the same object.
+    pub(super) fn recover(&self, ino: u64) -> Result<Option<Arc<Inode>>> {
+        let root = &self.options.prefix;
+        let prefix = if root.is_empty() { String::new() } else { format!("{root}/") };
+        for (name, object) in self.names_below(&prefix)? {
+            let ends = name[prefix.len()..].match_indices('/').map(|(at, _)| prefix.len() + at);
+            for end in ends {
+                if Inodes::directory_number(&name[..end]) == ino {
+                    let node = || Node::Directory { name: name[..end].to_owned() };
+                    return Ok(Some(self.inodes.look_up(ino, node)));
+                }
+            }
+            let (directory, part) = name.rsplit_once('/').unwrap_or(("", &name));
+            for view in View::ALL {
+                for suffix in [suffix(view), String::new()] {
+                    let component = name::encode_part(part, &suffix, &name);
+                    let path = name::join(directory, &component);
+                    if self.inodes.view_number(&path, object, view) != ino {
+                        continue;
+                    }
+                    let Some(summary) = self.objects.summary(&*self.store, object)? else { continue };
+                    let target = Target::new(directory, &component);
+                    let node = || Node::View(target.view_node(name.clone(), object, view, summary));
+                    return Ok(Some(self.inodes.look_up(ino, node)));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The file name under which a listing shows a name: the part itself if it carries the extension of one of the
+    /// object's views, else with the listed view's extension.
+    pub(super) fn listed_component(part: &str, whole: &str, summary: Option<&Summary>) -> String {
+        let suffix = match summary {
+            None => String::new(),
+            Some(summary) if summary.listed == View::Raw || summary.broken.is_some() => String::new(),
+            Some(summary) => {
+                let own = part.rsplit_once('.').and_then(|(_, extension)| View::from_extension(extension));
+                match own {
+                    Some(view) if summary.view(view).is_some() => String::new(),
+                    _ => suffix(summary.listed),
+                }
+            }
+        };
+        name::encode_part(part, &suffix, whole)
+    }
+}
+
+/// The extension of a view with its dot; nothing for raw bytes.
+pub(super) fn suffix(view: View) -> String {
+    view.extension().map_or(String::new(), |extension| format!(".{extension}"))
+}

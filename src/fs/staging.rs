@@ -1,0 +1,413 @@
+//! Files that are being written: memory files of the host's, until they are published and after.
+//!
+//! A staged file is the inode that its writers work on. Readers of the same path go on with the published version while
+//! a writer has it open. Once published, and closed by its writers, the memory file *is* the image of what was written:
+//! it is never changed again, and a later writer gets a file of its own.
+//!
+//! With passthrough the kernel writes the memory file by itself: what was written shows only in its size and times.
+
+use std::collections::{BTreeSet, HashMap};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::cache::MemoryFile;
+use super::inode::{STAGED, ViewNode};
+use super::resolve::Target;
+use super::{Attr, FileKind, Options};
+use crate::dataset::FileAttributes;
+use crate::dataset::attributes::{from_nanos, to_nanos};
+use crate::error::{Context, Error, Kind, Result};
+use crate::vineyard::store::NameQuery;
+use crate::vineyard::{ObjectId, Store};
+
+/// How long a reader that was sent back to the published version may take to look the name up again.
+const REDIRECT: Duration = Duration::from_secs(2);
+/// The coarsest clock tick that file times may have: a change within it may not show.
+const CLOCK_TICK: Duration = Duration::from_millis(20);
+
+/// Size and times of a memory file at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    pub size: u64,
+    mtime: i128,
+    ctime: i128,
+}
+
+/// What changes about a staged file.
+#[derive(Debug)]
+pub(super) struct State {
+    /// Where it will be published.
+    pub target: Target,
+    /// Kept with the object.
+    pub attributes: FileAttributes,
+    /// Attributes changed since they were stored.
+    pub attributes_changed: bool,
+    /// Processes that opened it for writing, one for each open handle.
+    pub writers: Vec<u32>,
+    /// Open handles.
+    pub opens: u64,
+    /// The backing id by which its open handles are served, if they are; one inode is served in one way at a time.
+    pub passthrough: Option<u32>,
+    /// Someone had it open for reading and writing: a shared mapping may still change it, unseen.
+    pub shared_writable: bool,
+    /// Someone opened it for reading: its bytes must not change any more once it is published.
+    pub had_readers: bool,
+    /// The published version that this file replaces.
+    pub replaces: Option<ViewNode>,
+    /// The file as it was when it was last published, and a hash of its bytes if a mapping may change it unseen.
+    pub clean: Option<(Stamp, SystemTime, Option<u64>)>,
+    /// Name and object it was published as.
+    pub published: Option<(String, ObjectId)>,
+    /// Why publishing failed last.
+    pub failed: Option<String>,
+    /// Removed or replaced: nothing may be published any more.
+    pub detached: bool,
+}
+
+/// A staged file.
+#[derive(Debug)]
+pub struct Staged {
+    ino: u64,
+    file: Arc<MemoryFile>,
+    state: Mutex<State>,
+    /// Held while publishing: the same file is published by one thread at a time.
+    pub(super) publishing: Mutex<()>,
+}
+
+impl Staged {
+    /// Inode number.
+    pub fn ino(&self) -> u64 {
+        self.ino
+    }
+
+    pub(super) fn file(&self) -> &Arc<MemoryFile> {
+        &self.file
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(super) fn stamp(&self) -> Result<Stamp> {
+        let meta = self.file.file.metadata().context(|| "stat of a staging file".into())?;
+        let nanos = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+        Ok(Stamp {
+            size: meta.size(),
+            mtime: nanos(meta.mtime(), meta.mtime_nsec()),
+            ctime: nanos(meta.ctime(), meta.ctime_nsec()),
+        })
+    }
+
+    /// Whether its bytes may differ from what was published last.
+    pub(super) fn is_dirty(&self) -> Result<bool> {
+        let stamp = self.stamp()?;
+        let clean = self.state().clean;
+        let Some((published, when, hash)) = clean else { return Ok(true) };
+        if stamp != published {
+            return Ok(true);
+        }
+        if let Some(hash) = hash {
+            return Ok(self.hash()? != hash);
+        }
+        // A write in the same tick of the clock as the last one before publishing would not have moved the times.
+        let changed = UNIX_EPOCH + Duration::from_nanos(u64::try_from(published.mtime.max(0)).unwrap_or(0));
+        Ok(when.duration_since(changed).is_ok_and(|age| age < CLOCK_TICK)
+            && when.elapsed().is_ok_and(|age| age < CLOCK_TICK))
+    }
+
+    /// A hash of all bytes.
+    pub(super) fn hash(&self) -> Result<u64> {
+        use std::hash::Hasher;
+        let mut hasher = twox_hash::XxHash64::with_seed(0);
+        let mut chunk = vec![0; 1 << 20];
+        let mut at = 0;
+        loop {
+            let n = self.file.file.read_at(&mut chunk, at)?;
+            if n == 0 {
+                return Ok(hasher.finish());
+            }
+            hasher.write(&chunk[..n]);
+            at += n as u64;
+        }
+    }
+
+    /// Name and object it was published as, if it was.
+    pub fn published(&self) -> Option<(String, ObjectId)> {
+        self.state().published.clone()
+    }
+
+    /// Attributes that are kept with the object.
+    pub fn attributes(&self) -> FileAttributes {
+        self.state().attributes.clone()
+    }
+
+    /// File name for a listing; `None` if it was removed.
+    pub fn listed_component(&self) -> Option<String> {
+        let state = self.state();
+        (!state.detached).then(|| state.target.component.clone())
+    }
+
+    /// True unless the name leads to a version that somebody else published since.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn is_current_version(&self, store: &dyn Store) -> Result<bool> {
+        let Some((name, object)) = self.published() else { return Ok(true) };
+        if self.is_dirty()? {
+            return Ok(true);
+        }
+        let answer = store.names(&[NameQuery::Exact(name)])?;
+        Ok(answer.into_iter().flatten().next().is_some_and(|(_, id)| id == object))
+    }
+
+    pub(super) fn attr(&self, options: &Options) -> Result<Attr> {
+        let stamp = self.stamp()?;
+        let state = self.state();
+        let changed = from_nanos(i64::try_from(stamp.mtime).unwrap_or(0));
+        // A time that was set by hand holds until the next write.
+        let mtime = match (state.attributes.mtime, &state.clean) {
+            (Some(mtime), _) if to_nanos(changed) <= mtime || state.attributes_changed => from_nanos(mtime),
+            (Some(mtime), Some((clean, ..))) if *clean == stamp => from_nanos(mtime),
+            _ => changed,
+        };
+        Ok(Attr {
+            ino: self.ino,
+            kind: FileKind::File,
+            size: stamp.size,
+            perm: state.attributes.mode.unwrap_or(options.file_mode),
+            nlink: u32::from(!state.detached),
+            uid: state.attributes.uid.unwrap_or(options.uid),
+            gid: state.attributes.gid.unwrap_or(options.gid),
+            atime: state.attributes.atime.map_or(mtime, from_nanos),
+            mtime,
+            ctime: from_nanos(i64::try_from(stamp.ctime).unwrap_or(0)),
+        })
+    }
+
+    pub(super) fn read(&self, offset: u64, size: u32) -> Result<Vec<u8>> {
+        let mut out = vec![0; size as usize];
+        let mut filled = 0;
+        while filled < out.len() {
+            match self.file.file.read_at(&mut out[filled..], offset + filled as u64)? {
+                0 => break,
+                n => filled += n,
+            }
+        }
+        out.truncate(filled);
+        Ok(out)
+    }
+
+    pub(super) fn write(&self, offset: u64, data: &[u8]) -> Result<u32> {
+        self.state().clean = None;
+        self.file.file.write_all_at(data, offset).map_err(full)?;
+        Ok(data.len() as u32)
+    }
+
+    pub(super) fn truncate(&self, size: u64) -> Result<()> {
+        self.state().clean = None;
+        self.file.file.set_len(size).map_err(full)
+    }
+}
+
+/// Says what a full staging area means.
+pub(super) fn full(error: std::io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC) => Error::new(
+            Kind::Full,
+            "the staging area is full; raise --staging-size or close and remove files that failed to publish",
+        ),
+        _ => error.into(),
+    }
+}
+
+/// Use of the staging area.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct StagingStatus {
+    /// Files that are being written or whose bytes are still held here.
+    pub files: usize,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Files whose publishing failed, and why.
+    pub failed: Vec<(String, String)>,
+}
+
+/// All staged files, by path, and the directories that only exist here.
+pub struct Staging {
+    by_path: Mutex<HashMap<String, Arc<Staged>>>,
+    directories: Mutex<BTreeSet<String>>,
+    redirects: Mutex<HashMap<(String, u32), Instant>>,
+    next: AtomicU64,
+}
+
+impl Staging {
+    /// Nothing staged; inode numbers start above `start`.
+    pub fn new(start: u64) -> Self {
+        Staging {
+            by_path: Mutex::default(),
+            directories: Mutex::default(),
+            redirects: Mutex::default(),
+            next: AtomicU64::new(start),
+        }
+    }
+
+    fn by_path(&self) -> MutexGuard<'_, HashMap<String, Arc<Staged>>> {
+        self.by_path.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn directories(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.directories.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The staged file at a path.
+    pub fn at(&self, path: &str) -> Option<Arc<Staged>> {
+        self.by_path().get(path).cloned()
+    }
+
+    /// Puts a new staged file at its path. A former one there goes on without it.
+    pub(super) fn add(
+        &self,
+        file: MemoryFile,
+        target: Target,
+        attributes: FileAttributes,
+        replaces: Option<ViewNode>,
+    ) -> Arc<Staged> {
+        let path = target.path();
+        let state = State {
+            target,
+            attributes,
+            attributes_changed: false,
+            writers: Vec::new(),
+            opens: 0,
+            passthrough: None,
+            shared_writable: false,
+            had_readers: false,
+            replaces,
+            clean: None,
+            published: None,
+            failed: None,
+            detached: false,
+        };
+        let staged = Arc::new(Staged {
+            ino: STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1)),
+            file: Arc::new(file),
+            state: Mutex::new(state),
+            publishing: Mutex::new(()),
+        });
+        self.by_path().insert(path, staged.clone());
+        staged
+    }
+
+    /// Takes a staged file from its path, if it is still the one there.
+    pub(super) fn detach(&self, staged: &Arc<Staged>) {
+        let path = staged.state().target.path();
+        let mut by_path = self.by_path();
+        if by_path.get(&path).is_some_and(|there| Arc::ptr_eq(there, staged)) {
+            by_path.remove(&path);
+        }
+    }
+
+    /// Moves a staged file to another path.
+    pub(super) fn move_to(&self, staged: &Arc<Staged>, target: Target) {
+        self.detach(staged);
+        let path = target.path();
+        staged.state().target = target;
+        self.by_path().insert(path, staged.clone());
+    }
+
+    /// Staged files directly in a directory, in the order of their names.
+    pub(super) fn below(&self, directory: &str) -> Vec<Arc<Staged>> {
+        let mut found: Vec<(String, Arc<Staged>)> = self
+            .by_path()
+            .iter()
+            .filter(|(_, staged)| staged.state().target.directory == directory)
+            .map(|(path, staged)| (path.clone(), staged.clone()))
+            .collect();
+        found.sort_by(|a, b| a.0.cmp(&b.0));
+        found.into_iter().map(|(_, staged)| staged).collect()
+    }
+
+    /// Staged files anywhere below a directory.
+    pub(super) fn tree(&self, directory: &str) -> Vec<Arc<Staged>> {
+        let inside = |name: &str| name == directory || name.starts_with(&format!("{directory}/"));
+        self.by_path().values().filter(|s| inside(&s.state().target.directory)).cloned().collect()
+    }
+
+    /// Whether a staged file stands for the published dataset of this name in a listing.
+    pub(super) fn shows(&self, name: &str) -> bool {
+        self.by_path().values().any(|s| {
+            let state = s.state();
+            state.target.dataset() == name || state.target.plain == name
+        })
+    }
+
+    /// Whether a directory was made here and holds no name yet.
+    pub(super) fn has_directory(&self, name: &str) -> bool {
+        self.directories().contains(name) || self.directories().iter().any(|d| d.starts_with(&format!("{name}/")))
+    }
+
+    /// Makes a directory that holds no name yet.
+    pub(super) fn add_directory(&self, name: String) {
+        self.directories().insert(name);
+    }
+
+    /// Forgets a directory.
+    pub(super) fn remove_directory(&self, name: &str) {
+        self.directories().remove(name);
+    }
+
+    /// Renames the directories below one.
+    pub(super) fn rename_directories(&self, from: &str, to: &str) {
+        let mut directories = self.directories();
+        let moved: Vec<String> =
+            directories.iter().filter(|d| *d == from || d.starts_with(&format!("{from}/"))).cloned().collect();
+        for name in moved {
+            directories.remove(&name);
+            directories.insert(format!("{to}{}", &name[from.len()..]));
+        }
+    }
+
+    /// Full names of the directories that exist only here, directly in a directory.
+    pub(super) fn directories_below(&self, directory: &str) -> Vec<String> {
+        let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
+        let staged = self.by_path().values().map(|s| s.state().target.directory.clone()).collect::<Vec<_>>();
+        let mut out: Vec<String> = self
+            .directories()
+            .iter()
+            .chain(&staged)
+            .filter_map(|d| d.strip_prefix(&prefix))
+            .filter(|rest| !rest.is_empty())
+            .map(|rest| format!("{prefix}{}", rest.split('/').next().unwrap_or(rest)))
+            .collect();
+        out.sort_unstable();
+        out.dedup();
+        out
+    }
+
+    /// Sends a process that opens a path for reading to the published version at its next lookup.
+    pub(super) fn redirect_reader(&self, path: &str, pid: u32) {
+        let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
+        redirects.retain(|_, at| at.elapsed() < REDIRECT);
+        redirects.insert((path.to_owned(), pid), Instant::now());
+    }
+
+    /// Whether a process was sent to the published version; once.
+    pub(super) fn take_redirect(&self, path: &str, pid: u32) -> bool {
+        let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
+        !redirects.is_empty() && redirects.remove(&(path.to_owned(), pid)).is_some_and(|at| at.elapsed() < REDIRECT)
+    }
+
+    /// Use of the staging area.
+    pub fn status(&self) -> StagingStatus {
+        let mut status = StagingStatus::default();
+        for staged in self.by_path().values() {
+            status.files += 1;
+            status.bytes += staged.stamp().map_or(0, |stamp| stamp.size);
+            let state = staged.state();
+            status.failed.extend(state.failed.clone().map(|why| (state.target.path(), why)));
+        }
+        status.failed.sort_unstable();
+        status
+    }
+}

@@ -1,0 +1,447 @@
+//! Creating, opening and changing files; publishing is in `publish`.
+
+use std::ffi::OsStr;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::attributes::apply;
+use super::cache::{Assembled, MemoryFile};
+use super::host::Area;
+use super::inode::{Inode, Node, ViewNode};
+use super::open::wants_write;
+use super::resolve::{Found, Target};
+use super::staging::Staged;
+use super::{Caller, Entry, FileSystem, Handle, Opened, Serve, SetAttr, name};
+use crate::dataset::FileAttributes;
+use crate::dataset::attributes::to_nanos;
+use crate::error::{Error, Kind, Result};
+use crate::image;
+
+impl FileSystem {
+    /// Creates a file and opens it.
+    ///
+    /// # Errors
+    /// `Exists` with `O_EXCL`; `ReadOnly`; `Os(EILSEQ)` for names that are not UTF-8; `Full`.
+    pub fn create(
+        &self,
+        parent: u64,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        flags: i32,
+        caller: Caller,
+    ) -> Result<(Entry, Opened)> {
+        self.writable()?;
+        self.follow_store()?;
+        let directory = self.directory_name(parent)?;
+        let target = Target::new(&directory, name::component(name)?);
+        match self.resolve(&target, caller.pid)? {
+            Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
+            // Somebody was faster, or the kernel asks a second time.
+            Some(Found::Staged(staged)) if flags & libc::O_EXCL == 0 || caller.resent => {
+                let (ino, node) = self.node_of(&target, Found::Staged(staged.clone()));
+                let inode = self.inodes.look_up(ino, || node);
+                let opened = self.open_staged(&inode, &staged, flags, caller)?;
+                return Ok((self.entry(&inode)?, opened));
+            }
+            Some(_) if flags & libc::O_EXCL != 0 => return Err(Error::new(Kind::Exists, "the file exists")),
+            Some(Found::View(view)) => self.stage_view(&target, &view, flags, caller)?,
+            _ => {
+                let attributes = FileAttributes {
+                    mode: Some((mode & !umask & 0o7777) as u16),
+                    uid: Some(caller.uid),
+                    gid: Some(caller.gid),
+                    ..Default::default()
+                };
+                self.stage(target.clone(), attributes, None)?;
+            }
+        }
+        let staged = self.staging.at(&target.path()).ok_or_else(|| Error::stale("replaced while it was created"))?;
+        let inode = self.inodes.look_up(staged.ino(), || Node::Staged(staged.clone()));
+        let opened = self.open_staged(&inode, &staged, flags & !libc::O_TRUNC, caller)?;
+        Ok((self.entry(&inode)?, opened))
+    }
+
+    /// A new, empty staged file at a path.
+    pub(super) fn stage(
+        &self,
+        target: Target,
+        attributes: FileAttributes,
+        replaces: Option<ViewNode>,
+    ) -> Result<Arc<Staged>> {
+        // Images that were written here stay until room is needed for what is written next.
+        self.cache.shrink_staged(self.options.staging_size / 2);
+        let file = MemoryFile::create(&self.host, Area::Staging, 0)?;
+        Ok(self.staging.add(file, target, attributes, replaces))
+    }
+
+    /// Makes the staged file on which a writer of a published view works: empty if it truncates, else a copy.
+    pub(super) fn stage_view(&self, target: &Target, view: &ViewNode, flags: i32, caller: Caller) -> Result<()> {
+        if let Some(there) = self.staging.at(&target.path()) {
+            // A writer that does not truncate joins those who have the file open.
+            let state = there.state();
+            if flags & libc::O_TRUNC == 0 && !state.detached && !state.writers.is_empty() {
+                return Ok(());
+            }
+        }
+        let attributes = view.summary.attributes.as_deref().cloned().unwrap_or(FileAttributes {
+            uid: Some(caller.uid),
+            gid: Some(caller.gid),
+            ..Default::default()
+        });
+        let attributes = FileAttributes { mtime: None, atime: None, ..attributes };
+        let staged = self.stage(target.clone(), attributes, Some(view.clone()))?;
+        if flags & libc::O_TRUNC == 0 {
+            if let Err(error) = self.copy_view(view, &staged) {
+                self.staging.detach(&staged);
+                return Err(error);
+            }
+            // The same bytes are published already: nothing to do unless they change.
+            let mut state = staged.state();
+            state.published = Some((view.name.clone(), view.object));
+            drop(state);
+            self.mark_clean(&staged)?;
+        }
+        Ok(())
+    }
+
+    /// Copies the bytes of a view into a staged file.
+    pub(super) fn copy_view(&self, view: &ViewNode, staged: &Staged) -> Result<()> {
+        let file = &staged.file().file;
+        if let Some(assembled) = self.cache.get(view.object, view.view) {
+            return copy_file(&assembled.file().file, file, assembled.size());
+        }
+        let loaded = self.objects.load(&*self.store, view.object)?;
+        let bytes = loaded.image(view.view, &*self.store)?;
+        image::assemble(&bytes, &*self.store, file, 2)?;
+        self.store.verify(&bytes.blobs(0..bytes.size()))
+    }
+
+    pub(super) fn open_staged(
+        &self,
+        inode: &Arc<Inode>,
+        staged: &Arc<Staged>,
+        flags: i32,
+        caller: Caller,
+    ) -> Result<Opened> {
+        let write = wants_write(flags);
+        let dirty = staged.is_dirty()?;
+        if !dirty && !staged.is_current_version(&*self.store)? {
+            self.staging.detach(staged);
+            return Err(Error::stale("somebody published another version"));
+        }
+        let mut state = staged.state();
+        if state.detached {
+            // Removed while the kernel was on its way here.
+            return Err(Error::stale("the file was removed"));
+        }
+        if write {
+            let others_write = state.writers.iter().any(|pid| *pid != caller.pid);
+            let truncates = flags & libc::O_TRUNC != 0;
+            // Bytes that readers may have mapped never change; and who truncates does not touch another's work.
+            let settled = state.published.is_some() && (state.had_readers || state.writers.is_empty());
+            if (settled && (state.had_readers || truncates)) || (truncates && others_write) {
+                let target = state.target.clone();
+                let attributes = FileAttributes { mtime: None, atime: None, ..state.attributes.clone() };
+                let base = state.replaces.clone();
+                drop(state);
+                return Err(self.restage(staged, target, attributes, base, truncates));
+            }
+            if truncates {
+                drop(state);
+                staged.truncate(0)?;
+                state = staged.state();
+            }
+            state.writers.push(caller.pid);
+            state.shared_writable |= flags & libc::O_ACCMODE == libc::O_RDWR;
+        } else {
+            let has_version = state.published.is_some() || state.replaces.is_some();
+            if !state.writers.is_empty() && has_version && !state.writers.contains(&caller.pid) {
+                // While it is being written, others read the version that is published.
+                self.staging.redirect_reader(&state.target.path(), caller.pid);
+                return Err(Error::stale("being written: the published version is read"));
+            }
+            state.had_readers = true;
+        }
+        // A shared writable mapping of a passthrough file may change it after the last close, unseen. Through the page
+        // cache its stores come as WRITE requests, and RELEASE waits for the mapping: slower, and nothing is lost.
+        let wants_mapping = flags & libc::O_ACCMODE == libc::O_RDWR;
+        if state.opens == 0 {
+            state.passthrough = staged.file().backing.filter(|_| !wants_mapping);
+        }
+        let serve = state.passthrough.map_or(Serve::Cached, Serve::Passthrough);
+        state.opens += 1;
+        drop(state);
+        inode.state().opens += 1;
+        Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
+    }
+
+    /// Replaces a staged file that must not change by a new one, and sends the writer there.
+    fn restage(
+        &self,
+        old: &Arc<Staged>,
+        target: Target,
+        attributes: FileAttributes,
+        base: Option<ViewNode>,
+        truncates: bool,
+    ) -> Error {
+        let published = old.published();
+        let made = (|| {
+            let base = match &published {
+                Some((name, object)) => {
+                    let summary = self.objects.summary(&*self.store, *object)?;
+                    summary.map(|summary| {
+                        let view = target.view.as_ref().map(|(_, view)| *view);
+                        let view = view.filter(|v| summary.view(*v).is_some()).unwrap_or(summary.listed);
+                        target.view_node(name.clone(), *object, view, summary)
+                    })
+                }
+                None => base,
+            };
+            let staged = self.stage(target.clone(), attributes, base)?;
+            if !truncates {
+                let copied = copy_file(&old.file().file, &staged.file().file, old.stamp()?.size);
+                if let Err(error) = copied {
+                    self.staging.detach(&staged);
+                    return Err(error);
+                }
+                staged.state().published = published;
+                self.mark_clean(&staged)?;
+            }
+            Ok(())
+        })();
+        match made {
+            Ok(()) => Error::stale("written anew"),
+            Err(error) => error,
+        }
+    }
+
+    /// Remembers that what the file holds now is what is published.
+    pub(super) fn mark_clean(&self, staged: &Staged) -> Result<()> {
+        let stamp = staged.stamp()?;
+        let shared = staged.state().shared_writable;
+        let hash = if shared { Some(staged.hash()?) } else { None };
+        staged.state().clean = Some((stamp, SystemTime::now(), hash));
+        Ok(())
+    }
+
+    /// Writes to a file that the kernel does not write by itself.
+    ///
+    /// # Errors
+    /// `Full` if the staging area has no room.
+    pub fn write(&self, ino: u64, _fh: u64, offset: u64, data: &[u8]) -> Result<u32> {
+        match &self.inode(ino)?.node {
+            Node::Staged(staged) => staged.write(offset, data),
+            _ => Err(Error::new(Kind::Invalid, "not open for writing")),
+        }
+    }
+
+    pub(super) fn setattr_staged(&self, staged: &Arc<Staged>, change: SetAttr) -> Result<()> {
+        if let Some(size) = change.size {
+            let must_copy = {
+                let state = staged.state();
+                state.had_readers && state.published.is_some()
+            };
+            if must_copy && staged.stamp()?.size != size {
+                return Err(Error::new(Kind::Busy, "a published file that is open for reading is not truncated"));
+            }
+            staged.truncate(size)?;
+        }
+        let has_attributes = change.mode.is_some()
+            || change.uid.is_some()
+            || change.gid.is_some()
+            || change.mtime.is_some()
+            || change.atime.is_some();
+        if has_attributes {
+            let mut attributes = staged.attributes();
+            apply(&mut attributes, change);
+            self.set_staged_attributes(staged, attributes)?;
+        }
+        Ok(())
+    }
+
+    /// Changes what is kept with a staged file; stored at once if it is published and nobody writes, else when it is
+    /// published next.
+    pub(super) fn set_staged_attributes(&self, staged: &Arc<Staged>, attributes: FileAttributes) -> Result<()> {
+        let mut state = staged.state();
+        state.attributes = attributes;
+        state.attributes_changed = true;
+        let settled = state.writers.is_empty() && state.published.is_some();
+        drop(state);
+        if settled { self.publish_attributes(staged) } else { Ok(()) }
+    }
+
+    /// `truncate(2)` of a published view: a file is made, cut, and published at once.
+    pub(super) fn truncate_view(
+        &self,
+        view: &ViewNode,
+        inode: &Arc<Inode>,
+        change: SetAttr,
+        caller: Caller,
+    ) -> Result<()> {
+        let Some(size) = change.size else { return Ok(()) };
+        if size == self.attributes(inode)?.0.size {
+            return Ok(());
+        }
+        let target = Target::new(&view.directory, &view.component);
+        self.stage_view(&target, view, if size == 0 { libc::O_TRUNC } else { 0 }, caller)?;
+        let staged = self.staging.at(&target.path()).ok_or_else(|| Error::stale("replaced meanwhile"))?;
+        staged.truncate(size)?;
+        self.setattr_staged(&staged, SetAttr { size: None, ..change })?;
+        self.publish_settled(&staged)
+    }
+
+    /// Allocates or punches.
+    ///
+    /// # Errors
+    /// `Unsupported` for what tmpfs does not do; `Full`.
+    pub fn fallocate(&self, ino: u64, _fh: u64, offset: u64, len: u64, mode: i32) -> Result<()> {
+        let inode = self.inode(ino)?;
+        let Node::Staged(staged) = &inode.node else {
+            return Err(Error::new(Kind::Invalid, "not open for writing"));
+        };
+        let range = i64::try_from(offset).ok().zip(i64::try_from(len).ok());
+        let (offset, len) = range.ok_or_else(|| Error::new(Kind::TooLarge, "beyond the largest file"))?;
+        staged.state().clean = None;
+        // SAFETY: a plain system call on a descriptor that `staged` keeps open.
+        let result = unsafe { libc::fallocate(staged.file().file.as_raw_fd(), mode, offset, len) };
+        if result == 0 { Ok(()) } else { Err(super::staging::full(std::io::Error::last_os_error())) }
+    }
+
+    /// `SEEK_DATA` and `SEEK_HOLE`: files here have no holes but the one at the end.
+    ///
+    /// # Errors
+    /// `Os(ENXIO)` past the end; `Invalid` for other values.
+    pub fn lseek(&self, ino: u64, _fh: u64, offset: i64, whence: i32) -> Result<u64> {
+        let size = self.attributes(&self.inode(ino)?)?.0.size;
+        let offset = u64::try_from(offset).map_err(|_| Error::new(Kind::Os(libc::ENXIO), "before the file"))?;
+        if offset >= size {
+            return Err(Error::new(Kind::Os(libc::ENXIO), "past the end"));
+        }
+        match whence {
+            libc::SEEK_DATA => Ok(offset),
+            libc::SEEK_HOLE => Ok(size),
+            _ => Err(Error::new(Kind::Invalid, "not a seek that is asked of a filesystem")),
+        }
+    }
+
+    /// The last close of a handle on a staged file: what is still dirty is published, without anyone to tell.
+    pub(super) fn release_staged(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, handle: Option<Handle>) {
+        let (writer, pid) = match handle {
+            Some(Handle::Staged { writer, pid }) => (writer, pid),
+            _ => (false, 0),
+        };
+        let mut state = staged.state();
+        state.opens = state.opens.saturating_sub(1);
+        if writer {
+            if let Some(at) = state.writers.iter().position(|p| *p == pid) {
+                state.writers.swap_remove(at);
+            }
+        }
+        let last_writer = writer && state.writers.is_empty();
+        let detached = state.detached;
+        drop(state);
+        {
+            let mut state = inode.state();
+            state.opens = state.opens.saturating_sub(1);
+        }
+        if last_writer && !detached {
+            self.settle(staged);
+        }
+        let state = inode.state();
+        if state.opens == 0 && state.lookups == 0 {
+            drop(state);
+            self.inodes.forget(inode.ino, 0);
+        }
+    }
+
+    /// After the last writer: publishes what is left, and lets the memory file serve as the image.
+    fn settle(&self, staged: &Arc<Staged>) {
+        if let Err(error) = self.publish_settled(staged) {
+            let path = staged.state().target.path();
+            self.warn(format!("{path:?} was closed and could not be published: {error}; its bytes stay readable"));
+            return;
+        }
+        let (published, shared, nothing_written) = {
+            let state = staged.state();
+            (state.published.clone(), state.shared_writable, state.clean.is_none() && state.published.is_none())
+        };
+        match published {
+            Some((_, object)) if !shared => {
+                let Ok(stamp) = staged.stamp() else { return };
+                let view = {
+                    let state = staged.state();
+                    state.target.view.as_ref().map_or(image::View::Raw, |(_, view)| *view)
+                };
+                let assembled = Arc::new(Assembled::adopt(staged.file().clone(), stamp.size));
+                if let Ok(Some(summary)) = self.objects.summary(&*self.store, object) {
+                    let view = if summary.view(image::View::Raw).is_some() { image::View::Raw } else { view };
+                    if summary.view(view) == Some(Some(stamp.size)) {
+                        self.cache.insert(object, view, assembled);
+                    }
+                }
+            }
+            // A mapping may outlive every handle: what is served from now on is made from the store.
+            Some(_) => self.staging.detach(staged),
+            // Truncated and closed with nothing written: the old version stays.
+            None if nothing_written && staged.state().replaces.is_some() => {
+                if staged.stamp().is_ok_and(|stamp| stamp.size == 0) {
+                    self.staging.detach(staged);
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// Ends a lazy open; the object goes if nothing names it any more and this was the last.
+    pub(super) fn end_lazy_open(&self, object: crate::vineyard::ObjectId) {
+        let mut opens = self.lazy_opens();
+        let Some(count) = opens.get_mut(&object) else { return };
+        *count -= 1;
+        if *count > 0 {
+            return;
+        }
+        opens.remove(&object);
+        drop(opens);
+        if self.doomed.lock().unwrap_or_else(|e| e.into_inner()).remove(&object) {
+            self.delete_now(object);
+        }
+    }
+
+    /// Deletes an object that nothing names any more, as soon as no open handle reads its blobs.
+    pub(super) fn delete_object(&self, object: crate::vineyard::ObjectId) {
+        if self.lazy_opens().contains_key(&object) {
+            self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
+        } else {
+            self.delete_now(object);
+        }
+    }
+
+    fn delete_now(&self, object: crate::vineyard::ObjectId) {
+        self.cache.forget(object);
+        self.objects.forget(object);
+        if let Err(error) = self.store.delete(&[object]) {
+            self.warn(format!("object {object} was replaced or removed and could not be deleted: {error}"));
+        }
+    }
+
+    /// A time for attributes.
+    pub(super) fn now() -> i64 {
+        to_nanos(SystemTime::now())
+    }
+}
+
+/// Copies a memory file.
+fn copy_file(from: &std::fs::File, to: &std::fs::File, size: u64) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut chunk = vec![0; (4 << 20).min(size.max(1)) as usize];
+    let mut at = 0;
+    while at < size {
+        let n = chunk.len().min((size - at) as usize);
+        from.read_exact_at(&mut chunk[..n], at)?;
+        to.write_all_at(&chunk[..n], at).map_err(super::staging::full)?;
+        at += n as u64;
+    }
+    Ok(())
+}
