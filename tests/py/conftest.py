@@ -1,0 +1,160 @@
+"""A real vineyardd and a real mount for each test that asks for one."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+PROJECT = pathlib.Path(__file__).resolve().parents[2]
+BINARY = pathlib.Path(os.environ.get("VINEYARD_FS", PROJECT / "target/release/vineyard-fs"))
+
+
+def vineyardd_binary() -> str:
+    if found := os.environ.get("VINEYARDD") or shutil.which("vineyardd"):
+        return found
+    import vineyard
+
+    base = pathlib.Path(vineyard.__file__).parent
+    for path in [base / "bdist" / "vineyardd", base / "vineyardd", base.parent / "vineyard" / "bdist" / "vineyardd"]:
+        if path.exists():
+            return str(path)
+    raise RuntimeError("no vineyardd: pip install vineyard-bdist")
+
+
+class Store:
+    """A vineyardd of its own, and the official client's connection to it."""
+
+    def __init__(self, folder: pathlib.Path, size: str = "1Gi"):
+        self.folder = folder
+        self.socket = str(folder / "vineyard.sock")
+        self.size = size
+        self.process = None
+        self.start()
+
+    def start(self):
+        log = open(self.folder / "vineyardd.log", "ab")
+        command = [vineyardd_binary(), "--socket", self.socket, "--size", self.size, "--meta", "local", "--rpc=false"]
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+        self.client = None
+        for _ in range(400):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"vineyardd ended: {(self.folder / 'vineyardd.log').read_text()[-2000:]}")
+            try:
+                self.client = self.connect()
+                return
+            except Exception:
+                time.sleep(0.05)
+        raise RuntimeError("vineyardd does not answer")
+
+    def connect(self):
+        import vineyard
+
+        return vineyard.connect(self.socket)
+
+    def put(self, name: str, value):
+        return self.client.put(value, name=name, persist=True)
+
+    def replace(self, name: str, value):
+        """As the official Kedro plugin saves: delete the old value, put the new one."""
+        old = self.client.get_name(name)
+        self.client.delete(old)
+        self.client.drop_name(name)
+        return self.put(name, value)
+
+    def usage(self) -> int:
+        return self.client.status.memory_usage
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def cli(*arguments, check=True, timeout=120, **kwargs):
+    result = subprocess.run(
+        [str(BINARY), *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **kwargs
+    )
+    if check and result.returncode != 0:
+        raise AssertionError(f"vineyard-fs {arguments} -> {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+class Mount:
+    """A mount over a store; a path below it by `/`."""
+
+    def __init__(self, folder: pathlib.Path, store: Store, *options: str):
+        self.path = folder
+        self.store = store
+        self.log = folder.parent / f"{folder.name}.log"
+        folder.mkdir(exist_ok=True)
+        cli("mount", folder, "--socket", store.socket, "--log-file", self.log, *options)
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        return self.path / name
+
+    def status(self) -> dict:
+        import json
+
+        return json.loads(cli("status", self.path, "--json").stdout)
+
+    def unmount(self):
+        cli("unmount", self.path, "--force", check=False)
+
+
+@pytest.fixture
+def folder():
+    # Sockets need short paths.
+    path = pathlib.Path(tempfile.mkdtemp(prefix="vfs-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def store(folder):
+    store = Store(folder)
+    yield store
+    store.stop()
+
+
+@pytest.fixture(params=["passthrough", "requests"])
+def serving(request):
+    """Both ways to serve files: by the kernel from memory files, and by requests."""
+    return {"passthrough": [], "requests": ["--serve", "lazy"]}[request.param]
+
+
+@pytest.fixture
+def mount(folder, store):
+    mount = Mount(folder / "mnt", store)
+    yield mount
+    mount.unmount()
+
+
+@pytest.fixture
+def make_mount(folder, store):
+    """Makes mounts with options; all are unmounted at the end."""
+    mounts = []
+
+    def make(*options, name=None, over=store):
+        mount = Mount(folder / (name or f"mnt{len(mounts)}"), over, *options)
+        mounts.append(mount)
+        return mount
+
+    yield make
+    for mount in mounts:
+        mount.unmount()
+
+
+def pytest_sessionstart(session):
+    if not BINARY.exists():
+        sys.exit(f"{BINARY} is missing: run scripts/setup")
