@@ -1,6 +1,112 @@
-//! cli
+//! The command line.
+//!
+//! Exit codes: 0 done, 1 not done (one line `vineyard-fs: …` on the standard error tells why, and what to do), 2 not
+//! understood.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::error::Result;
+
+pub mod helper;
+pub mod mount;
+pub mod options;
+pub mod status;
+pub mod unmount;
+
+/// Every vineyard dataset is a file.
+#[derive(Debug, Parser)]
+#[command(name = "vineyard-fs", version, about, long_about = None, after_help = EXAMPLES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vineyard-fs mount /mnt/vineyard            show the datasets of a vineyardd, or of a private one
+  vineyard-fs status                         how all mounts are doing
+  vineyard-fs unmount /mnt/vineyard
+
+In /etc/fstab:
+  /run/vineyard.sock  /mnt/vineyard  fuse.vineyard-fs  prefix=run1,ro,_netdev  0 0";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show the datasets of a store as files
+    Mount(Box<mount::Args>),
+    /// Take a mount away, also a dead or hung one
+    #[command(visible_alias = "umount")]
+    Unmount(unmount::Args),
+    /// How a mount is doing, or all of them
+    Status(status::Args),
+    /// Completions for a shell, to be sourced
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Keeps a mount; started by `mount`
+    #[command(hide = true)]
+    Keeper {
+        /// Descriptor of the configuration
+        config: i32,
+        /// Descriptor of a pipe to whoever waits for the mount
+        report: i32,
+    },
+    /// Serves a mount; started by its keeper
+    #[command(hide = true)]
+    Server {
+        /// Descriptor of the connection to the kernel
+        fuse: i32,
+        /// Descriptor of the connection to the keeper
+        control: i32,
+        /// Descriptor that status is asked at
+        status: i32,
+    },
+}
 
 /// Entry point of the binary.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    // `mount(8)` calls file system helpers as `SOURCE MOUNTPOINT -o OPTIONS`, without a subcommand.
+    let cli = match Cli::try_parse_from(helper::translate(arguments)) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let result = match cli.command {
+        Command::Mount(arguments) => mount::run(*arguments),
+        Command::Unmount(arguments) => unmount::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Keeper { config, report } => mount::keeper(config, report),
+        Command::Server { fuse, control, status } => {
+            return crate::fuse::session::main(crate::fuse::session::Inherited { fuse, control, status });
+        }
+    };
+    finish(result)
+}
+
+fn finish(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vineyard-fs: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
 }

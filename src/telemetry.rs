@@ -1,1 +1,59 @@
-//! Logs: `tracing` to standard error or a file, as text or JSON.
+//! Logs: as text or JSON, on the standard error, which the keeper points at a file.
+
+use std::io::IsTerminal;
+
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Starts logging. `RUST_LOG` wins over `level`, which is a level or a filter such as `info,vineyard_fs::fs=debug`.
+/// A second call does nothing.
+pub fn init(format: Format, level: &str) {
+    // A reply that the kernel does not want any more is no error, and one kind of reply provokes that on purpose.
+    let silent = |filter: EnvFilter| match "fuser::reply=off".parse() {
+        Ok(directive) => filter.add_directive(directive),
+        Err(_) => filter,
+    };
+    let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(level));
+    let filter = silent(filter.unwrap_or_else(|_| EnvFilter::new("info")));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    let done = match format {
+        Format::Text => builder.try_init(),
+        Format::Json => builder.json().try_init(),
+    };
+    // Only a second call fails.
+    drop(done);
+}
+
+/// Whether `level` is a level or a filter.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(level: &str) -> Result<String, String> {
+    EnvFilter::try_new(level).map(|_| level.to_owned()).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_filters_are_checked() {
+        assert_eq!(check("debug"), Ok("debug".into()));
+        assert!(check("info,vineyard_fs::fs=trace").is_ok());
+        assert!(check("info,vineyard_fs=loudest").is_err());
+    }
+}

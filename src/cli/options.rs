@@ -1,0 +1,233 @@
+//! Sizes, modes and the `-o` options of mount(8).
+
+use std::path::PathBuf;
+
+use super::mount::Args;
+use crate::error::{Error, Kind, Result};
+use crate::fuse::config::ServePolicy;
+
+/// Reads a size: a number with an optional unit (`K`, `M`, `G`, `T`, each also with `i`, `B` or `iB`; powers of 1024),
+/// or `N%` of the memory of this machine.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a size such as 512M, 4Gi or 25%");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let factor = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "ki" | "kb" | "kib" => 1024.0,
+        "m" | "mi" | "mb" | "mib" => 1024f64.powi(2),
+        "g" | "gi" | "gb" | "gib" => 1024f64.powi(3),
+        "t" | "ti" | "tb" | "tib" => 1024f64.powi(4),
+        "%" => memory().ok_or("the size of the memory is not known")? as f64 / 100.0,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * factor;
+    if bytes.is_finite() && (1.0..=9e18).contains(&bytes) { Ok(bytes as u64) } else { Err(wrong()) }
+}
+
+/// Memory of this machine, in bytes.
+pub fn memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Reads permission bits, in octal.
+///
+/// # Errors
+/// What is wrong with them.
+pub fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err(format!("{text:?} is not a mode such as 0755")),
+    }
+}
+
+/// Reads a time: seconds, or a number with `ms`, `s` or `m`. In milliseconds.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn millis(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit {
+        "" | "s" => Some(1000),
+        "ms" => Some(1),
+        "m" => Some(60_000),
+        _ => None,
+    };
+    let value = number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    value.filter(|millis| *millis > 0).ok_or_else(|| format!("{text:?} is not a time such as 10s or 500ms"))
+}
+
+/// Puts the options of `-o` into the arguments. Options of fstab that mean nothing here are passed over.
+///
+/// # Errors
+/// `Invalid` for what is unknown or malformed.
+pub fn apply(arguments: &mut Args) -> Result<()> {
+    for option in std::mem::take(&mut arguments.options).iter().flat_map(|list| split(list)) {
+        let (key, value) = match option.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (option.as_str(), None),
+        };
+        one(arguments, key, value).map_err(|what| Error::new(Kind::Invalid, format!("option -o {option}: {what}")))?;
+    }
+    Ok(())
+}
+
+/// Splits at commas that have no backslash before them.
+fn split(list: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut escaped = false;
+    for c in list.chars() {
+        match (c, escaped) {
+            ('\\', false) => escaped = true,
+            (',', false) => parts.push(String::new()),
+            (c, _) => {
+                if escaped && c != ',' && c != '\\' {
+                    parts.last_mut().into_iter().for_each(|part| part.push('\\'));
+                }
+                parts.last_mut().into_iter().for_each(|part| part.push(c));
+                escaped = false;
+            }
+        }
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), String> {
+    let text = || value.filter(|v| !v.is_empty()).map(str::to_owned).ok_or_else(|| "needs a value".to_owned());
+    let number = || text()?.parse().map_err(|_| "needs a number".to_owned());
+    let choice = |what: &str| format!("needs one of {what}");
+    match key {
+        "ro" => arguments.read_only = true,
+        "rw" => arguments.read_only = false,
+        "allow_other" => arguments.no_allow_other = false,
+        "no_allow_other" => arguments.no_allow_other = true,
+        "nonempty" => arguments.nonempty = true,
+        "socket" => arguments.socket = Some(PathBuf::from(text()?)),
+        "vineyardd" => arguments.vineyardd = Some(PathBuf::from(text()?)),
+        "size" => arguments.size = Some(size(&text()?)?),
+        "prefix" => arguments.prefix = Some(text()?),
+        "cache_size" | "cache-size" => arguments.cache_size = Some(size(&text()?)?),
+        "staging_size" | "staging-size" => arguments.staging_size = Some(size(&text()?)?),
+        "serve" => {
+            let policy = <ServePolicy as clap::ValueEnum>::from_str(&text()?, false);
+            arguments.serve = policy.map_err(|_| choice("auto, lazy, assembled"))?;
+        }
+        "log_file" | "log-file" => arguments.log_file = Some(PathBuf::from(text()?)),
+        "log_level" | "log-level" => arguments.log_level = crate::telemetry::check(&text()?)?,
+        "log_format" | "log-format" => {
+            let format = <crate::telemetry::Format as clap::ValueEnum>::from_str(&text()?, false);
+            arguments.log_format = format.map_err(|_| choice("text, json"))?;
+        }
+        "uid" => arguments.uid = Some(number()?),
+        "gid" => arguments.gid = Some(number()?),
+        "dir_mode" | "dir-mode" => arguments.dir_mode = mode(&text()?)?,
+        "file_mode" | "file-mode" => arguments.file_mode = mode(&text()?)?,
+        "deadline" => arguments.deadline = millis(&text()?)?,
+        // What mount(8) and systemd use themselves, and what is so in any case.
+        "defaults"
+        | "auto"
+        | "noauto"
+        | "user"
+        | "users"
+        | "nouser"
+        | "owner"
+        | "group"
+        | "_netdev"
+        | "nofail"
+        | "dev"
+        | "nodev"
+        | "suid"
+        | "nosuid"
+        | "exec"
+        | "noexec"
+        | "atime"
+        | "noatime"
+        | "relatime"
+        | "norelatime"
+        | "nodiratime"
+        | "lazytime"
+        | "async"
+        | "default_permissions"
+        | "loud"
+        | "silent"
+        | "subtype"
+        | "fsname"
+        | "iversion"
+        | "noiversion"
+        | "mand"
+        | "nomand"
+        | "strictatime"
+        | "comment" => {}
+        key if key.starts_with("x-") || key.starts_with("X-") => {}
+        _ => return Err("is not known; see `vineyard-fs mount --help`".into()),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(line: &[&str]) -> Args {
+        Line::parse_from([&["mount", "/mnt/v"], line].concat()).args
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("1.5GiB"), Ok(3 << 29));
+        assert_eq!(size("2m"), Ok(2 << 20));
+        assert!(size("50%").unwrap() < memory().unwrap());
+        for wrong in ["", "G", "-1G", "1X", "1e3", "0", "99999999999T", "1..2"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn modes_and_times_are_read() {
+        assert_eq!((mode("0755"), mode("644")), (Ok(0o755), Ok(0o644)));
+        assert!(mode("888").is_err() && mode("4755").is_err());
+        assert_eq!((millis("10"), millis("250ms"), millis("2m")), (Ok(10_000), Ok(250), Ok(120_000)));
+        assert!(millis("0").is_err() && millis("1h").is_err() && millis("").is_err());
+    }
+
+    #[test]
+    fn options_of_fstab_reach_the_arguments() {
+        let list =
+            "rw,noatime,_netdev,x-systemd.automount,ro,prefix=a\\,b,uid=5,file_mode=0400,cache_size=1G,serve=lazy";
+        let mut args = args(&["-o", list, "-o", "socket=/run/v.sock,no_allow_other"]);
+        apply(&mut args).unwrap();
+        assert!(args.read_only && args.no_allow_other);
+        assert_eq!(args.prefix.as_deref(), Some("a,b"));
+        assert_eq!((args.uid, args.file_mode, args.cache_size), (Some(5), 0o400, Some(1 << 30)));
+        assert_eq!(args.serve, ServePolicy::Lazy);
+        assert_eq!(args.socket, Some("/run/v.sock".into()));
+    }
+
+    #[test]
+    fn unknown_options_are_named() {
+        for (list, what) in [("speed=11", "speed=11"), ("uid=me", "number"), ("prefix", "value"), ("serve=x", "lazy")] {
+            let mut args = args(&["-o", list]);
+            let error = apply(&mut args).unwrap_err();
+            assert_eq!(error.kind(), Kind::Invalid);
+            assert!(error.to_string().contains(what), "{error}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! `vineyard-fs status`: how mounts are doing. Answers at once, whatever state a mount is in: it asks the processes,
+//! never the mount.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Kind, Result};
+use crate::fuse::runtime::Runtime;
+use crate::fuse::{mount, mountinfo, status};
+
+/// How long each process may take to answer.
+const PATIENCE: Duration = Duration::from_millis(1000);
+
+/// What `status` takes.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// A mount point; all mounts if none is given
+    #[arg(value_hint = clap::ValueHint::DirPath)]
+    pub mountpoint: Option<PathBuf>,
+    /// As JSON: an object for one mount, a list for all
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Prints the status.
+///
+/// # Errors
+/// If the mount point is none.
+pub fn run(arguments: &Args) -> Result<()> {
+    let Some(mountpoint) = &arguments.mountpoint else {
+        let reports: Vec<Value> = super::unmount::mounts()?.iter().map(report).collect();
+        match arguments.json {
+            true => println!("{}", json!(reports)),
+            false if reports.is_empty() => println!("nothing is mounted"),
+            false => reports.iter().for_each(|report| print!("{}", text(report))),
+        }
+        return Ok(());
+    };
+    let mountpoint = mountinfo::absolute(mountpoint)?;
+    let mounted = mountinfo::at(&mountpoint)?.filter(|mount| mount.fs_type == mountinfo::FS_TYPE);
+    let Some(mounted) = mounted else {
+        return Err(Error::new(Kind::Invalid, format!("{} is not a mount of vineyard-fs", mountpoint.display())));
+    };
+    let report = report(&mounted);
+    match arguments.json {
+        true => println!("{report}"),
+        false => print!("{}", text(&report)),
+    }
+    Ok(())
+}
+
+/// What keeper and server of a mount say. `state` is `ok`, `no server` (one is being started), `hung` (the server does
+/// not answer), or `dead` (the keeper is gone).
+fn report(mounted: &mountinfo::Mount) -> Value {
+    let runtime = Runtime::of(&mounted.mountpoint);
+    let (mut report, mut state) = match status::ask(&runtime.keeper_socket(), PATIENCE) {
+        Ok(report @ Value::Object(_)) => (report, "ok"),
+        _ if runtime.keeper().is_some() => (json!({}), "hung"),
+        _ => (json!({}), "dead"),
+    };
+    if state == "ok" {
+        match status::ask(&runtime.status_socket(), PATIENCE) {
+            Ok(Value::Object(server)) => {
+                for (key, value) in server {
+                    put(
+                        &mut report,
+                        if matches!(key.as_str(), "pid" | "restarts" | "version" | "uptime_s") { "server" } else { "" },
+                        key,
+                        value,
+                    );
+                }
+            }
+            _ if report.pointer("/server/pid").is_none_or(Value::is_null) => state = "no server",
+            _ => state = "hung",
+        }
+    }
+    let waiting = mount::waiting_if_visible(mounted.device);
+    put(&mut report, "", "mountpoint".into(), json!(mounted.mountpoint.to_string_lossy()));
+    put(&mut report, "", "state".into(), json!(state));
+    put(&mut report, "", "waiting_requests".into(), json!(waiting));
+    report
+}
+
+/// Puts a value into the object at `within`, or into the report itself.
+fn put(report: &mut Value, within: &str, key: String, value: Value) {
+    let target = if within.is_empty() { Some(report) } else { report.get_mut(within) };
+    if let Some(target) = target.and_then(Value::as_object_mut) {
+        target.insert(key, value);
+    }
+}
+
+/// For people.
+fn text(report: &Value) -> String {
+    let get = |path: &str| report.pointer(path).unwrap_or(&Value::Null);
+    let show = |path: &str| match get(path) {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".into(),
+        other => other.to_string(),
+    };
+    let mut out = String::new();
+    let _ = writeln!(out, "{}: {}", show("/mountpoint"), show("/state"));
+    if get("/keeper").is_null() {
+        let point = show("/mountpoint");
+        let _ = writeln!(out, "  its keeper is gone: `vineyard-fs unmount {point}`, or mount there again");
+        return out;
+    }
+    let whose = if get("/store/private") == true { " (private)" } else { "" };
+    let _ = writeln!(out, "  store        {}{whose}", show("/store/socket"));
+    let mode = match get("/passthrough_reason") {
+        Value::String(reason) => format!("off: {reason}"),
+        _ => "on".into(),
+    };
+    let _ = writeln!(out, "  passthrough  {mode}");
+    let (keeper, server, restarts) = (show("/keeper/pid"), show("/server/pid"), show("/server/restarts"));
+    let _ = writeln!(out, "  processes    keeper {keeper}, server {server}, {restarts} restarts");
+    for (label, area) in [("images", "images"), ("staging", "staging")] {
+        let number = |key: &str| get(&format!("/files/{area}/{key}")).as_u64().unwrap_or(0);
+        let (used, limit) = (bytes(number("bytes")), bytes(number("limit")));
+        let _ = writeln!(out, "  {label:<12} {} files, {used} of {limit}", number("count"));
+    }
+    if let Value::Object(operations) = get("/operations") {
+        let _ =
+            writeln!(out, "  {:<12} {:>10} {:>8} {:>10} {:>10}", "operation", "count", "errors", "p50 µs", "p99 µs");
+        for (name, counters) in operations {
+            let cell = |key: &str| counters.get(key).map(Value::to_string).unwrap_or_default();
+            let (count, errors, p50, p99) = (cell("count"), cell("errors"), cell("p50_us"), cell("p99_us"));
+            let _ = writeln!(out, "  {name:<12} {count:>10} {errors:>8} {p50:>10} {p99:>10}");
+        }
+    }
+    for error in get("/last_errors").as_array().into_iter().flatten() {
+        let _ = writeln!(out, "  error        {}", error.get("message").and_then(Value::as_str).unwrap_or_default());
+    }
+    if !get("/log").is_null() {
+        let _ = writeln!(out, "  log          {}", show("/log"));
+    }
+    out
+}
+
+/// A number of bytes, short.
+fn bytes(count: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let unit = units.get(unit).copied().unwrap_or_default();
+    if value.fract() == 0.0 { format!("{value} {unit}") } else { format!("{value:.1} {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_are_readable_in_every_state() {
+        let dead = json!({"mountpoint": "/mnt/v", "state": "dead"});
+        assert!(text(&dead).contains("`vineyard-fs unmount /mnt/v`"));
+        let alive = json!({
+            "mountpoint": "/mnt/v", "state": "ok", "passthrough_reason": null,
+            "keeper": {"pid": 1}, "server": {"pid": 2, "restarts": 3},
+            "store": {"socket": "/run/v.sock", "private": true},
+            "files": {"images": {"count": 1, "bytes": 1536, "limit": 1 << 30}},
+            "operations": {"read": {"count": 5, "errors": 1, "p50_us": 2.5, "p99_us": 9.0}},
+            "last_errors": [{"message": "bad"}],
+        });
+        let text = text(&alive);
+        for part in ["/run/v.sock (private)", "keeper 1, server 2, 3 restarts", "1.5 KiB of 1 GiB", "read", "bad"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+}

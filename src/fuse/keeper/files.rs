@@ -1,0 +1,209 @@
+//! What a keeper holds for its servers: memory files, their registrations with the kernel, and small texts.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use serde_json::{Value, json};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::fs::Area;
+use crate::fuse::area::Maker;
+use crate::fuse::config::MountConfig;
+use crate::fuse::protocol::KeptFile;
+
+/// Most bytes of all texts together.
+const STATE_LIMIT: usize = 64 << 20;
+
+mod ioctl {
+    nix::ioctl_write_ptr!(backing_close, 0xe5, 2, u32);
+}
+
+struct Kept {
+    file: OwnedFd,
+    what: KeptFile,
+}
+
+/// All of it.
+pub struct Files {
+    images: Maker,
+    staging: Maker,
+    kept: BTreeMap<u64, Kept>,
+    last_key: u64,
+    state: BTreeMap<String, String>,
+    state_bytes: usize,
+}
+
+impl Files {
+    /// Empty areas of the sizes that the configuration names.
+    pub fn new(config: &MountConfig) -> Self {
+        Files {
+            images: Maker::new(Area::Image, config.cache_size),
+            staging: Maker::new(Area::Staging, config.staging_size),
+            kept: BTreeMap::new(),
+            last_key: 0,
+            state: BTreeMap::new(),
+            state_bytes: 0,
+        }
+    }
+
+    /// Tries whether the kernel takes backing files of this process.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn probe(&self, fuse: &OwnedFd) -> Result<()> {
+        use std::os::fd::AsFd;
+        let file = self.images.create(0)?;
+        let id = register(fuse.as_fd(), &file)?;
+        close(fuse.as_fd(), id);
+        Ok(())
+    }
+
+    /// Makes a file, and registers it if there is a connection to register it with.
+    ///
+    /// # Errors
+    /// `Full` if its area has no room; what the kernel says to the registration.
+    pub fn create(&mut self, area: Area, size: u64, fuse: Option<BorrowedFd<'_>>) -> Result<(KeptFile, OwnedFd)> {
+        let maker = match area {
+            Area::Image => &self.images,
+            Area::Staging => &self.staging,
+        };
+        let file = maker.create(size)?;
+        let ours = file.try_clone()?;
+        let backing = fuse.map(|fuse| register(fuse, &file)).transpose()?;
+        self.last_key += 1;
+        let what = KeptFile { key: self.last_key, area, size, backing };
+        self.kept.insert(what.key, Kept { file: ours, what: what.clone() });
+        Ok((what, file))
+    }
+
+    /// A kept file again.
+    ///
+    /// # Errors
+    /// `NotFound` if it was released.
+    pub fn get(&self, key: u64) -> Result<(KeptFile, OwnedFd)> {
+        let kept = self.kept.get(&key).ok_or_else(|| Error::not_found(format!("memory file {key}")))?;
+        Ok((kept.what.clone(), kept.file.try_clone()?))
+    }
+
+    /// At most `most` files with keys above `after`.
+    pub fn list(&self, after: u64, most: usize) -> Vec<KeptFile> {
+        let above = after.checked_add(1).map(|first| self.kept.range(first..));
+        above.into_iter().flatten().take(most).map(|(_, kept)| kept.what.clone()).collect()
+    }
+
+    /// Drops a file. Open descriptors and mappings of it go on.
+    pub fn release(&mut self, key: u64, fuse: BorrowedFd<'_>) {
+        if let Some(kept) = self.kept.remove(&key)
+            && let Some(id) = kept.what.backing
+        {
+            close(fuse, id);
+        }
+    }
+
+    /// Keeps a text, or drops it.
+    ///
+    /// # Errors
+    /// `Full` if there are too many.
+    pub fn put_state(&mut self, key: String, value: Option<String>) -> Result<()> {
+        let old = self.state.get(&key).map_or(0, |old| key.len() + old.len());
+        let new = value.as_ref().map_or(0, |value| key.len() + value.len());
+        let total = self.state_bytes - old + new;
+        if total > STATE_LIMIT {
+            return Err(Error::new(Kind::Full, "the keeper holds no more state"));
+        }
+        self.state_bytes = total;
+        match value {
+            Some(value) => self.state.insert(key, value),
+            None => self.state.remove(&key),
+        };
+        Ok(())
+    }
+
+    /// A kept text.
+    pub fn state(&self, key: &str) -> Option<String> {
+        self.state.get(key).cloned()
+    }
+
+    /// Counts and sizes.
+    pub fn report(&self) -> Value {
+        let area = |area: Area, limit: u64| {
+            let files = self.kept.values().filter(|kept| kept.what.area == area);
+            json!({"count": files.clone().count(), "bytes": files.map(|f| f.what.size).sum::<u64>(), "limit": limit})
+        };
+        json!({
+            "images": area(Area::Image, self.images.limit()),
+            "staging": area(Area::Staging, self.staging.limit()),
+        })
+    }
+}
+
+fn register(fuse: BorrowedFd<'_>, file: &OwnedFd) -> Result<u32> {
+    fuser::BackingId::create_raw(fuse, file)
+        .map_err(Error::from)
+        .map_err(|error| match error.kind() {
+            Kind::Os(libc::EPERM) => Error::new(
+                Kind::NotPermitted,
+                "needs CAP_SYS_ADMIN in the initial user namespace: run as root on the host",
+            ),
+            _ => error,
+        })
+        .context(|| "the kernel takes no backing file".into())
+}
+
+fn close(fuse: BorrowedFd<'_>, id: u32) {
+    // SAFETY: the ioctl reads one u32, which lives until after the call.
+    if let Err(errno) = unsafe { ioctl::backing_close(fuse.as_raw_fd(), &raw const id) } {
+        tracing::debug!("backing file {id}: {}", errno.desc());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn files() -> Files {
+        Files {
+            images: Maker::new(Area::Image, 1 << 20),
+            staging: Maker::new(Area::Staging, 1 << 20),
+            kept: BTreeMap::new(),
+            last_key: 0,
+            state: BTreeMap::new(),
+            state_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn files_are_listed_in_pages_until_released() {
+        let mut files = files();
+        for size in 0..5 {
+            files.create(Area::Image, size, None).unwrap();
+        }
+        let first = files.list(0, 3);
+        assert_eq!(first.iter().map(|f| f.key).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(files.list(3, 3).len(), 2);
+        assert!(files.list(u64::MAX, 3).is_empty());
+        let null = std::fs::File::open("/dev/null").unwrap();
+        files.release(2, null.as_fd());
+        files.release(2, null.as_fd());
+        assert_eq!(files.get(2).unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(files.get(3).unwrap().0.size, 2);
+        assert_eq!(files.report()["images"]["count"], 4);
+        let (again, _) = files.create(Area::Staging, 0, None).unwrap();
+        assert_eq!(again.key, 6, "keys are not used twice");
+    }
+
+    #[test]
+    fn state_is_kept_replaced_and_limited() {
+        let mut files = files();
+        files.put_state("a".into(), Some("1".into())).unwrap();
+        files.put_state("a".into(), Some("22".into())).unwrap();
+        assert_eq!(files.state("a").as_deref(), Some("22"));
+        assert_eq!(files.state_bytes, 3);
+        assert_eq!(files.put_state("b".into(), Some("x".repeat(STATE_LIMIT))).unwrap_err().kind(), Kind::Full);
+        files.put_state("a".into(), None).unwrap();
+        assert_eq!((files.state("a"), files.state_bytes), (None, 0));
+    }
+}

@@ -1,0 +1,218 @@
+//! Counters of the requests that a server has answered.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value, json};
+
+/// Most errors that `status` shows.
+const LAST_ERRORS: usize = 20;
+/// Buckets of latencies: four per doubling, from 1 µs to about 70 minutes.
+const BUCKETS: usize = 128;
+
+macro_rules! operations {
+    ($($name:ident),* $(,)?) => {
+        /// A kind of request.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[allow(missing_docs)]
+        pub enum Op { $($name),* }
+
+        const OPERATIONS: &[Op] = &[$(Op::$name),*];
+
+        impl Op {
+            /// The name as logs and `status` show it.
+            pub fn name(self) -> &'static str {
+                match self { $(Op::$name => stringify!($name)),* }
+            }
+        }
+    };
+}
+
+operations!(
+    Lookup,
+    Getattr,
+    Setattr,
+    Readlink,
+    Mkdir,
+    Rmdir,
+    Unlink,
+    Symlink,
+    Rename,
+    Open,
+    Create,
+    Read,
+    Write,
+    Flush,
+    Fsync,
+    Release,
+    Opendir,
+    Readdir,
+    Releasedir,
+    Statfs,
+    Getxattr,
+    Listxattr,
+    Setxattr,
+    Removexattr,
+    Fallocate,
+    Lseek,
+);
+
+struct Counter {
+    count: AtomicU64,
+    errors: AtomicU64,
+    bytes: AtomicU64,
+    nanos: AtomicU64,
+    latencies: [AtomicU64; BUCKETS],
+}
+
+impl Counter {
+    fn new() -> Self {
+        Counter {
+            count: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            nanos: AtomicU64::new(0),
+            latencies: [const { AtomicU64::new(0) }; BUCKETS],
+        }
+    }
+
+    /// An upper bound of the latency, in µs, that this share of the requests stayed under.
+    fn percentile(&self, share: f64) -> f64 {
+        let counts: Vec<u64> = self.latencies.iter().map(|c| c.load(Relaxed)).collect();
+        let total: u64 = counts.iter().sum();
+        let wanted = (total as f64 * share).ceil() as u64;
+        let mut seen = 0;
+        for (index, count) in counts.iter().enumerate() {
+            seen += count;
+            if seen >= wanted && seen > 0 {
+                return 2f64.powf((index + 1) as f64 / 4.0);
+            }
+        }
+        0.0
+    }
+}
+
+/// The bucket of a latency: a quarter of its binary logarithm's steps, in µs.
+fn bucket(latency: Duration) -> usize {
+    let micros = latency.as_nanos() as f64 / 1000.0;
+    if micros <= 1.0 { 0 } else { ((micros.log2() * 4.0) as usize).min(BUCKETS - 1) }
+}
+
+/// All counters of a server.
+pub struct Stats {
+    started: Instant,
+    counters: Vec<Counter>,
+    last_errors: Mutex<VecDeque<Value>>,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Stats {
+            started: Instant::now(),
+            counters: OPERATIONS.iter().map(|_| Counter::new()).collect(),
+            last_errors: Mutex::default(),
+        }
+    }
+}
+
+impl Stats {
+    /// Counts an answered request.
+    pub fn record(&self, op: Op, took: Duration, failed: bool) {
+        let Some(counter) = self.counters.get(op as usize) else { return };
+        counter.count.fetch_add(1, Relaxed);
+        counter.errors.fetch_add(u64::from(failed), Relaxed);
+        counter.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+        if let Some(cell) = counter.latencies.get(bucket(took)) {
+            cell.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Counts bytes read or written.
+    pub fn add_bytes(&self, op: Op, bytes: u64) {
+        if let Some(counter) = self.counters.get(op as usize) {
+            counter.bytes.fetch_add(bytes, Relaxed);
+        }
+    }
+
+    /// Remembers an error that a person may want to know of.
+    pub fn remember(&self, op: Op, message: &str) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let mut errors = self.last_errors.lock().unwrap_or_else(|e| e.into_inner());
+        if errors.len() == LAST_ERRORS {
+            errors.pop_front();
+        }
+        errors.push_back(json!({"time": now, "operation": op.name().to_lowercase(), "message": message}));
+    }
+
+    /// Everything as JSON; operations that never happened are left out.
+    pub fn report(&self) -> Value {
+        let mut operations = Map::new();
+        for (op, counter) in OPERATIONS.iter().zip(&self.counters) {
+            let count = counter.count.load(Relaxed);
+            if count == 0 {
+                continue;
+            }
+            let mut entry = json!({
+                "count": count,
+                "errors": counter.errors.load(Relaxed),
+                "mean_us": round(counter.nanos.load(Relaxed) as f64 / count as f64 / 1000.0),
+                "p50_us": round(counter.percentile(0.5)),
+                "p99_us": round(counter.percentile(0.99)),
+            });
+            let bytes = counter.bytes.load(Relaxed);
+            if let (true, Some(entry)) = (bytes > 0, entry.as_object_mut()) {
+                entry.insert("bytes".into(), bytes.into());
+            }
+            operations.insert(op.name().to_lowercase(), entry);
+        }
+        let errors = self.last_errors.lock().unwrap_or_else(|e| e.into_inner());
+        json!({
+            "uptime_s": round(self.started.elapsed().as_secs_f64()),
+            "operations": operations,
+            "last_errors": *errors,
+        })
+    }
+}
+
+fn round(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_bound_what_was_recorded() {
+        let stats = Stats::default();
+        for micros in 1..=100u64 {
+            stats.record(Op::Read, Duration::from_micros(micros), micros > 98);
+        }
+        stats.add_bytes(Op::Read, 4096);
+        let report = stats.report();
+        let read = &report["operations"]["read"];
+        assert_eq!(read["count"], 100);
+        assert_eq!(read["errors"], 2);
+        assert_eq!(read["bytes"], 4096);
+        assert_eq!(read["mean_us"], 50.5);
+        let p50 = read["p50_us"].as_f64().unwrap_or_default();
+        let p99 = read["p99_us"].as_f64().unwrap_or_default();
+        assert!((50.0..=61.0).contains(&p50), "{p50}");
+        assert!((99.0..=119.0).contains(&p99), "{p99}");
+        assert!(report["operations"].get("write").is_none());
+    }
+
+    #[test]
+    fn only_the_last_errors_are_kept() {
+        let stats = Stats::default();
+        for i in 0..LAST_ERRORS + 5 {
+            stats.remember(Op::Open, &format!("error {i}"));
+        }
+        let report = stats.report();
+        let errors = report["last_errors"].as_array().map(Vec::as_slice).unwrap_or_default();
+        assert_eq!(errors.len(), LAST_ERRORS);
+        assert_eq!(errors[0]["message"], "error 5");
+    }
+}
