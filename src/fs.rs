@@ -20,6 +20,9 @@ mod publish;
 mod rename;
 mod resolve;
 pub mod staging;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
 mod write;
 
 use std::collections::{HashMap, HashSet};
