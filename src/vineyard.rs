@@ -3,14 +3,21 @@
 //! [`Store`] is what the upper floors need of a store. [`client::Client`] is the real one; tests of the upper floors
 //! may use [`fake::FakeStore`], which keeps everything in this process.
 
+pub mod blobs;
+pub mod client;
+pub mod connection;
 pub mod content;
 #[doc(hidden)]
 pub mod fake;
 pub mod id;
 pub mod memory;
 pub mod meta;
+pub mod pool;
+pub mod request;
 pub mod store;
+pub mod wire;
 
+pub use client::{Client, ClientOptions};
 pub use id::{BlobKey, InstanceId, ObjectId};
 pub use memory::{Blob, Segment};
 pub use meta::Meta;

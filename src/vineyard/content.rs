@@ -83,6 +83,22 @@ fn complete_member(key: &str, member: &mut Map<String, Value>, instance: Instanc
     Ok(())
 }
 
+/// Checks what a copy of an object's metadata is to say anew: plain values only.
+///
+/// # Errors
+/// `Invalid`.
+pub fn check_extra(extra: &Map<String, Value>) -> Result<()> {
+    for (key, value) in extra {
+        if value.is_object() || value.is_array() || key.contains(['/', '~']) {
+            return Err(refuse(format!("has a key {key:.80?} that a copy can't have")));
+        }
+        if matches!(key.as_str(), "id" | "signature" | "instance_id" | "typename") {
+            return Err(refuse(format!("has another {key:?} than the original")));
+        }
+    }
+    Ok(())
+}
+
 fn depth(value: &Value) -> usize {
     // Breadth first, so that a deep value cannot exhaust the stack here.
     let mut level: Vec<&Value> = vec![value];
@@ -150,5 +166,9 @@ mod tests {
             let error = complete(content.clone(), HERE).unwrap_err();
             assert_eq!(error.kind(), Kind::Invalid, "{content}");
         }
+        for extra in [json!({"a": {}}), json!({"a": [1]}), json!({"a/b": 1}), json!({"signature": "x"})] {
+            assert!(check_extra(extra.as_object().unwrap()).is_err(), "{extra}");
+        }
+        assert!(check_extra(json!({"a": 1, "b": null}).as_object().unwrap()).is_ok());
     }
 }

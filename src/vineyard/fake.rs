@@ -477,9 +477,7 @@ impl Store for FakeStore {
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {
         let mut state = self.enter(Op::ShallowCopy)?;
-        if let Some((key, _)) = extra.iter().find(|(_, v)| v.is_object() || v.is_array()) {
-            return Err(Error::new(Kind::Invalid, format!("{key:?} of a copy is no plain value")));
-        }
+        content::check_extra(&extra)?;
         let Some(mut tree) = state.objects.get(&id).cloned() else {
             return Err(Error::not_found(format!("no object {id} to copy")));
         };

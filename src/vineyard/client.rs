@@ -1,0 +1,509 @@
+//! The real [`Store`]: vineyardd behind its Unix socket.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::blobs::Memories;
+use super::connection::{Answer, Connection};
+use super::content;
+use super::id::{BlobKey, InstanceId, ObjectId};
+use super::memory::Blob;
+use super::meta::Meta;
+use super::pool::{Backoff, Connector, Pool, socket_connector};
+use super::request::{
+    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, GetDataReply, ListNameReply, Request,
+    ShallowCopyReply, StatusReply, checked_id, name_pattern,
+};
+use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
+use super::wire::{Broken, Refusal, bad_reply};
+use crate::error::{Context, Error, Kind, Result};
+
+/// Objects in the first `get_data` of many; later ones are sized by what came back.
+const FIRST_BATCH: usize = 64;
+/// Most objects in one `get_data`.
+const LARGEST_BATCH: usize = 512;
+/// Size in bytes that the reply to one `get_data` should have. vineyardd has one thread for all metadata, so a larger
+/// one would keep everybody waiting (it makes about 10 MB/s).
+const BATCH_BYTES: usize = 2 << 20;
+/// Most ids in one request that returns little or nothing about each.
+const IDS_PER_REQUEST: usize = 4096;
+/// Most objects in one `create_datas`.
+const CONTENTS_PER_REQUEST: usize = 1024;
+
+/// How a [`Client`] finds and treats its vineyardd.
+pub struct ClientOptions {
+    /// Makes connected sockets; another process may do it, where this one may not open the socket.
+    pub connector: Connector,
+    /// How long each reply may take, connecting included.
+    pub deadline: Duration,
+    /// Places of blobs to remember (about 150 bytes each).
+    pub places: usize,
+}
+
+impl ClientOptions {
+    /// Connects to the socket at `path`; a deadline of 10 s.
+    pub fn socket(path: impl Into<PathBuf>) -> Self {
+        Self::connector(socket_connector(path.into()))
+    }
+
+    /// Connects through `connector`; a deadline of 10 s.
+    pub fn connector(connector: Connector) -> Self {
+        ClientOptions { connector, deadline: Duration::from_secs(10), places: 1 << 20 }
+    }
+
+    /// With another deadline.
+    pub fn deadline(self, deadline: Duration) -> Self {
+        ClientOptions { deadline, ..self }
+    }
+}
+
+/// Whether a request may be sent again although the first may have been executed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Repeat {
+    /// It changes nothing, or the second time changes nothing more.
+    Safe,
+    /// It makes something: only if the first surely did not reach the server.
+    UnlessSent,
+}
+
+/// A client of one vineyardd. All methods may be called from many threads; each takes a connection of its own.
+pub struct Client {
+    pool: Pool,
+    memories: Arc<Memories>,
+    deadline: Duration,
+}
+
+impl Client {
+    /// A client that connects at its first request.
+    ///
+    /// # Errors
+    /// The errno of making one page of memory.
+    pub fn new(options: ClientOptions) -> Result<Self> {
+        let memories = Arc::new(Memories::new(options.places)?);
+        let pool = Pool::new(options.connector, options.deadline, memories.clone());
+        Ok(Client { pool, memories, deadline: options.deadline })
+    }
+
+    /// A client that is connected.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Timeout` if no vineyardd answers within the deadline.
+    pub fn connect(options: ClientOptions) -> Result<Self> {
+        let client = Self::new(options)?;
+        client.instance()?;
+        Ok(client)
+    }
+
+    /// Runs `operation` on a connection, again on a new one if vineyardd went away and the request allows it.
+    fn run<T>(&self, repeat: Repeat, mut operation: impl FnMut(&mut Connection) -> Answer<T>) -> Result<T> {
+        let deadline = Instant::now() + self.deadline;
+        let mut backoff = Backoff::default();
+        loop {
+            let mut connection = self.pool.checkout(deadline)?;
+            match operation(&mut connection) {
+                Ok(answer) => {
+                    self.pool.checkin(connection);
+                    return answer;
+                }
+                Err(Broken { error, sent }) => {
+                    drop(connection);
+                    let again = error.kind() == Kind::Unavailable && (repeat == Repeat::Safe || !sent);
+                    if !again || !backoff.pause(deadline) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One request, whose reply is of type `kind`.
+    fn call<T: DeserializeOwned>(&self, repeat: Repeat, request: &Request, kind: &str) -> Result<T> {
+        self.run(repeat, |connection| connection.call(request, kind))
+    }
+
+    /// Requests that tell nothing, back to back; `ignore` says which refusals are none.
+    fn tell(&self, requests: &[Request], kind: &str, ignore: impl Fn(&Refusal) -> bool) -> Result<()> {
+        if requests.is_empty() {
+            return Ok(());
+        }
+        let answers = self.run(Repeat::Safe, |connection| connection.calls(requests, kind, |_, _: Empty| Ok(())))?;
+        match answers.into_iter().filter_map(|answer| answer.err()).find(|refusal| !ignore(refusal)) {
+            Some(refusal) => Err(refusal.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Asks for the places of blobs, whether known or not. Absent ones don't exist.
+    ///
+    /// This is the one place where blobs of this instance and of others part ways.
+    fn fetch(&self, keys: &[BlobKey], keep: bool) -> Result<HashMap<BlobKey, Blob>> {
+        let mut ids: Vec<ObjectId> = keys.iter().filter(|key| key.id.is_stored_blob()).map(|key| key.id).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        if ids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        self.run(Repeat::Safe, |connection| {
+            let here = connection.identity.instance;
+            if let Some(key) = keys.iter().find(|key| key.instance != here && key.id.is_stored_blob()) {
+                return Ok(Err(Error::new(
+                    Kind::Remote,
+                    format!("blob {} lives on instance {}, and this is {here}", key.id, key.instance),
+                )));
+            }
+            let blobs = match connection.get_buffers(&self.memories, &ids)? {
+                Ok(blobs) => blobs,
+                Err(error) => return Ok(Err(error)),
+            };
+            if let Some(blob) = blobs.iter().find(|blob| ids.binary_search(&blob.key().id).is_err()) {
+                return Err(bad_reply(format!("has the blob {}, which was not asked for", blob.key())));
+            }
+            if keep {
+                self.memories.insert(connection.generation, blobs.iter());
+            }
+            Ok(Ok(blobs.into_iter().map(|blob| (blob.key(), blob)).collect()))
+        })
+    }
+
+    /// A blob of this instance, from memory or from the server.
+    fn find(&self, key: BlobKey) -> Result<Blob> {
+        if key.id == ObjectId::EMPTY_BLOB {
+            return self.memories.empty_blob(key);
+        }
+        if let Some(blob) = self.memories.get(key) {
+            return Ok(blob);
+        }
+        self.fetch(&[key], true)?.remove(&key).ok_or_else(|| gone(key))
+    }
+
+    /// Metadata by text id, in batches that are answered in good time. An object whose metadata is beyond parsing maps
+    /// to the error.
+    fn get_data(&self, ids: &[ObjectId], sync: bool, mut each: impl FnMut(ObjectId, Result<Value>)) -> Result<()> {
+        let mut wanted: Vec<u64> = ids.iter().filter(|&&id| id != ObjectId::INVALID).map(|id| id.0).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let mut todo: &[u64] = &wanted;
+        let mut batch = FIRST_BATCH;
+        let mut sync = sync;
+        while !todo.is_empty() {
+            let (now, later) = todo.split_at(batch.min(todo.len()));
+            let request = Request::GetData { id: now.to_vec(), sync_remote: sync, wait: false };
+            let mut size = 0;
+            let reply = self.run(Repeat::Safe, |connection| {
+                let reply = connection.call::<GetDataReply>(&request, "get_data_reply");
+                size = connection.last_reply_len();
+                reply
+            });
+            match reply {
+                Ok(reply) => {
+                    for (text, value) in reply.content.map(|content| content.0).unwrap_or_default() {
+                        match text.parse::<ObjectId>() {
+                            Ok(id) if now.binary_search(&id.0).is_ok() => each(id, Ok(value)),
+                            _ => {
+                                return Err(Error::malformed(format!("vineyardd sent metadata of {text:.40?} unasked")));
+                            }
+                        }
+                    }
+                    todo = later;
+                    batch = (BATCH_BYTES / (size / now.len()).max(1)).clamp(1, LARGEST_BATCH);
+                    sync = false;
+                }
+                // One object may spoil the reply for all (nesting that no parser accepts): find it by halving.
+                Err(error) if error.kind() == Kind::Malformed => match now {
+                    [id] => {
+                        each(ObjectId(*id), Err(error));
+                        todo = later;
+                    }
+                    _ => batch = now.len() / 2,
+                },
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
+    fn give_back(&self, made: &[NewBlob]) {
+        let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
+        if let Err(error) = self.drop_blobs(&ids) {
+            tracing::warn!(%error, blobs = ids.len(), "blobs of an abandoned write could not be given back");
+        }
+    }
+}
+
+fn gone(key: BlobKey) -> Error {
+    Error::stale(format!("blob {key} is gone from the store"))
+}
+
+impl BlobSource for Client {
+    fn size(&self, key: BlobKey) -> Result<u64> {
+        Ok(self.find(key)?.len())
+    }
+
+    fn read(&self, key: BlobKey, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.find(key)?.read(offset, out)
+    }
+
+    fn prepare(&self, keys: &[BlobKey]) -> Result<()> {
+        let unknown: Vec<BlobKey> =
+            keys.iter().copied().filter(|&k| k.id.is_stored_blob() && self.memories.get(k).is_none()).collect();
+        self.fetch(&unknown, true).map(|_| ())
+    }
+
+    fn verify(&self, keys: &[BlobKey]) -> Result<()> {
+        if let Some(&key) = keys.iter().find(|key| key.id != ObjectId::EMPTY_BLOB && !key.id.is_stored_blob()) {
+            return Err(gone(key));
+        }
+        // What was read came from the places known before the question.
+        let known: HashMap<BlobKey, Blob> =
+            keys.iter().filter_map(|&key| Some((key, self.memories.get(key)?))).collect();
+        let found = self.fetch(keys, false)?;
+        let mut verdict = Ok(());
+        for &key in keys.iter().filter(|key| key.id.is_stored_blob()) {
+            match (found.get(&key), known.get(&key)) {
+                (Some(now), Some(then)) if !now.same_place(then) => {
+                    self.memories.forget(key);
+                    verdict = Err(Error::stale(format!("blob {key} was moved by the store")));
+                }
+                (Some(_), _) => {}
+                (None, _) => {
+                    self.memories.forget(key);
+                    verdict = Err(gone(key));
+                }
+            }
+        }
+        verdict
+    }
+
+    fn blob(&self, key: BlobKey) -> Result<Option<Blob>> {
+        self.find(key).map(Some)
+    }
+}
+
+impl Store for Client {
+    fn instance(&self) -> Result<Instance> {
+        self.run(Repeat::Safe, |connection| Ok(Ok(Pool::instance_of(connection))))
+    }
+
+    fn names(&self, queries: &[NameQuery]) -> Result<Vec<Vec<NamedObject>>> {
+        // The server's match ends at a NUL, so a limit would count names that are sorted out here.
+        let limit = |text: &str, limit: Option<u64>| limit.filter(|_| !text.contains('\0')).unwrap_or(u64::MAX);
+        let request = |query: &NameQuery| {
+            let (pattern, limit) = match query {
+                NameQuery::Exact(name) => (name_pattern(name, true), limit(name, Some(1))),
+                NameQuery::Prefix { prefix, limit: most } => (name_pattern(prefix, false), limit(prefix, *most)),
+            };
+            Request::ListName { pattern, regex: false, limit }
+        };
+        let requests: Vec<Request> = queries.iter().map(request).collect();
+        let answers = self.run(Repeat::Safe, |connection| {
+            connection.calls(&requests, "list_name_reply", |_, reply: ListNameReply| Ok(reply.names.0))
+        })?;
+        let select = |(query, answer): (&NameQuery, std::result::Result<Vec<(String, u64)>, Refusal>)| {
+            let mut names: Vec<NamedObject> = answer?.into_iter().map(|(name, id)| (name, ObjectId(id))).collect();
+            match query {
+                NameQuery::Exact(name) => names.retain(|(found, _)| found == name),
+                NameQuery::Prefix { prefix, limit } => {
+                    names.retain(|(found, _)| found.starts_with(prefix.as_str()));
+                    if !names.is_sorted_by(|a, b| a.0 <= b.0) {
+                        names.sort_unstable();
+                    }
+                    names.truncate(limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)));
+                }
+            }
+            Ok(names)
+        };
+        queries.iter().zip(answers).map(select).collect()
+    }
+
+    fn metas(&self, ids: &[ObjectId], sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>> {
+        let mut metas = HashMap::with_capacity(ids.len());
+        self.get_data(ids, sync, |id, value| {
+            let meta = value.and_then(Meta::new).and_then(|meta| {
+                let own = meta.id();
+                if own == id { Ok(meta) } else { Err(meta.error(format!("is what the store has for {id}"))) }
+            });
+            metas.insert(id, meta.context(|| format!("object {id}")));
+        })?;
+        Ok(metas)
+    }
+
+    fn blob_sizes(&self, ids: &[ObjectId]) -> Result<HashMap<ObjectId, u64>> {
+        let mut sizes = HashMap::with_capacity(ids.len());
+        let stored: Vec<ObjectId> = ids.iter().copied().filter(|id| id.is_stored_blob()).collect();
+        self.get_data(&stored, false, |id, value| {
+            let length = value.ok().and_then(|value| value.get("length").and_then(Value::as_u64));
+            if let Some(length) = length {
+                sizes.insert(id, length);
+            }
+        })?;
+        if ids.contains(&ObjectId::EMPTY_BLOB) {
+            sizes.insert(ObjectId::EMPTY_BLOB, 0);
+        }
+        Ok(sizes)
+    }
+
+    fn status(&self) -> Result<StoreStatus> {
+        let reply: StatusReply = self.call(Repeat::Safe, &Request::InstanceStatus {}, "instance_status_reply")?;
+        Ok(StoreStatus {
+            memory_limit: reply.meta.memory_limit,
+            memory_usage: reply.meta.memory_usage,
+            ipc_connections: reply.meta.ipc_connections,
+            rpc_connections: reply.meta.rpc_connections,
+        })
+    }
+
+    fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>> {
+        let reply: ClusterMetaReply = self.call(Repeat::Safe, &Request::ClusterMeta {}, "cluster_meta")?;
+        let mut cluster = BTreeMap::new();
+        for (key, entry) in reply.meta {
+            let Some(number) = key.strip_prefix('i').and_then(|digits| digits.parse().ok()) else {
+                return Err(Error::malformed(format!("vineyardd lists an instance {key:.40?}")));
+            };
+            let super::request::ClusterEntry { hostname, rpc_endpoint, ipc_socket } = entry;
+            cluster.insert(InstanceId(number), InstanceInfo { hostname, rpc_endpoint, ipc_socket });
+        }
+        Ok(cluster)
+    }
+
+    /// Each blob by a request of its own, back to back: of a `create_buffers` that does not fit as a whole, vineyardd
+    /// 0.24.2 keeps the part that does, and tells nobody its ids.
+    fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<NewBlob>> {
+        let requests: Vec<Request> =
+            sizes.iter().filter(|&&size| size > 0).map(|&size| Request::CreateBuffer { size }).collect();
+        let mut made: Vec<NewBlob> = Vec::with_capacity(requests.len());
+        let answers = self.run(Repeat::UnlessSent, |connection| {
+            connection.calls(&requests, "create_buffer_reply", |connection, reply: CreateBufferReply| {
+                let payload = reply.created;
+                let fds: &[i64] = if reply.fd >= 0 { &[reply.fd] } else { &[] };
+                connection.accept_files(&self.memories, fds, &[payload])?;
+                let (file, blob) = connection.locate(&payload)?;
+                if !blob.key().id.is_stored_blob() || reply.id != payload.object_id {
+                    return Err(bad_reply(format!("names the new blob {} as {}", blob.key().id, ObjectId(reply.id))));
+                }
+                let offset = payload.data_offset;
+                made.push(NewBlob { id: blob.key().id, size: blob.len(), file: Some(file.file.clone()), offset });
+                Ok(())
+            })
+        });
+        let refusal = answers.and_then(|answers| match answers.into_iter().find_map(|answer| answer.err()) {
+            Some(refusal) => Err(refusal.into()),
+            None => Ok(()),
+        });
+        if let Err(error) = refusal {
+            self.give_back(&made);
+            return Err(error).context(|| format!("creating {} blobs", sizes.len()));
+        }
+        let mut made = made.into_iter();
+        let mut blobs = Vec::with_capacity(sizes.len());
+        for &size in sizes {
+            if size == 0 {
+                blobs.push(NewBlob { id: ObjectId::EMPTY_BLOB, size: 0, file: None, offset: 0 });
+                continue;
+            }
+            match made.next() {
+                Some(blob) if blob.size == size => blobs.push(blob),
+                other => {
+                    blobs.extend(other);
+                    blobs.extend(made);
+                    self.give_back(&blobs);
+                    return Err(Error::malformed("vineyardd made blobs of other sizes than it was asked for"));
+                }
+            }
+        }
+        Ok(blobs)
+    }
+
+    fn seal_blobs(&self, ids: &[ObjectId]) -> Result<()> {
+        let seal = |id: &ObjectId| match id {
+            id if id.is_stored_blob() => Ok(Request::Seal { object_id: id.0 }),
+            id => Err(Error::new(Kind::Invalid, format!("{id} is no blob that can be sealed"))),
+        };
+        let requests = ids.iter().filter(|&&id| id != ObjectId::EMPTY_BLOB).map(seal).collect::<Result<Vec<_>>>()?;
+        self.tell(&requests, "seal_reply", |_| false)
+    }
+
+    fn drop_blobs(&self, ids: &[ObjectId]) -> Result<()> {
+        let requests: Vec<Request> =
+            ids.iter().filter(|id| id.is_stored_blob()).map(|id| Request::DropBuffer { id: id.0 }).collect();
+        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)
+    }
+
+    fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>> {
+        if contents.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.run(Repeat::UnlessSent, |connection| {
+            let here = connection.identity.instance;
+            let complete = contents.iter().map(|content| content::complete(content.clone(), here));
+            let complete = match complete.collect::<Result<Vec<_>>>() {
+                Ok(complete) => complete,
+                Err(error) => return Ok(Err(error)),
+            };
+            let chunks = complete.chunks(CONTENTS_PER_REQUEST);
+            let requests: Vec<Request> =
+                chunks.clone().map(|chunk| Request::CreateDatas { num: chunk.len(), contents: chunk }).collect();
+            let answers = connection.calls(&requests, "create_datas_reply", |_, reply: CreateDatasReply| Ok(reply))?;
+            let collect = |answers: Vec<std::result::Result<CreateDatasReply, Refusal>>| {
+                let mut created = Vec::with_capacity(complete.len());
+                for (chunk, answer) in chunks.zip(answers) {
+                    let CreateDatasReply { ids, signatures } = answer?;
+                    if ids.len() != chunk.len() || signatures.len() != chunk.len() {
+                        return Err(Error::malformed("vineyardd made another number of objects than it was asked for"));
+                    }
+                    for (id, signature) in ids.into_iter().zip(signatures) {
+                        created.push(Created { id: checked_id(id)?, signature });
+                    }
+                }
+                Ok(created)
+            };
+            Ok(answers.and_then(collect))
+        })
+    }
+
+    fn persist(&self, id: ObjectId) -> Result<()> {
+        self.call::<Empty>(Repeat::Safe, &Request::Persist { id: id.0 }, "persist_reply")
+            .map(|_| ())
+            .context(|| format!("persisting {id}"))
+    }
+
+    fn put_name(&self, name: &str, id: ObjectId) -> Result<()> {
+        self.call::<Empty>(Repeat::Safe, &Request::PutName { object_id: id.0, name }, "put_name_reply")
+            .map(|_| ())
+            .context(|| format!("giving {id} the name {name:.80?}"))
+    }
+
+    fn drop_name(&self, name: &str) -> Result<()> {
+        self.call::<Empty>(Repeat::Safe, &Request::DropName { name }, "drop_name_reply").map(|_| ())
+    }
+
+    fn delete(&self, ids: &[ObjectId]) -> Result<()> {
+        let mut seen = HashSet::new();
+        let wanted =
+            |&id: &ObjectId| (id != ObjectId::INVALID && id != ObjectId::EMPTY_BLOB && seen.insert(id)).then_some(id.0);
+        let ids: Vec<u64> = ids.iter().filter_map(wanted).collect();
+        let requests: Vec<Request> = ids
+            .chunks(IDS_PER_REQUEST)
+            .map(|chunk| Request::DelData {
+                id: chunk.to_vec(),
+                force: false,
+                deep: true,
+                memory_trim: false,
+                fastpath: false,
+            })
+            .collect();
+        self.tell(&requests, "del_data_reply", Refusal::is_absence)
+    }
+
+    fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {
+        content::check_extra(&extra)?;
+        let request = Request::ShallowCopy { id: id.0, extra: &extra };
+        let reply: ShallowCopyReply = self.call(Repeat::UnlessSent, &request, "shallow_copy_reply")?;
+        checked_id(reply.target_id)
+    }
+}

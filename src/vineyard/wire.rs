@@ -1,0 +1,293 @@
+//! Frames and descriptors on vineyardd's Unix socket.
+//!
+//! A frame is a little-endian `u64` length and that many bytes of JSON. After a reply that announces descriptors the
+//! server sends each in a message of its own: one meaningless byte with one `SCM_RIGHTS` descriptor. A read past the end
+//! of a frame would swallow that byte and lose the descriptor, so frames are read exactly. Source:
+//! `src/common/util/protocols.cc`, `src/server/async/socket_server.cc` and `src/common/memory/fling.cc` of v6d 0.24.
+
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg, send};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Kind, Result};
+
+/// Largest request: vineyardd closes the connection on more than 256 MiB.
+pub const MAX_REQUEST: usize = 256 << 20;
+/// Largest reply that is read. vineyardd sets no limit itself.
+pub const MAX_REPLY: u64 = 1 << 30;
+/// Memory is reserved for a reply in steps of this size, as its bytes arrive and not as its length announces.
+const STEP: usize = 1 << 20;
+
+/// A connection that can't be used any more, and why.
+#[derive(Debug)]
+pub struct Broken {
+    /// What happened. `Unavailable` means that the server is gone.
+    pub error: Error,
+    /// True if the server may have got a request whole, and so may have executed it.
+    pub sent: bool,
+}
+
+impl From<Broken> for Error {
+    fn from(broken: Broken) -> Error {
+        broken.error
+    }
+}
+
+fn broken(kind: Kind, message: impl Into<String>) -> Broken {
+    Broken { error: Error::new(kind, message), sent: true }
+}
+
+/// Breaks the connection because of a reply that breaks the protocol's rules.
+pub fn bad_reply(message: impl Into<String>) -> Broken {
+    broken(Kind::Malformed, format!("vineyardd's reply {}", message.into()))
+}
+
+fn gone(errno: Option<Errno>) -> Broken {
+    match errno {
+        Some(Errno::EPIPE | Errno::ECONNRESET) | None => broken(Kind::Unavailable, "vineyardd closed the connection"),
+        Some(errno) => Broken { error: errno.into(), sent: true },
+    }
+}
+
+/// Appends one request to `out` as a frame.
+///
+/// # Errors
+/// `TooLarge` past [`MAX_REQUEST`]; `out` is then as it was before.
+pub fn push_frame(out: &mut Vec<u8>, request: &impl Serialize) -> Result<()> {
+    let start = out.len();
+    out.extend_from_slice(&[0; 8]);
+    let written = serde_json::to_writer(&mut *out, request);
+    let len = out.len() - start - 8;
+    if let Err(error) = written {
+        out.truncate(start);
+        return Err(Error::new(Kind::Invalid, "a request that is no JSON").with_source(error));
+    }
+    if len > MAX_REQUEST {
+        out.truncate(start);
+        return Err(Error::new(Kind::TooLarge, format!("a request of {len} bytes; vineyardd takes {MAX_REQUEST}")));
+    }
+    if let Some(header) = out.get_mut(start..start + 8) {
+        header.copy_from_slice(&(len as u64).to_le_bytes());
+    }
+    Ok(())
+}
+
+/// An error reply: the request was refused, the connection stays usable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// One of the codes of `src/common/util/status.h`.
+    pub code: i64,
+    /// Free text.
+    pub message: String,
+}
+
+impl Refusal {
+    /// `kObjectNotExists`.
+    pub const OBJECT_NOT_EXISTS: i64 = 12;
+    /// `kObjectNotSealed`.
+    pub const OBJECT_NOT_SEALED: i64 = 14;
+    /// `kMetaTreeSubtreeNotExists`.
+    pub const SUBTREE_NOT_EXISTS: i64 = 27;
+    /// `kNotEnoughMemory`.
+    pub const NOT_ENOUGH_MEMORY: i64 = 41;
+
+    /// True if it says that an object or blob does not exist.
+    pub fn is_absence(&self) -> bool {
+        matches!(self.code, Self::OBJECT_NOT_EXISTS | Self::SUBTREE_NOT_EXISTS)
+    }
+
+    fn kind(&self) -> Kind {
+        match self.code {
+            Self::OBJECT_NOT_EXISTS | Self::SUBTREE_NOT_EXISTS | 2 | 25 => Kind::NotFound,
+            Self::NOT_ENOUGH_MEMORY => Kind::Full,
+            Self::OBJECT_NOT_SEALED => Kind::Busy,
+            6 => Kind::Unsupported,
+            11 => Kind::Exists,
+            1 | 3 | 7 | 8 | 13 | 15 | 16 | 21..=24 | 26 | 51 => Kind::Invalid,
+            31 | 33..=37 => Kind::Unavailable,
+            _ => Kind::Os(libc::EIO),
+        }
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Error {
+        let Refusal { code, ref message } = refusal;
+        Error::new(refusal.kind(), format!("vineyardd refused: {message:.300} (code {code})"))
+    }
+}
+
+/// Reads a reply of type `kind`. An error reply is the inner error.
+///
+/// # Errors
+/// `Malformed` if it is no JSON, of another type, or lacks a field.
+pub fn parse<T: DeserializeOwned>(frame: &[u8], kind: &str) -> Result<Result<T, Refusal>> {
+    #[derive(serde::Deserialize)]
+    struct Envelope<'a> {
+        #[serde(default)]
+        code: i64,
+        #[serde(default)]
+        message: Option<String>,
+        #[serde(borrow, default, rename = "type")]
+        kind: Option<std::borrow::Cow<'a, str>>,
+    }
+    let malformed = |error| Error::malformed(format!("vineyardd's {kind} is malformed")).with_source(error);
+    let envelope: Envelope = serde_json::from_slice(frame).map_err(malformed)?;
+    if envelope.code != 0 {
+        return Ok(Err(Refusal { code: envelope.code, message: envelope.message.unwrap_or_default() }));
+    }
+    match envelope.kind.as_deref() {
+        Some(found) if found == kind => serde_json::from_slice(frame).map(Ok).map_err(malformed),
+        Some(other) => Err(Error::malformed(format!("vineyardd answered {other:.40?} where {kind} is due"))),
+        None => Err(Error::malformed(format!("vineyardd's {kind} has no type"))),
+    }
+}
+
+/// One end of a socket, with a deadline on everything that can wait.
+#[derive(Debug)]
+pub struct Channel {
+    stream: UnixStream,
+}
+
+impl Channel {
+    /// Takes a connected socket.
+    pub fn new(stream: UnixStream) -> Self {
+        Channel { stream }
+    }
+
+    /// Process id of the peer as the kernel knows it, 0 if it is in a namespace that is not visible here.
+    pub fn peer_pid(&self) -> i32 {
+        use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+        getsockopt(&self.stream, PeerCredentials).map_or(0, |credentials| credentials.pid())
+    }
+
+    /// True if the peer is there and has sent nothing; vineyardd never speaks unasked, so anything else is the end.
+    pub fn is_quiet(&self) -> bool {
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+    }
+
+    /// Waits for one of `flags`; returns what there is.
+    fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<PollFlags, Broken> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(broken(Kind::Timeout, "vineyardd did not answer in time"));
+            }
+            // Rounded up: a wait of 0 ms would spin.
+            let timeout = PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX);
+            let mut fds = [PollFd::new(self.stream.as_fd(), flags)];
+            match poll(&mut fds, timeout) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(fds.first().and_then(PollFd::revents).unwrap_or(PollFlags::POLLERR)),
+                Err(errno) => return Err(gone(Some(errno))),
+            }
+        }
+    }
+
+    /// Sends what fits without waiting; returns the number of bytes.
+    fn send_some(&self, bytes: &[u8]) -> Result<usize, Broken> {
+        match send(self.stream.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+            Ok(n) => Ok(n),
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(0),
+            Err(errno) => Err(gone(Some(errno))),
+        }
+    }
+
+    /// Sends `bytes`. Ends early, without an error, as soon as the peer has something to read: vineyardd does not read
+    /// on until its reply is taken, so a writer that goes on regardless would wait for ever. Returns the bytes sent.
+    ///
+    /// # Errors
+    /// [`Broken::sent`] is false if not a single byte of `bytes` left.
+    pub fn send_until_reply(&self, bytes: &[u8], deadline: Instant) -> Result<usize, Broken> {
+        let mut done = 0;
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            let n = self.send_some(rest).map_err(|b| Broken { sent: done > 0, ..b })?;
+            done += n;
+            if n == 0 {
+                let ready = self
+                    .wait(PollFlags::POLLIN | PollFlags::POLLOUT, deadline)
+                    .map_err(|b| Broken { sent: done > 0, ..b })?;
+                if ready.contains(PollFlags::POLLIN) {
+                    break;
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    fn receive_exactly(&self, out: &mut [u8], deadline: Instant) -> Result<(), Broken> {
+        let mut done = 0;
+        while let Some(rest) = out.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match recv(self.stream.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) => return Err(gone(None)),
+                Ok(n) => done += n,
+                Err(Errno::EAGAIN) => drop(self.wait(PollFlags::POLLIN, deadline)?),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(gone(Some(errno))),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one frame into `out`, replacing what was there.
+    pub fn receive(&self, out: &mut Vec<u8>, deadline: Instant) -> Result<(), Broken> {
+        let mut header = [0; 8];
+        self.receive_exactly(&mut header, deadline)?;
+        let len = u64::from_le_bytes(header);
+        if len == 0 || len > MAX_REPLY {
+            return Err(bad_reply(format!("announces {len} bytes")));
+        }
+        let len = len as usize;
+        out.clear();
+        while out.len() < len {
+            let start = out.len();
+            // Doubling keeps the number of reallocations small and the unearned memory below what was received.
+            out.resize(len.min(start + start.max(STEP)), 0);
+            if let Some(part) = out.get_mut(start..) {
+                self.receive_exactly(part, deadline)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives one announced descriptor.
+    pub fn receive_fd(&self, deadline: Instant) -> Result<OwnedFd, Broken> {
+        let mut byte = [0u8; 1];
+        let mut space = nix::cmsg_space!([RawFd; 4]);
+        loop {
+            let mut parts = [IoSliceMut::new(&mut byte)];
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+            match recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), flags) {
+                Ok(message) => {
+                    let mut fds = Vec::new();
+                    for part in message.cmsgs().map_err(|errno| gone(Some(errno)))? {
+                        if let ControlMessageOwned::ScmRights(received) = part {
+                            // SAFETY: the kernel has just made these descriptors for this process; nobody else owns
+                            // them. All are taken, so that the superfluous ones are closed.
+                            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                        }
+                    }
+                    if message.bytes == 0 {
+                        return Err(gone(None));
+                    }
+                    return match (fds.pop(), fds.is_empty()) {
+                        (Some(fd), true) => Ok(fd),
+                        (None, _) => Err(bad_reply("lacks a descriptor that it announced")),
+                        (Some(_), false) => Err(bad_reply("has several descriptors in one message")),
+                    };
+                }
+                Err(Errno::EAGAIN) => drop(self.wait(PollFlags::POLLIN, deadline)?),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(gone(Some(errno))),
+            }
+        }
+    }
+}
