@@ -205,7 +205,9 @@ impl Client {
                         match text.parse::<ObjectId>() {
                             Ok(id) if now.binary_search(&id.0).is_ok() => each(id, Ok(value)),
                             _ => {
-                                return Err(Error::malformed(format!("vineyardd sent metadata of {text:.40?} unasked")));
+                                return Err(Error::malformed(format!(
+                                    "vineyardd sent metadata of {text:.40?} unasked"
+                                )));
                             }
                         }
                     }

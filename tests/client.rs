@@ -1,0 +1,308 @@
+//! The client against a real vineyardd.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use common::vineyardd::Vineyardd;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use vineyard_fs::Kind;
+use vineyard_fs::vineyard::store::{NameQuery, NewBlob};
+use vineyard_fs::vineyard::{BlobKey, BlobSource, Client, InstanceId, ObjectId, Store};
+
+const LONG: Duration = Duration::from_secs(10);
+
+fn fill(blob: &NewBlob, bytes: &[u8]) {
+    let file = std::fs::File::from(blob.file.as_ref().unwrap().try_clone().unwrap());
+    file.write_all_at(bytes, blob.offset).unwrap();
+}
+
+fn put_blob(client: &Client, bytes: &[u8]) -> BlobKey {
+    let blob = client.create_blobs(&[bytes.len() as u64]).unwrap().pop().unwrap();
+    fill(&blob, bytes);
+    client.seal_blobs(&[blob.id]).unwrap();
+    BlobKey { instance: client.instance().unwrap().id, id: blob.id }
+}
+
+fn member(key: BlobKey) -> Value {
+    json!({"id": key.id.to_string(), "typename": "vineyard::Blob"})
+}
+
+fn put_object(client: &Client, name: &str, content: Value) -> ObjectId {
+    let id = client.create_objects(vec![content]).unwrap()[0].id;
+    client.persist(id).unwrap();
+    client.put_name(name, id).unwrap();
+    id
+}
+
+fn get(client: &Client, key: BlobKey) -> Vec<u8> {
+    let mut bytes = vec![0; client.size(key).unwrap() as usize];
+    client.read(key, 0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn what_is_created_is_found_read_and_deleted() {
+    let server = Vineyardd::start("64Mi");
+    let client = server.client(LONG).unwrap();
+    let instance = client.instance().unwrap();
+    assert_eq!((instance.id, instance.generation, instance.socket), (InstanceId(0), 1, server.socket()));
+    assert!(instance.version.starts_with("0."));
+    assert_eq!(client.cluster().unwrap()[&InstanceId(0)].ipc_socket, server.socket().to_str().unwrap());
+
+    let blobs = client.create_blobs(&[5, 0, 1 << 20]).unwrap();
+    assert_eq!(blobs.iter().map(|b| b.size).collect::<Vec<_>>(), [5, 0, 1 << 20]);
+    assert_eq!(blobs[1].id, ObjectId::EMPTY_BLOB);
+    let keys: Vec<BlobKey> = blobs.iter().map(|b| BlobKey { instance: instance.id, id: b.id }).collect();
+    fill(&blobs[0], b"hello");
+    assert_eq!(client.size(keys[0]).unwrap_err().kind(), Kind::Stale, "not before it is sealed");
+    client.seal_blobs(&blobs.iter().map(|b| b.id).collect::<Vec<_>>()).unwrap();
+
+    let leaf = client
+        .create_objects(vec![
+            json!({"typename": "test::Leaf", "buffer_": member(keys[0]), "none_": member(keys[1])}),
+            json!({"typename": "test::Leaf", "buffer_": member(keys[2]), "none_": member(keys[1])}),
+        ])
+        .unwrap();
+    let root = json!({"typename": "test::Root", "leaf_-size": 2, "leaf_-0": {"id": leaf[0].id.to_string()},
+        "leaf_-1": {"id": leaf[1].id.to_string()}, "x": 1.5});
+    let id = client.create_objects(vec![root]).unwrap()[0].id;
+    assert_eq!(client.put_name("early", id).unwrap_err().kind(), Kind::Invalid);
+    client.persist(id).unwrap();
+    client.put_name("dir/a", id).unwrap();
+    let names = client.names(&[NameQuery::Prefix { prefix: "dir/".into(), limit: None }]).unwrap();
+    assert_eq!(names, [vec![("dir/a".to_string(), id)]]);
+
+    let metas = client.metas(&[id, leaf[1].id, ObjectId(12345), id], true).unwrap();
+    assert_eq!(metas.len(), 2);
+    let meta = metas[&id].as_ref().unwrap();
+    let found: Vec<BlobKey> = meta.list("leaf_").unwrap().iter().map(|m| m.blob("buffer_").unwrap()).collect();
+    assert_eq!(found, [keys[0], keys[2]]);
+    assert_eq!(meta.get("x"), Some(&json!(1.5)));
+
+    let sizes = client.blob_sizes(&[keys[0].id, keys[1].id, keys[2].id, ObjectId(1 << 63 | 77)]).unwrap();
+    assert_eq!(sizes.len(), 3);
+    assert_eq!((sizes[&keys[0].id], sizes[&keys[1].id], sizes[&keys[2].id]), (5, 0, 1 << 20));
+    let other = server.client(LONG).unwrap();
+    other.prepare(&keys).unwrap();
+    assert_eq!(get(&other, keys[0]), b"hello");
+    assert_eq!(get(&other, keys[1]), b"");
+    assert_eq!(other.blob(keys[2]).unwrap().unwrap().len(), 1 << 20);
+    assert_eq!(other.read(keys[0], 3, &mut [0; 3]).unwrap_err().kind(), Kind::Malformed);
+    let elsewhere = BlobKey { instance: InstanceId(9), ..keys[0] };
+    assert_eq!(other.size(elsewhere).unwrap_err().kind(), Kind::Remote);
+
+    let copy = client.shallow_copy(id, json!({"x": 2}).as_object().unwrap().clone()).unwrap();
+    let metas = client.metas(&[copy, id], false).unwrap();
+    assert_eq!(metas[&copy].as_ref().unwrap().get("x"), Some(&json!(2)));
+    assert_eq!(metas[&copy].as_ref().unwrap().signature(), metas[&id].as_ref().unwrap().signature());
+
+    client.verify(&keys).unwrap();
+    client.delete(&[copy, id, ObjectId(4)]).unwrap();
+    assert!(client.metas(&[id, leaf[0].id], false).unwrap().is_empty());
+    assert_eq!(client.status().unwrap().memory_usage, 0);
+    client.drop_name("dir/a").unwrap();
+    client.drop_name("dir/a").unwrap();
+    assert_eq!(client.names(&[NameQuery::Exact("dir/a".into())]).unwrap(), [vec![]]);
+}
+
+#[test]
+fn every_name_is_found_and_no_other() {
+    let server = Vineyardd::start("16Mi");
+    let client = server.client(LONG).unwrap();
+    let id = put_object(&client, "a", json!({"typename": "test::T"}));
+    let mut names: Vec<String> = [
+        "a*b",
+        "a?b",
+        "a[b]c",
+        "a\\b",
+        "a\\",
+        "\\*",
+        "a]b",
+        "a\nb",
+        "é*",
+        "axb",
+        "[!a]",
+        "a/b*c",
+        "",
+        "日本",
+        ".hid",
+        "a\0b",
+        "a\0",
+        "b\0c",
+        "\0",
+        "~",
+        "a~0b",
+        "\"",
+        "a/",
+        "/",
+        "..",
+        "[[:alpha:]]",
+        "*",
+        "**",
+        "?",
+        "\u{10ffff}",
+        "\u{1}",
+        "a-b",
+    ]
+    .map(String::from)
+    .into();
+    names.push("x".repeat(10_000));
+    names.extend((0..100).map(|i| format!("n[{i}]*/\n{i}é?")));
+    for name in &names {
+        client.put_name(name, id).unwrap();
+    }
+    names.push("a".into());
+    names.sort_unstable();
+    let queries: Vec<NameQuery> = names.iter().map(|n| NameQuery::Exact(n.clone())).collect();
+    for (name, found) in names.iter().zip(client.names(&queries).unwrap()) {
+        assert_eq!(found, [(name.clone(), id)], "{name:?}");
+    }
+    let all = |prefix: &str, limit| NameQuery::Prefix { prefix: prefix.into(), limit };
+    for prefix in ["", "a", "a\0", "n[1", "a[", "é", "\\", "nothing", "a/", "*", "b\0"] {
+        let expected: Vec<&String> = names.iter().filter(|n| n.starts_with(prefix)).collect();
+        let found = client.names(&[all(prefix, None), all(prefix, Some(2))]).unwrap();
+        assert_eq!(found[0].iter().map(|(n, _)| n).collect::<Vec<_>>(), expected, "{prefix:?}");
+        assert_eq!(found[1], found[0][..found[0].len().min(2)], "{prefix:?}");
+    }
+    let misses = ["b", "a*", "[a]", "zz", "x", "n[1]*"].map(|n| NameQuery::Exact(n.into()));
+    assert!(client.names(&misses).unwrap().iter().all(Vec::is_empty));
+}
+
+#[test]
+fn recycled_memory_is_noticed() {
+    let server = Vineyardd::start("16Mi");
+    let (writer, reader) = (server.client(LONG).unwrap(), server.client(LONG).unwrap());
+    let key = put_blob(&writer, &[1; 4 << 20]);
+    let blob = reader.blob(key).unwrap().unwrap();
+    reader.verify(&[key]).unwrap();
+    writer.drop_blobs(&[key.id, key.id]).unwrap();
+    let other = put_blob(&writer, &[2; 4 << 20]);
+    assert!(reader.blob(other).unwrap().unwrap().same_place(&blob), "vineyardd reuses memory at once");
+    let mut byte = [0];
+    reader.read(key, 0, &mut byte).unwrap();
+    assert_eq!(byte, [2]);
+    assert_eq!(reader.verify(&[other, key]).unwrap_err().kind(), Kind::Stale);
+    assert_eq!(reader.read(key, 0, &mut byte).unwrap_err().kind(), Kind::Stale, "its place is forgotten");
+    reader.verify(&[other]).unwrap();
+}
+
+#[test]
+fn a_full_store_says_so_and_keeps_nothing() {
+    let server = Vineyardd::start("16Mi");
+    let client = server.client(LONG).unwrap();
+    let held = put_blob(&client, &[0; 1 << 20]);
+    let error = client.create_blobs(&[4 << 20, 0, 4 << 20, 64 << 20, 100]).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (Kind::Full, libc::ENOSPC));
+    assert_eq!(client.create_blobs(&[u64::MAX >> 2]).unwrap_err().kind(), Kind::Full);
+    assert_eq!(client.status().unwrap().memory_usage, 1 << 20);
+    client.drop_blobs(&[held.id, ObjectId::EMPTY_BLOB, ObjectId::INVALID]).unwrap();
+    assert_eq!(client.status().unwrap().memory_usage, 0);
+    assert_eq!(client.create_blobs(&[8 << 20]).unwrap().len(), 1);
+}
+
+#[test]
+fn a_restarted_vineyardd_voids_what_was_known() {
+    let mut server = Vineyardd::start("16Mi");
+    let client = server.client(LONG).unwrap();
+    let key = put_blob(&client, b"before");
+    let id = put_object(&client, "n", json!({"typename": "t", "b": member(key)}));
+    assert_eq!(get(&client, key), b"before");
+    server.kill();
+    let start = Instant::now();
+    let hasty = server.client(Duration::from_millis(300)).err().unwrap();
+    assert_eq!(hasty.kind(), Kind::Unavailable);
+    assert!(start.elapsed() < Duration::from_secs(3));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| client.metas(&[id], false).unwrap().len());
+        std::thread::sleep(Duration::from_millis(100));
+        server.start_again();
+        assert_eq!(waiting.join().unwrap(), 0, "a request waits for the new vineyardd, which is empty");
+    });
+    let instance = client.instance().unwrap();
+    assert_eq!((instance.id, instance.generation), (InstanceId(0), 2));
+    assert_eq!(client.read(key, 0, &mut [0; 6]).unwrap_err().kind(), Kind::Stale);
+    assert_eq!(client.verify(&[key]).unwrap_err().kind(), Kind::Stale);
+    let again = put_blob(&client, b"after!");
+    assert_eq!(get(&client, again), b"after!");
+}
+
+#[test]
+fn a_frozen_vineyardd_ends_in_timeouts_and_is_used_again() {
+    let server = Vineyardd::start("16Mi");
+    let client = server.client(Duration::from_millis(300)).unwrap();
+    let key = put_blob(&client, b"data");
+    assert_eq!(get(&client, key), b"data");
+    server.signal(Signal::SIGSTOP);
+    for _ in 0..3 {
+        let start = Instant::now();
+        assert_eq!(client.status().unwrap_err().kind(), Kind::Timeout);
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    }
+    server.signal(Signal::SIGCONT);
+    let patient = server.client(LONG).unwrap();
+    patient.status().unwrap();
+    client.verify(&[key]).unwrap();
+    assert_eq!(client.instance().unwrap().generation, 1, "it is the same vineyardd");
+}
+
+#[test]
+fn many_threads_share_a_client() {
+    let server = Vineyardd::start("64Mi");
+    let client = server.client(LONG).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..8u8 {
+            let client = &client;
+            scope.spawn(move || {
+                for round in 0..20u8 {
+                    let bytes = vec![thread ^ round; 1000 + usize::from(round) * 333];
+                    let key = put_blob(client, &bytes);
+                    let name = format!("t{thread}/{round}");
+                    let id = put_object(client, &name, json!({"typename": "t", "b": member(key)}));
+                    assert_eq!(client.names(&[NameQuery::Exact(name)]).unwrap()[0][0].1, id);
+                    assert_eq!(client.metas(&[id], false).unwrap()[&id].as_ref().unwrap().blobs(), [key]);
+                    assert_eq!(get(client, key), bytes);
+                    client.verify(&[key]).unwrap();
+                    if round % 2 == 0 {
+                        client.delete(&[id]).unwrap();
+                        assert_eq!(client.verify(&[key]).unwrap_err().kind(), Kind::Stale);
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(client.instance().unwrap().generation, 1);
+    let names = client.names(&[NameQuery::Prefix { prefix: "t".into(), limit: None }]).unwrap();
+    assert_eq!(names[0].len(), 160);
+    let ids: Vec<ObjectId> = names[0].iter().map(|n| n.1).collect();
+    assert_eq!(client.metas(&ids, false).unwrap().len(), 80, "names outlive their objects");
+}
+
+#[test]
+fn batches_larger_than_a_request_come_back_whole() {
+    let server = Vineyardd::start("64Mi");
+    let client = server.client(LONG).unwrap();
+    let blobs = client.create_blobs(&vec![64; 10_000]).unwrap();
+    let ids: Vec<ObjectId> = blobs.iter().map(|b| b.id).collect();
+    let instance = InstanceId(0);
+    let keys: Vec<BlobKey> = ids.iter().map(|&id| BlobKey { instance, id }).collect();
+    // One blob stays unsealed; it must not spoil the request that it is in.
+    client.seal_blobs(&ids[1..]).unwrap();
+    client.prepare(&keys).unwrap();
+    assert_eq!(client.size(keys[0]).unwrap_err().kind(), Kind::Stale);
+    client.verify(&keys[1..]).unwrap();
+    assert_eq!(client.blob_sizes(&ids[1..]).unwrap().len(), 9_999);
+    let contents =
+        (1..3000).map(|i| json!({"typename": "t", "b": member(keys[i]), "text": "x".repeat(1000)})).collect();
+    let created = client.create_objects(contents).unwrap();
+    let objects: Vec<ObjectId> = created.iter().map(|c| c.id).collect();
+    let metas = client.metas(&objects, false).unwrap();
+    assert_eq!(metas.len(), 2999);
+    assert_eq!(metas[&objects[7]].as_ref().unwrap().blobs(), [keys[8]]);
+    client.delete(&objects).unwrap();
+    client.drop_blobs(&ids).unwrap();
+    assert_eq!(client.status().unwrap().memory_usage, 0);
+}

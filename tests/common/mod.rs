@@ -1,0 +1,4 @@
+//! Helpers of the integration tests.
+#![allow(dead_code)]
+
+pub mod vineyardd;

@@ -1,0 +1,108 @@
+//! A private real vineyardd for a test.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use vineyard_fs::vineyard::{Client, ClientOptions};
+
+/// The binary: `$VINEYARDD`, else the one in the Python environment `$VIRTUAL_ENV` or `.venv` of the project.
+pub fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("VINEYARDD") {
+        return path.into();
+    }
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv");
+    let environments = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from).into_iter().chain([own]);
+    for environment in environments {
+        for version in std::fs::read_dir(environment.join("lib")).into_iter().flatten().flatten() {
+            let path = version.path().join("site-packages/vineyard/bdist/vineyardd");
+            if path.is_file() {
+                return path;
+            }
+        }
+    }
+    panic!("no vineyardd: set VINEYARDD, or VIRTUAL_ENV to an environment with vineyard-bdist, or run scripts/setup");
+}
+
+/// A running vineyardd with local metadata, without TCP; killed when dropped.
+pub struct Vineyardd {
+    folder: TempDir,
+    size: String,
+    child: Child,
+}
+
+impl Vineyardd {
+    /// Starts one with `size` of memory (such as `64Mi`) and waits until it answers.
+    pub fn start(size: &str) -> Self {
+        let folder = TempDir::with_prefix("vineyardd-").unwrap();
+        let child = Self::spawn(&folder.path().join("v.sock"), size);
+        let server = Vineyardd { folder, size: size.into(), child };
+        server.wait_ready();
+        server
+    }
+
+    fn spawn(socket: &Path, size: &str) -> Child {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(socket.with_extension("log")).unwrap();
+        Command::new(binary())
+            .args(["--meta", "local", "--rpc=false", "--size", size, "--socket"])
+            .arg(socket)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    fn wait_ready(&self) {
+        let start = Instant::now();
+        while self.client(Duration::from_millis(500)).is_err() {
+            if start.elapsed() > Duration::from_secs(30) {
+                panic!(
+                    "vineyardd does not start: {}",
+                    std::fs::read_to_string(self.socket().with_extension("log")).unwrap()
+                );
+            }
+        }
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("v.sock")
+    }
+
+    /// A new client with this deadline.
+    pub fn client(&self, deadline: Duration) -> vineyard_fs::Result<Client> {
+        Client::connect(ClientOptions::socket(self.socket()).deadline(deadline))
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts it again after [`Vineyardd::kill`], empty, without waiting.
+    pub fn start_again(&mut self) {
+        self.child = Self::spawn(&self.socket(), &self.size);
+    }
+}
+
+impl Drop for Vineyardd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
