@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::options;
 use crate::error::{Context, Error, Kind, Result};
-use crate::fuse::config::{Launch, MountConfig, ServePolicy};
+use crate::fs::ServePolicy;
+use crate::fuse::config::{Launch, MountConfig};
 use crate::fuse::mount::keep_open;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::{keeper, mount as mounting, mountinfo};
@@ -61,7 +62,7 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", value_parser = options::size)]
     pub staging_size: Option<u64>,
     /// How the bytes of files reach readers
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = options::serve())]
     pub serve: ServePolicy,
     /// Log to this file instead of the usual place
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]

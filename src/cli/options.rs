@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+
 use super::mount::Args;
 use crate::error::{Error, Kind, Result};
-use crate::fuse::config::ServePolicy;
+use crate::fs::ServePolicy;
 
 /// Reads a size: a number with an optional unit (`K`, `M`, `G`, `T`, each also with `i`, `B` or `iB`; powers of 1024),
 /// or `N%` of the memory of this machine.
@@ -64,6 +66,21 @@ pub fn millis(text: &str) -> Result<u64, String> {
     value.filter(|millis| *millis > 0).ok_or_else(|| format!("{text:?} is not a time such as 10s or 500ms"))
 }
 
+fn policy(text: &str) -> Option<ServePolicy> {
+    match text {
+        "auto" => Some(ServePolicy::Auto),
+        "lazy" => Some(ServePolicy::Lazy),
+        "assembled" => Some(ServePolicy::Assembled),
+        _ => None,
+    }
+}
+
+/// Reads a [`ServePolicy`]: by what is known of a dataset, always read by read, or always as a memory file.
+pub fn serve() -> impl TypedValueParser<Value = ServePolicy> {
+    let names = PossibleValuesParser::new(["auto", "lazy", "assembled"]);
+    names.try_map(|text| policy(&text).ok_or("not a way to serve"))
+}
+
 /// Puts the options of `-o` into the arguments. Options of fstab that mean nothing here are passed over.
 ///
 /// # Errors
@@ -117,8 +134,7 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
         "cache_size" | "cache-size" => arguments.cache_size = Some(size(&text()?)?),
         "staging_size" | "staging-size" => arguments.staging_size = Some(size(&text()?)?),
         "serve" => {
-            let policy = <ServePolicy as clap::ValueEnum>::from_str(&text()?, false);
-            arguments.serve = policy.map_err(|_| choice("auto, lazy, assembled"))?;
+            arguments.serve = policy(&text()?).ok_or_else(|| choice("auto, lazy, assembled"))?;
         }
         "log_file" | "log-file" => arguments.log_file = Some(PathBuf::from(text()?)),
         "log_level" | "log-level" => arguments.log_level = crate::telemetry::check(&text()?)?,

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fs::{Options, ServePolicy};
+
 /// The choices of one mount.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MountConfig {
@@ -45,17 +47,23 @@ pub struct MountConfig {
     pub log_level: String,
 }
 
-/// How the bytes of files reach readers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum ServePolicy {
-    /// By size, width and place of the dataset.
-    #[default]
-    Auto,
-    /// Always from the store's memory, read by read.
-    Lazy,
-    /// Always as a memory file that is made at the first open.
-    Assembled,
+impl MountConfig {
+    /// The part that the filesystem needs.
+    pub fn filesystem(&self) -> Options {
+        Options {
+            prefix: self.prefix.clone().unwrap_or_default().trim_matches('/').to_owned(),
+            read_only: self.read_only,
+            uid: self.uid,
+            gid: self.gid,
+            // Nine bits each, as the command line checks.
+            file_mode: (self.file_mode & 0o777) as u16,
+            dir_mode: (self.dir_mode & 0o777) as u16,
+            serve: self.serve,
+            cache_size: self.cache_size,
+            staging_size: self.staging_size,
+            ..Options::default()
+        }
+    }
 }
 
 /// A vineyardd that lives and ends with the mount.

@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use fuser::{Session, SessionACL};
@@ -25,9 +27,12 @@ use super::workers::Workers;
 use super::{privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host};
+use crate::vineyard::client::{Client, ClientOptions};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
+/// How long `status` waits for what the store says.
+const STORE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Descriptors that a server inherits, by number.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +88,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     prepare_process(&hello)?;
 
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
-    let fs = Arc::new(open_filesystem(&hello, link, Box::new(host))?);
+    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
     let loops = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
     let shared = Arc::new(Shared {
         fs,
@@ -96,8 +101,8 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let session = session(Adapter::new(shared.clone(), agreed.flags), &fuse, &agreed, loops)?;
     let notifier = session.notifier();
     thread("invalidations", move || forward(&invalidations, &notifier))?;
-    let (own, seen) = (shared.clone(), hello.clone());
-    thread("status", move || status::serve(&listener, || report(&own, &seen)))?;
+    let reporter = Reporter { shared, restarts: hello.restarts, asking: Arc::default() };
+    thread("status", move || status::serve(&listener, || reporter.report()))?;
 
     link.tell(&Request::Ready)?;
     if let Err(errno) = nix::unistd::write(&fuse, &handshake::RESEND) {
@@ -152,21 +157,57 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 }
 
 /// The filesystem over the store that the keeper connects to.
-fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Box<dyn Host>) -> Result<FileSystem> {
-    let _ = (hello, link);
-    Ok(FileSystem::new(host))
+fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
+    let config = &hello.config;
+    let link = link.clone();
+    let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
+        .deadline(Duration::from_millis(config.deadline_ms));
+    // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
+    let client = match hello.restarts {
+        0 => Client::connect(options)?,
+        _ => Client::new(options)?,
+    };
+    Ok(FileSystem::new(Arc::new(client), host, config.filesystem()))
 }
 
-fn report(shared: &Shared, hello: &Hello) -> Value {
-    let mut report = json!({
-        "pid": std::process::id(),
-        "version": env!("CARGO_PKG_VERSION"),
-        "restarts": hello.restarts,
-        "waiting": shared.workers.waiting(),
-        "fs": shared.fs.status(),
-    });
-    if let (Some(report), Value::Object(stats)) = (report.as_object_mut(), shared.stats.report()) {
-        report.extend(stats);
+/// What `status` asks for. The filesystem's part asks the store, so it has a thread and a time limit of its own.
+struct Reporter {
+    shared: Arc<Shared>,
+    restarts: u64,
+    /// A thread asks the store at this moment.
+    asking: Arc<AtomicBool>,
+}
+
+impl Reporter {
+    fn report(&self) -> Value {
+        let mut report = json!({
+            "pid": std::process::id(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "restarts": self.restarts,
+            "waiting": self.shared.workers.waiting(),
+            "fs": self.filesystem(),
+        });
+        if let (Some(report), Value::Object(stats)) = (report.as_object_mut(), self.shared.stats.report()) {
+            report.extend(stats);
+        }
+        report
     }
-    report
+
+    fn filesystem(&self) -> Value {
+        if self.asking.swap(true, Ordering::AcqRel) {
+            return json!({"error": "the store does not answer"});
+        }
+        let (send, answer) = channel();
+        let (shared, asking) = (self.shared.clone(), self.asking.clone());
+        let started = thread("status of the store", move || {
+            let status = shared.fs.status();
+            asking.store(false, Ordering::Release);
+            send.send(status).ok();
+        });
+        if let Err(error) = started {
+            self.asking.store(false, Ordering::Release);
+            return json!({"error": error.to_string()});
+        }
+        answer.recv_timeout(STORE_PATIENCE).unwrap_or_else(|_| json!({"error": "the store does not answer"}))
+    }
 }
