@@ -154,8 +154,12 @@ impl Staged {
     /// # Errors
     /// What the store answers.
     pub fn is_current_version(&self, store: &dyn Store) -> Result<bool> {
-        let Some((name, object)) = self.published() else { return Ok(true) };
-        if self.is_dirty()? {
+        let (published, clean) = {
+            let state = self.state();
+            (state.published.clone(), state.clean.filter(|_| state.writers.is_empty()))
+        };
+        let Some((name, object)) = published else { return Ok(true) };
+        if clean.is_none_or(|(stamp, ..)| self.stamp().is_ok_and(|now| now != stamp)) {
             return Ok(true);
         }
         let answer = store.names(&[NameQuery::Exact(name)])?;

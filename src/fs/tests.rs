@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -515,8 +514,8 @@ fn odd_names_are_all_listed_and_open() {
                 FileKind::Directory => pending.push(path),
                 _ => {
                     let bytes = bed.load(&path).unwrap();
-                    let value = f64::from_le_bytes(bytes[bytes.len() - 8..].try_into().unwrap());
-                    assert_eq!(bytes[..6], *b"\x93NUMPY", "{path:?} of {:?}", names[value as usize]);
+                    // "x" gives way to the plain "x.npy": it is listed by another of its views.
+                    assert!(bytes.starts_with(b"\x93NUMPY") || path == "x.arrow", "{path:?}");
                     found += 1;
                 }
             }
@@ -590,11 +589,6 @@ fn two_writers_of_one_name_end_with_one_whole_value() {
     assert_eq!(column(&bed.load("t.arrow").unwrap()), [2, 2]);
     bed.close(first, ME).unwrap();
     assert_eq!(column(&bed.load("t.arrow").unwrap()), [1, 1, 1]);
-    let ino = bed.lookup("t.arrow", ME).unwrap().attr.ino;
-    let _ = ino;
     bed.fs.unlink(ROOT, OsStr::new("t.arrow"), ME).unwrap();
     assert_eq!((bed.store.object_count(), bed.store.blob_count()), (0, 0));
-    let mut out = Vec::new();
-    out.flush().unwrap();
-    out.clear();
 }

@@ -9,7 +9,7 @@ use arrow_array::*;
 use arrow_schema::{DataType, Field as ArrowField, Fields, Schema, UnionFields};
 
 use super::*;
-use crate::dataset::recipe::{attrs_of, recipe_of};
+use crate::dataset::recipe::recipe_of;
 use crate::vineyard::fake::FakeStore;
 use crate::vineyard::{Meta, ObjectId, Store};
 
@@ -32,7 +32,7 @@ impl Temp {
 }
 
 pub(super) fn attrs() -> FileAttributes {
-    FileAttributes { mode: 0o640, uid: 1, gid: 2, mtime: (-3, 4), xattrs: vec![(b"user.k\xff".into(), b"v".into())] }
+    FileAttributes { mode: Some(0o640), uid: Some(1), gid: Some(2), mtime: Some(-4), ..Default::default() }
 }
 
 pub(super) fn arrow_bytes(batches: &[RecordBatch], options: arrow_ipc::writer::IpcWriteOptions) -> Vec<u8> {
@@ -70,7 +70,7 @@ fn round_trip(bytes: Vec<u8>, view: Written) -> (FakeStore, Meta, Plan) {
     let published = execute(&store, &plan, &temp.staged()).unwrap();
     let meta = meta_of(&store, published.id);
     assert_eq!(bytes_back(&store, &meta), temp.bytes);
-    assert_eq!(attrs_of(&meta).unwrap(), Some(attrs()));
+    assert_eq!(FileAttributes::of(&meta), Some(attrs()));
     (store, meta, plan)
 }
 
