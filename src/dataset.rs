@@ -73,7 +73,11 @@ pub struct Tensor {
 /// # Errors
 /// `Malformed` with the object and the reason.
 pub fn decode(meta: &Meta, source: &dyn BlobSource) -> Result<Dataset> {
+    if let Some(table) = native::written_table(meta, source)? {
+        return Ok(Dataset::Table(table));
+    }
     Ok(match meta.base_type() {
+        native::FILE => native::decode_file(meta)?,
         "vineyard::DataFrame" => Dataset::Table(frame::data_frame(meta, source)?.into_table()?),
         "vineyard::Series" => Dataset::Table(frame::series(meta, source)?.into_table()?),
         "vineyard::Index" => Dataset::Table(frame::index(meta, source)?.into_table()?),

@@ -8,12 +8,14 @@
 
 use std::sync::Arc;
 
-use arrow_schema::{DataType, Field, SchemaRef, UnionMode};
+use arrow_schema::{DataType, Field, Schema, SchemaRef, UnionMode};
+use serde_json::Value;
 
+use super::frame::Cells;
 use super::publish::{schema_message, type_width};
 use super::recipe::narrow;
-use super::{ArrayLayout, Dataset, Span};
-use crate::error::Result;
+use super::{ArrayLayout, Batch, Dataset, Span, Table, arrow, tensor};
+use crate::error::{Context, Error, Result};
 use crate::vineyard::{BlobSource, Meta, ObjectId};
 
 /// Type of a generic Arrow array.
@@ -22,6 +24,11 @@ pub const ARRAY: &str = "vineyard_fs::ArrowArray";
 pub const FILE: &str = "vineyard_fs::File";
 /// Key of a table's schema as it was written.
 pub const TRUE_SCHEMA: &str = "vineyard_fs_schema_";
+
+/// Key prefix, on a frame, of the validity bitmap of a column by its place in the schema: NaN stands for null in pandas.
+pub const VALIDITY: &str = "vineyard_fs_validity_";
+/// Key prefix of the number of nulls in that bitmap.
+pub const NULLS: &str = "vineyard_fs_nulls_";
 
 /// Most levels of nested arrays.
 const MAX_DEPTH: usize = 64;
@@ -52,6 +59,101 @@ pub fn true_schema(meta: &Meta) -> Result<Option<SchemaRef>> {
     Ok(Some(Arc::new(schema)))
 }
 
+/// The table of a `vineyard::Table` or `vineyard::DataFrame` that was written as a file, exactly as its schema was; `None`
+/// for objects without [`TRUE_SCHEMA`].
+///
+/// # Errors
+/// `Malformed` if schema and columns do not fit together.
+pub fn written_table(meta: &Meta, source: &dyn BlobSource) -> Result<Option<Table>> {
+    let Some(schema) = true_schema(meta)? else { return Ok(None) };
+    let batches = match meta.base_type() {
+        "vineyard::DataFrame" => vec![frame_batch(meta, &schema, source)?],
+        "vineyard::Table" => {
+            meta.list("partitions_")?.iter().map(|part| batch(part, &schema, source)).collect::<Result<_>>()?
+        }
+        _ => return Err(meta.error(format!("has a {TRUE_SCHEMA:?} and is no table"))),
+    };
+    Ok(Some(Table { schema, batches }))
+}
+
+fn batch(meta: &Meta, schema: &Schema, source: &dyn BlobSource) -> Result<Batch> {
+    let rows = meta.unsigned("row_num_")?;
+    let members = meta.list("__columns_")?;
+    if members.len() != schema.fields().len() {
+        return Err(meta.error(format!("has {} columns and a schema of {}", members.len(), schema.fields().len())));
+    }
+    let columns = members.iter().zip(schema.fields()).map(|(member, field)| {
+        let layout = if member.typename() == ARRAY {
+            decode_array(member, field, source)?
+        } else {
+            retype(arrow::array(member, Some(field.data_type()), source)?.layout, field.data_type())?
+        };
+        if layout.len != rows {
+            return Err(member.error(format!("has {} elements in a batch of {rows} rows", layout.len)));
+        }
+        Ok(layout)
+    });
+    let columns = columns.zip(schema.fields()).map(|(c, f)| c.context(|| format!("column {:?}", f.name())));
+    Ok(Batch { rows, columns: columns.collect::<Result<_>>()? })
+}
+
+/// The columns of a frame in the order of the schema: the index is the field that no column label names.
+fn frame_batch(meta: &Meta, schema: &Schema, source: &dyn BlobSource) -> Result<Batch> {
+    let count = meta.list_len("__values_")?;
+    let index = meta.optional_member("index_")?;
+    let fields = schema.fields();
+    if count + usize::from(index.is_some()) != fields.len() {
+        return Err(meta.error(format!("has {count} columns and a schema of {}", fields.len())));
+    }
+    let mut columns = Vec::with_capacity(fields.len());
+    let mut next = 0;
+    let mut rows = None;
+    for (i, field) in fields.iter().enumerate() {
+        let label = if next < count { Some(meta.json_text(&format!("__values_-key-{next}"))?) } else { None };
+        let named = label.is_some_and(|label| match label {
+            Value::String(text) => text == *field.name(),
+            other => other.to_string() == *field.name(),
+        });
+        let member = if named {
+            next += 1;
+            meta.member(&format!("__values_-value-{}", next - 1))?
+        } else {
+            index.as_ref().ok_or_else(|| meta.error("has another column than its schema"))?.member("value_")?
+        };
+        let layout = frame_column(meta, &member, i, field, source).context(|| format!("column {:?}", field.name()))?;
+        if *rows.get_or_insert(layout.len) != layout.len {
+            return Err(meta.error(format!("has columns of {rows:?} and {} rows", layout.len)));
+        }
+        columns.push(layout);
+    }
+    if next != count {
+        return Err(meta.error("has a column that its schema has not"));
+    }
+    Ok(Batch { rows: rows.unwrap_or(0), columns })
+}
+
+fn frame_column(meta: &Meta, member: &Meta, i: usize, field: &Field, source: &dyn BlobSource) -> Result<ArrayLayout> {
+    let Cells::Column(column) = tensor::cells(member, source)? else {
+        return Err(member.error("is no column"));
+    };
+    let mut layout = retype(column.layout, field.data_type())?;
+    // A string tensor has its own bitmap; for the others it lies beside them.
+    if !matches!(field.data_type(), DataType::Utf8 | DataType::LargeUtf8) {
+        let key = format!("{VALIDITY}-{i}");
+        let (bitmap, nulls) = match meta.get(&key) {
+            None => (Span::EMPTY, 0),
+            Some(_) => (Span::blob(meta.blob(&key)?, layout.len.div_ceil(8)), meta.unsigned(&format!("{NULLS}-{i}"))?),
+        };
+        if nulls > layout.len {
+            return Err(meta.error(format!("has {nulls} nulls in {} rows", layout.len)));
+        }
+        let first = layout.buffers.first_mut().ok_or_else(|| member.error("has no buffers"))?;
+        *first = bitmap;
+        layout.null_count = Some(nulls);
+    }
+    Ok(layout)
+}
+
 /// Reads an [`ARRAY`] whose type is that of `field`.
 ///
 /// # Errors
@@ -79,7 +181,7 @@ fn array(meta: &Meta, data_type: &DataType, source: &dyn BlobSource, depth: usiz
     let whole = |i: usize| {
         let key = key(i)?;
         let size = if key.id == ObjectId::EMPTY_BLOB { 0 } else { source.size(key)? };
-        Ok::<Span, crate::error::Error>(Span::blob(key, size))
+        Ok::<Span, Error>(Span::blob(key, size))
     };
     let offsets = |i: usize, width: u64| fixed(i, product(len.saturating_add(1), width)?);
     let mut buffers = Vec::with_capacity(count);
@@ -167,13 +269,12 @@ pub fn retype(layout: ArrayLayout, data_type: &DataType) -> Result<ArrayLayout> 
     if layout.data_type == *data_type {
         return Ok(layout);
     }
-    let differs = |l: &ArrayLayout| {
-        crate::error::Error::malformed(format!("an array of {} where {data_type} is needed", l.data_type))
-    };
+    let differs =
+        |l: &ArrayLayout| Error::malformed(format!("an array of {} where {data_type} is needed", l.data_type));
     let mut layout = layout;
     match (&layout.data_type, data_type) {
         (LargeUtf8, Utf8) | (LargeBinary, Binary) | (LargeList(_), List(_)) => {
-            let offsets = layout.buffers.get_mut(1).ok_or_else(|| crate::error::Error::malformed("no offsets"))?;
+            let offsets = layout.buffers.get_mut(1).ok_or_else(|| Error::malformed("no offsets"))?;
             *offsets = narrow(std::mem::replace(offsets, Span::EMPTY))?;
         }
         (LargeList(_), LargeList(_)) => {}

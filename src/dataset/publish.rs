@@ -9,8 +9,10 @@ mod arrow_stream;
 mod check;
 mod column;
 mod decode;
+mod frame;
 mod inflate;
 mod ipc;
+mod join;
 mod native;
 mod npy;
 mod plan;
@@ -185,9 +187,15 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
     let (outcome, typename, mut root, exact) = match view {
         Written::Arrow | Written::Feather => {
             let read = if bytes.starts_with(arrow_file::MAGIC) { arrow_file::read } else { arrow_stream::read };
-            let batches = read(bytes, limits.inflated)?;
-            let root = table::table(&mut draft, &batches)?;
-            (Outcome::Table, "vineyard::Table".into(), root, batches.exact)
+            let mut batches = read(bytes, limits.inflated)?;
+            match frame::frame(&mut draft, &batches, bytes)? {
+                Some(root) => (Outcome::Frame, "vineyard::DataFrame".into(), root, batches.exact),
+                None => {
+                    batches.merge_small(bytes)?;
+                    let root = table::table(&mut draft, &batches)?;
+                    (Outcome::Table, "vineyard::Table".into(), root, batches.exact)
+                }
+            }
         }
         Written::Npy => {
             let (typename, root, exact) = npy::tensor(&mut draft, bytes)?;

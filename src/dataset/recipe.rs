@@ -5,7 +5,8 @@
 //!
 //! - [`RECIPE`], JSON text `{"view": "arrow", "size": 1234, "extents": [...]}`. An extent is `[-1, length]` for the next
 //!   bytes of the blob [`LITERAL`], `[-2, length]` for zeros, `[blob, offset, length]` for bytes of a blob of the object,
-//!   or `[-3, blob, offset, count, shift]` for `count` 64-bit offsets at `offset`, each less `shift`, as 32-bit ones.
+//!   or `[-3, blob, offset, count, shift]` for `count` 64-bit offsets at `offset`, each less `shift`, as 32-bit ones
+//!   (`-4`: as 64-bit ones).
 //!   Blobs are numbered in the order in which [`blobs_in_order`] meets them: ids change when an object migrates.
 //!   Without `extents` the file's bytes are the blob [`KEPT`].
 //! - [`super::attributes::ATTRIBUTES_KEY`], JSON text of [`super::FileAttributes`].
@@ -34,6 +35,7 @@ const MAX_EXTENTS: usize = 1 << 22;
 pub(super) const KIND_LITERAL: i64 = -1;
 pub(super) const KIND_ZEROS: i64 = -2;
 pub(super) const KIND_NARROW: i64 = -3;
+pub(super) const KIND_SHIFTED: i64 = -4;
 
 /// The format that a file was written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -133,11 +135,15 @@ fn span(numbers: &[i64], blobs: &[BlobKey], literal: Option<BlobKey>, literal_us
             Some(Span::Blob { key: literal?, offset, len })
         }
         [KIND_ZEROS, len] => Some(Span::Zeros(length(len)?)),
-        [KIND_NARROW, index, offset, count, shift] => {
+        [kind @ (KIND_NARROW | KIND_SHIFTED), index, offset, count, shift] => {
             let (offset, count) = (length(offset)?, length(count)?);
             let len = count.checked_mul(8)?;
             offset.checked_add(len)?;
-            Some(Span::derived(Narrow { from: Span::Blob { key: blob(index)?, offset, len }, shift }))
+            Some(Span::derived(Narrow {
+                from: Span::Blob { key: blob(index)?, offset, len },
+                width: if kind == KIND_NARROW { 4 } else { 8 },
+                shift,
+            }))
         }
         [index, offset, len] => {
             let (offset, len) = (length(offset)?, length(len)?);
@@ -175,38 +181,43 @@ pub fn blobs_in_order(meta: &Meta) -> Vec<BlobKey> {
     out
 }
 
-/// 64-bit offsets as 32-bit ones, each less `shift`: what vineyard widened, as it was.
+/// 64-bit offsets as they were before they were widened or joined.
 #[derive(Clone, Debug)]
 pub struct Narrow {
     /// The 64-bit offsets.
     pub from: Span,
+    /// Bytes of one that comes out: 4 or 8.
+    pub width: u64,
     /// Subtracted from each.
     pub shift: i64,
 }
 
 impl Derive for Narrow {
     fn len(&self) -> u64 {
-        self.from.len() / 2
+        self.from.len() / 8 * self.width
     }
 
     fn read(&self, source: &dyn BlobSource, offset: u64, out: &mut [u8]) -> Result<()> {
+        let width = self.width as usize;
         let mut position = offset;
         let mut rest = out;
         let mut wide = Vec::new();
         while !rest.is_empty() {
             // Whole entries around the wanted bytes, a piece at a time.
-            let first = position / 4;
-            let skip = (position % 4) as usize;
-            let count = ((skip + rest.len()).div_ceil(4)).min(1 << 15);
+            let skip = (position % self.width) as usize;
+            let count = (skip + rest.len()).div_ceil(width).min(1 << 15);
             wide.resize(count * 8, 0);
-            self.from.read(source, first * 8, &mut wide)?;
-            let narrow = wide.chunks_exact(8).flat_map(|b| {
-                let value = i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
-                (value.wrapping_sub(self.shift) as i32).to_le_bytes()
-            });
-            let n = rest.len().min(count * 4 - skip);
+            self.from.read(source, position / self.width * 8, &mut wide)?;
+            let n = rest.len().min(count * width - skip);
             let (now, later) = rest.split_at_mut(n);
-            now.iter_mut().zip(narrow.skip(skip)).for_each(|(to, from)| *to = from);
+            // In place: entry i moves to the front or stays.
+            for i in 0..count {
+                let mut entry = [0; 8];
+                entry.copy_from_slice(&wide[i * 8..i * 8 + 8]);
+                let value = i64::from_le_bytes(entry).wrapping_sub(self.shift).to_le_bytes();
+                wide[i * width..(i + 1) * width].copy_from_slice(&value[..width]);
+            }
+            now.copy_from_slice(&wide[skip..skip + n]);
             rest = later;
             position += n as u64;
         }
@@ -214,7 +225,10 @@ impl Derive for Narrow {
     }
 
     fn blobs(&self, range: std::ops::Range<u64>) -> Vec<BlobKey> {
-        if range.is_empty() { Vec::new() } else { self.from.blobs(range.start / 4 * 8..range.end.div_ceil(4) * 8) }
+        if range.is_empty() {
+            return Vec::new();
+        }
+        self.from.blobs(range.start / self.width * 8..range.end.div_ceil(self.width) * 8)
     }
 
     fn inputs(&self) -> Vec<Span> {
@@ -230,5 +244,5 @@ pub fn narrow(from: Span) -> Result<Span> {
     if !from.len().is_multiple_of(8) {
         return Err(Error::malformed(format!("64-bit offsets in {} bytes", from.len())));
     }
-    Ok(Span::derived(Narrow { from, shift: 0 }))
+    Ok(Span::derived(Narrow { from, width: 4, shift: 0 }))
 }

@@ -56,18 +56,6 @@ impl Layout {
         Ok(Layout { schema: Arc::new(schema), nodes })
     }
 
-    /// The dictionaries that batches need.
-    pub(super) fn dictionary_ids(&self) -> Vec<i64> {
-        fn walk(node: &Node, out: &mut Vec<i64>) {
-            // Inner dictionaries first, as a dictionary of lists may hold one.
-            node.children.iter().for_each(|child| walk(child, out));
-            out.extend(node.dictionary);
-        }
-        let mut out = Vec::new();
-        self.nodes.iter().for_each(|node| walk(node, &mut out));
-        out
-    }
-
     fn dictionary_node(&self, id: i64) -> Option<Node> {
         fn find(node: &Node, id: i64) -> Option<Node> {
             if node.dictionary == Some(id)

@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
-use arrow_schema::{DataType, Field as ArrowField, IntervalUnit, Schema, TimeUnit};
+use arrow_schema::{DataType, Field as ArrowField, Schema, TimeUnit};
 
-use super::column::{Column, width};
+use super::column::Column;
 use super::plan::{Draft, Field, Part, field};
 use crate::dataset::native::ARRAY;
 use crate::error::{Error, Kind, Result};
@@ -32,8 +32,7 @@ pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
         }
         Utf8 | LargeUtf8 | Binary | LargeBinary => {
             blob(draft, "null_bitmap_", column.buffer(0));
-            let narrow = matches!(column.data_type, Utf8 | Binary);
-            blob(draft, "buffer_offsets_", if narrow { widened(column.buffer(1))? } else { column.buffer(1) });
+            blob(draft, "buffer_offsets_", widened(column)?);
             blob(draft, "buffer_data_", column.buffer(2));
             let text = matches!(column.data_type, Utf8 | LargeUtf8);
             let class = if text { "LargeStringArray" } else { "LargeBinaryArray" };
@@ -47,8 +46,7 @@ pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
         }
         List(_) | LargeList(_) => {
             blob(draft, "null_bitmap_", column.buffer(0));
-            let narrow = matches!(column.data_type, List(_));
-            blob(draft, "buffer_offsets_", if narrow { widened(column.buffer(1))? } else { column.buffer(1) });
+            blob(draft, "buffer_offsets_", widened(column)?);
             let child = column.children.first().ok_or_else(no_child)?;
             let values = array(draft, child)?;
             fields.push(("values_".into(), values));
@@ -94,19 +92,24 @@ fn generic(draft: &mut Draft, column: &Column) -> Result<Field> {
     Ok(draft.object(ARRAY, fields))
 }
 
-/// 32-bit offsets as 64-bit ones.
-pub(super) fn widened(parts: Vec<Part>) -> Result<Vec<Part>> {
+/// Offsets as 64-bit ones; those of joined columns are so already.
+fn widened(column: &Column) -> Result<Vec<Part>> {
+    let parts = column.buffer(1);
+    if !matches!(column.data_type, DataType::Utf8 | DataType::Binary | DataType::List(_))
+        || parts.iter().map(Part::len).sum::<u64>() == (column.len + 1) * 8
+    {
+        return Ok(parts);
+    }
     parts
         .into_iter()
         .map(|part| match part {
-            Part::Staged(at) => Ok(Part::Widened { at, shift: 0 }),
+            Part::Staged(at) => Ok(Part::Shifted { at, width: 4, shift: 0 }),
             Part::Zeros(n) => Ok(Part::Zeros(n * 2)),
-            Part::Widened { .. } => Ok(part),
             Part::Owned(buffer) => {
                 let values = buffer.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 Ok(Part::owned(values.flat_map(|v| i64::from(v).to_le_bytes()).collect()))
             }
-            Part::Inflated(_) | Part::Unpacked { .. } | Part::Transposed(_) => {
+            Part::Inflated(_) | Part::Shifted { .. } | Part::Unpacked { .. } | Part::Transposed(_) => {
                 Err(Error::new(Kind::Internal, "offsets that were not looked at"))
             }
         })
@@ -145,6 +148,17 @@ fn numeric(data_type: &DataType) -> Option<String> {
     })
 }
 
+/// True if vineyard has an array type for it, and no [`ARRAY`] is needed.
+pub(super) fn is_vineyards(data_type: &DataType) -> bool {
+    use DataType::*;
+    match data_type {
+        Null | Boolean | Utf8 | LargeUtf8 | Binary | LargeBinary => true,
+        FixedSizeBinary(n) => *n > 0,
+        List(child) | LargeList(child) => is_vineyards(child.data_type()),
+        other => numeric(other).is_some(),
+    }
+}
+
 /// The schema that vineyard's array types have: large strings, binaries and lists.
 pub(super) fn stored_schema(schema: &Schema) -> Schema {
     let fields: Vec<ArrowField> =
@@ -162,9 +176,4 @@ fn stored_type(data_type: &DataType) -> DataType {
         }
         other => other.clone(),
     }
-}
-
-/// True if the type's width is what its stored array has: a check for joins.
-pub(super) fn is_fixed_width(data_type: &DataType) -> bool {
-    width(data_type).is_some() && !matches!(data_type, DataType::Interval(IntervalUnit::MonthDayNano))
 }

@@ -25,10 +25,12 @@ pub enum Part {
     Zeros(u64),
     /// A window of a buffer that the staged file holds compressed.
     Inflated(Inflated),
-    /// 32-bit offsets of the staged file as 64-bit ones, each plus `shift`.
-    Widened {
-        /// The 32-bit offsets.
+    /// Offsets of the staged file as 64-bit ones, each plus `shift`.
+    Shifted {
+        /// The offsets.
         at: Range<u64>,
+        /// Bytes of one of them: 4 or 8.
+        width: u64,
         /// Added to each.
         shift: i64,
     },
@@ -54,7 +56,7 @@ impl Part {
             Part::Owned(buffer) => buffer.len() as u64,
             Part::Zeros(n) => *n,
             Part::Inflated(inflated) => inflated.len(),
-            Part::Widened { at, .. } => (at.end - at.start) / 4 * 8,
+            Part::Shifted { at, width, .. } => (at.end - at.start) / width.max(&1) * 8,
             Part::Unpacked { bits, .. } => *bits,
             Part::Transposed(transposed) => transposed.len(),
         }
@@ -73,7 +75,7 @@ impl Part {
     /// Bytes `range` of this part.
     ///
     /// # Errors
-    /// `Malformed` if that is not inside, or for parts that are never cut (widened, unpacked, transposed).
+    /// `Malformed` if that is not inside, or for parts that are never cut (shifted, unpacked, transposed).
     pub fn slice(&self, range: Range<u64>) -> Result<Part> {
         if range.start > range.end || range.end > self.len() {
             return Err(Error::malformed(format!("bytes {range:?} of a buffer of {}", self.len())));

@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde_json::json;
 
 use super::plan::{Draft, Field, Part, PlannedObject, field};
-use crate::dataset::recipe::{KEPT, KIND_LITERAL, KIND_NARROW, LITERAL, PREFIX, RECIPE, Written};
+use crate::dataset::recipe::{KEPT, KIND_LITERAL, KIND_NARROW, KIND_SHIFTED, LITERAL, PREFIX, RECIPE, Written};
 
 /// Bytes of a column below this length are kept once more with the rest: cheaper than an extent of their own.
 const SMALL: u64 = 64;
@@ -39,7 +39,10 @@ pub(super) fn add(draft: &mut Draft, root: &mut Vec<(String, Field)>, view: Writ
         let length = claim.at.end - claim.at.start;
         extents.push(match claim.shift {
             None => json!([claim.blob, claim.offset, length]),
-            Some(shift) => json!([KIND_NARROW, claim.blob, claim.offset, length / 4, shift]),
+            Some((width, shift)) => {
+                let kind = if width == 4 { KIND_NARROW } else { KIND_SHIFTED };
+                json!([kind, claim.blob, claim.offset, length / width, shift])
+            }
         });
         position = claim.at.end;
     }
@@ -56,8 +59,8 @@ struct Claim {
     blob: usize,
     /// Where in the blob.
     offset: u64,
-    /// For offsets that were widened.
-    shift: Option<i64>,
+    /// For offsets: bytes of one in the file, and what was added.
+    shift: Option<(u64, i64)>,
 }
 
 fn claims(draft: &Draft, root: &[(String, Field)]) -> Vec<Claim> {
@@ -68,7 +71,7 @@ fn claims(draft: &Draft, root: &[(String, Field)]) -> Vec<Claim> {
         for part in &blob.parts {
             let (at, shift) = match part {
                 Part::Staged(at) => (at, None),
-                Part::Widened { at, shift } => (at, Some(*shift)),
+                Part::Shifted { at, width, shift } => (at, Some((*width, *shift))),
                 other => {
                     offset += other.len();
                     continue;

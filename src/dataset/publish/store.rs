@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use serde_json::{Map, Value, json};
 
 use super::Staged;
+use super::check::{self, Offset};
 use super::plan::{Field, Outcome, Part, Plan, PlannedObject};
-use crate::dataset::publish::check;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::store::NewBlob;
 use crate::vineyard::{ObjectId, Store};
@@ -255,15 +255,16 @@ fn write(job: &Job<'_>, blob: &NewBlob, staged: &[u8]) -> Result<()> {
             },
             put,
         ),
-        Part::Widened { at, shift } => pieces(
+        Part::Shifted { at, width, shift } => pieces(
             job,
             8,
             |offset, out| {
-                let start = at.start + offset / 2;
-                let narrow = cut(&(start..start + out.len() as u64 / 2))?;
-                for (to, from) in out.chunks_exact_mut(8).zip(narrow.chunks_exact(4)) {
-                    let value = i64::from(i32::from_le_bytes([from[0], from[1], from[2], from[3]])) + shift;
-                    to.copy_from_slice(&value.to_le_bytes());
+                let start = at.start + offset / 8 * width;
+                let from = cut(&(start..start + out.len() as u64 / 8 * width))?;
+                let values = out.chunks_exact_mut(8).zip(from.chunks_exact(*width as usize));
+                for (to, from) in values {
+                    let value = if *width == 4 { i32::from_bytes(from).into() } else { i64::from_bytes(from) };
+                    to.copy_from_slice(&value.wrapping_add(*shift).to_le_bytes());
                 }
                 Ok(())
             },

@@ -20,6 +20,22 @@ pub(super) struct Batches {
     pub(super) exact: bool,
 }
 
+/// Rows that a batch has at least, after merging, if the file has so many. pandas writes 65,536 at a time; Hugging Face
+/// 1000, which as objects of their own would cost more than their data.
+const MIN_ROWS: u64 = 1 << 16;
+
+impl Batches {
+    /// Merges batches if they are small, to have fewer objects.
+    pub(super) fn merge_small(&mut self, staged: &[u8]) -> Result<()> {
+        let rows: u64 = self.batches.iter().map(|(rows, _)| rows).sum();
+        let count = self.batches.len() as u64;
+        if count > 4 && rows / count < MIN_ROWS / 4 {
+            self.batches = super::join::merge_batches(std::mem::take(&mut self.batches), MIN_ROWS, staged)?;
+        }
+        Ok(())
+    }
+}
+
 /// Adds a `vineyard::Table` without its root: the keys and values of the root are returned.
 ///
 /// Layout: `python/vineyard/data/arrow.py` of v6d 0.24.
@@ -57,7 +73,8 @@ pub(super) fn root(
     for (i, partition) in partitions.into_iter().enumerate() {
         fields.push((format!("partitions_-{i}"), partition));
     }
-    if native::stored_schema(true_schema) != *true_schema {
+    let own = |field: &arrow_schema::FieldRef| !native::is_vineyards(field.data_type());
+    if native::stored_schema(true_schema) != *true_schema || true_schema.fields().iter().any(own) {
         fields.push(field(TRUE_SCHEMA, schema_text(true_schema)?));
     }
     Ok(fields)
@@ -86,7 +103,7 @@ pub(super) fn schema_proxy(draft: &mut Draft, schema: &Schema) -> Result<Field> 
 }
 
 /// A schema as vineyard keeps it: an encapsulated Arrow schema message as JSON text of a list of bytes.
-fn schema_text(schema: &Schema) -> Result<Value> {
+pub(super) fn schema_text(schema: &Schema) -> Result<Value> {
     use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteOptions};
     let options = IpcWriteOptions::default();
     let encoded = IpcDataGenerator::default().schema_to_bytes_with_dictionary_tracker(

@@ -74,6 +74,28 @@ fn round_trip(bytes: Vec<u8>, view: Written) -> (FakeStore, Meta, Plan) {
     (store, meta, plan)
 }
 
+/// Decodes the object and compares it with what was written.
+pub(super) fn same_table(store: &FakeStore, meta: &Meta, expected: &[RecordBatch]) {
+    let super::super::Dataset::Table(table) = super::super::decode(meta, store).unwrap() else { panic!("no table") };
+    table.validate(store).unwrap();
+    assert_eq!(table.schema, expected[0].schema());
+    let expected = arrow::compute::concat_batches(&expected[0].schema(), expected).unwrap();
+    let batches: Vec<RecordBatch> = table
+        .batches
+        .iter()
+        .map(|batch| {
+            let columns = batch.columns.iter().map(|c| {
+                super::super::check(c, store).unwrap();
+                super::super::materialize(c, store).unwrap()
+            });
+            let options = RecordBatchOptions::new().with_row_count(Some(batch.rows as usize));
+            RecordBatch::try_new_with_options(table.schema.clone(), columns.collect(), &options).unwrap()
+        })
+        .collect();
+    let actual = arrow::compute::concat_batches(&table.schema, &batches).unwrap();
+    assert_eq!(actual, expected);
+}
+
 /// One column of every Arrow type, with and without nulls.
 pub(super) fn all_types(rows: usize) -> RecordBatch {
     let valid = |i: usize| i % 5 != 3;
@@ -176,10 +198,10 @@ fn arrow_file_of_all_types_reads_back_byte_for_byte() {
         let batches = [batch.slice(0, cut), batch.slice(cut, rows - cut)];
         for alignment in [8, 64] {
             let options = arrow_ipc::writer::IpcWriteOptions::try_new(alignment, false, arrow_ipc::MetadataVersion::V5);
-            let (_, meta, plan) = round_trip(arrow_bytes(&batches, options.unwrap()), Written::Arrow);
+            let (store, meta, plan) = round_trip(arrow_bytes(&batches, options.unwrap()), Written::Arrow);
             assert_eq!(plan.outcome, Outcome::Table);
             assert_eq!(meta.unsigned("num_rows_").unwrap(), rows as u64);
-            assert_eq!(*super::super::native::true_schema(&meta).unwrap().unwrap(), *batch.schema());
+            same_table(&store, &meta, &batches);
         }
     }
 }
@@ -207,10 +229,12 @@ fn streams_and_compressed_files() {
     writer.write(&batch.slice(100, 400)).unwrap();
     writer.finish().unwrap();
     drop(writer);
-    round_trip(stream, Written::Arrow);
+    let (store, meta, _) = round_trip(stream, Written::Arrow);
+    same_table(&store, &meta, &[batch.clone()]);
     for codec in [arrow_ipc::CompressionType::LZ4_FRAME, arrow_ipc::CompressionType::ZSTD] {
         let options = arrow_ipc::writer::IpcWriteOptions::default().try_with_compression(Some(codec)).unwrap();
-        let (_, _, plan) = round_trip(arrow_bytes(&[batch.clone()], options), Written::Feather);
+        let (store, meta, plan) = round_trip(arrow_bytes(&[batch.clone()], options), Written::Feather);
+        same_table(&store, &meta, &[batch.clone()]);
         assert!(plan.fallback.is_some());
     }
 }
@@ -257,5 +281,90 @@ fn npy_pickle_and_plain() {
             panic!("no file")
         };
         assert_eq!(span.to_vec(&store).unwrap(), temp.bytes);
+    }
+}
+
+/// A table as pandas writes it: floats with NaN under nulls, strings, booleans, an index column.
+fn pandas_table(rows: usize, index: bool) -> RecordBatch {
+    let values: Vec<f64> = (0..rows).map(|i| if i % 7 == 1 { f64::NAN } else { i as f64 / 3.0 }).collect();
+    let nulls = values.iter().map(|v| !v.is_nan()).collect::<Vec<bool>>().into();
+    let floats = Float64Array::new(values.into(), Some(nulls));
+    let strings: LargeStringArray = (0..rows).map(|i| (i % 4 != 2).then(|| format!("wört {i}"))).collect();
+    let narrow: StringArray = (0..rows).map(|i| Some(format!("n{i}"))).collect();
+    let mut columns: Vec<(&str, ArrayRef, &str, &str)> = vec![
+        ("i", Arc::new(Int32Array::from_iter_values((0..rows).map(|i| i as i32 * 3))), "int32", "int32"),
+        ("f", Arc::new(floats), "float64", "float64"),
+        ("s", Arc::new(strings), "unicode", "object"),
+        ("n", Arc::new(narrow), "unicode", "object"),
+        ("b", Arc::new(BooleanArray::from_iter((0..rows).map(|i| Some(i % 3 == 0)))), "bool", "bool"),
+    ];
+    if index {
+        let labels = Int64Array::from_iter_values((0..rows as i64).map(|i| 100 - i));
+        columns.push(("__index_level_0__", Arc::new(labels), "int64", "int64"));
+    }
+    let described: Vec<serde_json::Value> = columns
+        .iter()
+        .map(|(name, _, pandas_type, numpy_type)| {
+            let label = (!name.starts_with("__")).then_some(name);
+            serde_json::json!({"name": label, "field_name": name, "pandas_type": pandas_type, "numpy_type": numpy_type, "metadata": null})
+        })
+        .collect();
+    let index = if index {
+        serde_json::json!("__index_level_0__")
+    } else {
+        serde_json::json!({"kind": "range", "name": null, "start": 0, "stop": rows, "step": 1})
+    };
+    let pandas = serde_json::json!({"index_columns": [index], "columns": described, "attributes": {},
+        "column_indexes": [{"name": null, "field_name": null, "pandas_type": "unicode", "numpy_type": "object", "metadata": null}]});
+    let fields: Vec<ArrowField> = columns.iter().map(|c| ArrowField::new(c.0, c.1.data_type().clone(), true)).collect();
+    let metadata =
+        std::collections::HashMap::from([("pandas".to_string(), pandas.to_string()), ("k".into(), "v".into())]);
+    let schema = Schema::new_with_metadata(fields, metadata);
+    RecordBatch::try_new(Arc::new(schema), columns.into_iter().map(|c| c.1).collect()).unwrap()
+}
+
+#[test]
+fn pandas_tables_become_frames() {
+    for (rows, step) in [(100, 100), (100, 33), (100, 8), (1, 1), (0, 1)] {
+        for index in [false, true] {
+            let batch = pandas_table(rows, index);
+            let batches: Vec<RecordBatch> =
+                (0..rows.max(1)).step_by(step).map(|i| batch.slice(i, step.min(rows - i))).collect();
+            for codec in [None, Some(arrow_ipc::CompressionType::LZ4_FRAME)] {
+                let options = arrow_ipc::writer::IpcWriteOptions::default().try_with_compression(codec).unwrap();
+                let (store, meta, plan) = round_trip(arrow_bytes(&batches, options), Written::Feather);
+                assert_eq!(plan.outcome, Outcome::Frame);
+                assert_eq!(meta.typename(), "vineyard::DataFrame");
+                same_table(&store, &meta, &batches);
+            }
+        }
+    }
+}
+
+#[test]
+fn small_batches_are_merged() {
+    let batch = all_types(1000);
+    let keep: Vec<usize> = (0..batch.num_columns())
+        .filter(|&i| {
+            !matches!(
+                batch.column(i).data_type(),
+                DataType::Union(..)
+                    | DataType::RunEndEncoded(..)
+                    | DataType::Map(..)
+                    | DataType::Struct(_)
+                    | DataType::ListView(_)
+                    | DataType::FixedSizeList(..)
+                    | DataType::Utf8View
+                    | DataType::BinaryView
+            )
+        })
+        .collect();
+    let batch = batch.project(&keep).unwrap();
+    let batches: Vec<RecordBatch> = (0..100).map(|i| batch.slice(i * 10, 10)).collect();
+    for codec in [None, Some(arrow_ipc::CompressionType::ZSTD)] {
+        let options = arrow_ipc::writer::IpcWriteOptions::default().try_with_compression(codec).unwrap();
+        let (store, meta, _) = round_trip(arrow_bytes(&batches, options), Written::Arrow);
+        assert_eq!(meta.unsigned("batch_num_").unwrap(), 1);
+        same_table(&store, &meta, &batches);
     }
 }
