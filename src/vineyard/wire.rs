@@ -291,3 +291,175 @@ impl Channel {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::{IoSlice, Read, Write};
+    use std::time::Duration;
+
+    use nix::sys::socket::{ControlMessage, sendmsg};
+
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(200)
+    }
+
+    fn pair() -> (Channel, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Channel::new(ours), theirs)
+    }
+
+    fn frame(json: &[u8]) -> Vec<u8> {
+        [&(json.len() as u64).to_le_bytes(), json].concat()
+    }
+
+    fn send_fds(peer: &UnixStream, fds: &[RawFd]) {
+        let rights = [ControlMessage::ScmRights(fds)];
+        let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<()>(peer.as_raw_fd(), &[IoSlice::new(&[0x14])], rights, MsgFlags::empty(), None).unwrap();
+    }
+
+    #[test]
+    fn frames_and_descriptors_are_told_apart() {
+        let (channel, mut peer) = pair();
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        assert!(channel.is_quiet());
+        // All is there before anything is read: the case in which a read too far would lose a descriptor.
+        peer.write_all(&frame(b"{\"a\":1}")).unwrap();
+        send_fds(&peer, &[write_end.as_raw_fd()]);
+        send_fds(&peer, &[read_end.as_raw_fd()]);
+        peer.write_all(&frame(b"{}")).unwrap();
+        assert!(!channel.is_quiet());
+        let mut out = vec![9; 100];
+        channel.receive(&mut out, soon()).unwrap();
+        assert_eq!(out, b"{\"a\":1}");
+        let theirs = channel.receive_fd(soon()).unwrap();
+        let ours = channel.receive_fd(soon()).unwrap();
+        assert_eq!(
+            nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_GETFD).unwrap() & libc::FD_CLOEXEC,
+            libc::FD_CLOEXEC
+        );
+        channel.receive(&mut out, soon()).unwrap();
+        assert_eq!(out, b"{}");
+        drop((read_end, write_end));
+        std::fs::File::from(theirs).write_all(b"x").unwrap();
+        let mut text = String::new();
+        std::fs::File::from(ours).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "x");
+    }
+
+    #[test]
+    fn bad_frames_break_the_connection() {
+        for (bytes, kind) in [
+            (vec![], Kind::Unavailable),
+            (vec![1, 0, 0], Kind::Unavailable),
+            (frame(b"{}")[..9].to_vec(), Kind::Unavailable),
+            (u64::MAX.to_le_bytes().to_vec(), Kind::Malformed),
+            ((MAX_REPLY + 1).to_le_bytes().to_vec(), Kind::Malformed),
+            (vec![0; 8], Kind::Malformed),
+            // Announced, never sent: must neither wait for ever nor reserve a GiB.
+            (MAX_REPLY.to_le_bytes().to_vec(), Kind::Unavailable),
+        ] {
+            let (channel, mut peer) = pair();
+            peer.write_all(&bytes).unwrap();
+            drop(peer);
+            let mut out = Vec::new();
+            let broken = channel.receive(&mut out, soon()).unwrap_err();
+            assert_eq!(broken.error.kind(), kind, "{bytes:?}");
+            assert!(out.capacity() <= 2 * STEP);
+        }
+    }
+
+    #[test]
+    fn silence_ends_at_the_deadline() {
+        let (channel, mut peer) = pair();
+        peer.write_all(&frame(b"{}")[..5]).unwrap();
+        let start = Instant::now();
+        assert_eq!(channel.receive(&mut Vec::new(), soon()).unwrap_err().error.kind(), Kind::Timeout);
+        assert_eq!(channel.receive_fd(soon()).unwrap_err().error.kind(), Kind::Timeout);
+        let broken = channel.send_until_reply(&vec![0; 64 << 20], soon()).unwrap_err();
+        assert!(broken.error.kind() == Kind::Timeout && broken.sent);
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn the_number_of_descriptors_must_be_right() {
+        let (channel, peer) = pair();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        send_fds(&peer, &[]);
+        assert_eq!(channel.receive_fd(soon()).unwrap_err().error.kind(), Kind::Malformed);
+        send_fds(&peer, &[null.as_raw_fd(), null.as_raw_fd()]);
+        assert_eq!(channel.receive_fd(soon()).unwrap_err().error.kind(), Kind::Malformed);
+        drop(peer);
+        assert_eq!(channel.receive_fd(soon()).unwrap_err().error.kind(), Kind::Unavailable);
+    }
+
+    #[test]
+    fn a_writer_stops_for_a_reply() {
+        let (channel, mut peer) = pair();
+        peer.write_all(&frame(b"{}")).unwrap();
+        let sent = channel.send_until_reply(&vec![0; 64 << 20], soon()).unwrap();
+        assert!(sent > 0 && sent < 64 << 20);
+        drop(peer);
+        let (channel, peer) = pair();
+        drop(peer);
+        let broken = channel.send_until_reply(b"x", soon()).unwrap_err();
+        assert!(!broken.sent && broken.error.kind() == Kind::Unavailable);
+    }
+
+    #[test]
+    fn replies_are_checked() {
+        #[derive(serde::Deserialize, Debug, PartialEq)]
+        struct Reply {
+            n: u64,
+        }
+        let parse = |text: &str| parse::<Reply>(text.as_bytes(), "r");
+        assert_eq!(parse(r#"{"n":18446744073709551615,"type":"r","x":[1]}"#).unwrap(), Ok(Reply { n: u64::MAX }));
+        for text in [
+            "",
+            "[]",
+            "{",
+            "null",
+            "{}",
+            r#"{"type":"r"}"#,
+            r#"{"type":"r","n":-1}"#,
+            r#"{"type":"r","n":1.5}"#,
+            r#"{"type":"q","n":1}"#,
+            r#"{"n":1}"#,
+            r#"{"type":5,"n":1}"#,
+            r#"{"type":"r","n":1}x"#,
+            "\u{fffd}",
+            r#"{"code":"x"}"#,
+        ] {
+            assert_eq!(parse(text).unwrap_err().kind(), Kind::Malformed, "{text}");
+        }
+        for (code, kind) in [
+            (1, Kind::Invalid),
+            (12, Kind::NotFound),
+            (27, Kind::NotFound),
+            (41, Kind::Full),
+            (14, Kind::Busy),
+            (6, Kind::Unsupported),
+            (36, Kind::Unavailable),
+            (255, Kind::Os(libc::EIO)),
+        ] {
+            let refusal = parse(&format!(r#"{{"code":{code},"message":"why"}}"#)).unwrap().unwrap_err();
+            let error = Error::from(refusal);
+            assert_eq!(error.kind(), kind);
+            assert!(error.to_string().contains("why"));
+        }
+    }
+
+    #[test]
+    fn frames_are_built_whole_or_not_at_all() {
+        let mut out = vec![7];
+        push_frame(&mut out, &serde_json::json!({"a": "é"})).unwrap();
+        assert_eq!(out[1..9], 10u64.to_le_bytes());
+        assert_eq!(&out[9..], "{\"a\":\"é\"}".as_bytes());
+        let long = "x".repeat(MAX_REQUEST);
+        assert_eq!(push_frame(&mut out, &long).unwrap_err().kind(), Kind::TooLarge);
+        assert_eq!(out.len(), 19);
+    }
+}
