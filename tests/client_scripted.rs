@@ -36,9 +36,17 @@ struct Scripted {
     client: Client,
     requests: Arc<Mutex<Vec<Value>>>,
     connections: Arc<AtomicUsize>,
+    streams: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl Scripted {
+    /// Ends all connections, as the end of a process does. The next ones lead to a server that says the same of itself.
+    fn restart(&self) {
+        for stream in self.streams.lock().unwrap().drain(..) {
+            stream.shutdown(std::net::Shutdown::Both).unwrap();
+        }
+    }
+
     fn count(&self, kind: &str) -> usize {
         self.requests.lock().unwrap().iter().filter(|r| r["type"] == kind).count()
     }
@@ -63,7 +71,7 @@ fn serve(mut stream: UnixStream, memory: &OwnedFd, script: &Script, requests: &M
         let (body, fds) = match act {
             Act::Say(reply, fds) => (reply.to_string().into_bytes(), fds),
             Act::Raw(bytes) => (bytes, 0),
-            Act::Close => return None,
+            Act::Close => return stream.shutdown(std::net::Shutdown::Both).ok(),
             Act::Hang => {
                 std::thread::sleep(Duration::from_secs(3));
                 return None;
@@ -86,16 +94,18 @@ fn scripted(script: impl Fn(&Value) -> Act + Send + Sync + 'static) -> Scripted 
     let script: Arc<Script> = Arc::new(script);
     let requests: Arc<Mutex<Vec<Value>>> = Arc::default();
     let connections: Arc<AtomicUsize> = Arc::default();
-    let (seen, count) = (requests.clone(), connections.clone());
+    let streams: Arc<Mutex<Vec<UnixStream>>> = Arc::default();
+    let (seen, count, open) = (requests.clone(), connections.clone(), streams.clone());
     let connector = Box::new(move |_: Instant| -> vineyard_fs::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
         let (memory, script, seen) = (memory.clone(), script.clone(), seen.clone());
         count.fetch_add(1, Ordering::Relaxed);
+        open.lock().unwrap().push(theirs.try_clone()?);
         std::thread::spawn(move || serve(theirs, &memory, &*script, &seen));
         Ok(ours)
     });
     let options = ClientOptions::connector(connector).deadline(Duration::from_millis(400));
-    Scripted { client: Client::connect(options).unwrap(), requests, connections }
+    Scripted { client: Client::connect(options).unwrap(), requests, connections, streams }
 }
 
 fn payload(change: Value) -> Value {
@@ -244,4 +254,23 @@ fn nothing_harmful_is_sent() {
     assert!(client.create_blobs(&[]).unwrap().is_empty() && client.names(&[]).unwrap().is_empty());
     let sent: Vec<Value> = server.requests.lock().unwrap().clone();
     assert!(sent.iter().all(|r| r["type"] == "register_request"), "{sent:?}");
+}
+
+#[test]
+fn a_restart_is_noticed_even_if_the_new_server_looks_the_same() {
+    let server = scripted(|request| match request["type"].as_str().unwrap() {
+        "instance_status_request" => Act::Close,
+        _ => Act::Say(buffers(vec![payload(json!({}))], json!([9])), 1),
+    });
+    let first = server.client.blob(KEY).unwrap().unwrap();
+    server.client.status().unwrap_err();
+    assert_eq!(server.client.instance().unwrap().generation, 1, "the end of one connection is no restart");
+    server.client.verify(&[KEY]).unwrap();
+    server.restart();
+    assert_eq!(server.client.instance().unwrap().generation, 2);
+    let again = server.client.blob(KEY).unwrap().unwrap();
+    assert!(!again.same_place(&first), "what was mapped from the former server is not used for the new one");
+    let mut byte = [0];
+    first.read(0, &mut byte).unwrap();
+    assert_eq!(byte, [7], "but stays readable for whoever holds it");
 }

@@ -29,7 +29,9 @@ const FIRST_BATCH: usize = 64;
 const LARGEST_BATCH: usize = 512;
 /// Size in bytes that the reply to one `get_data` should have. vineyardd has one thread for all metadata, so a larger
 /// one would keep everybody waiting (it makes about 10 MB/s).
-const BATCH_BYTES: usize = 2 << 20;
+const BATCH_BYTES: usize = 512 << 10;
+/// `get_data` requests that are sent back to back.
+const BATCHES_AHEAD: usize = 8;
 /// Most ids in one request that returns little or nothing about each.
 const IDS_PER_REQUEST: usize = 4096;
 /// Most objects in one `create_datas`.
@@ -41,7 +43,7 @@ pub struct ClientOptions {
     pub connector: Connector,
     /// How long each reply may take, connecting included.
     pub deadline: Duration,
-    /// Places of blobs to remember (about 150 bytes each).
+    /// Places of blobs to remember (about 100 bytes each).
     pub places: usize,
 }
 
@@ -53,7 +55,7 @@ impl ClientOptions {
 
     /// Connects through `connector`; a deadline of 10 s.
     pub fn connector(connector: Connector) -> Self {
-        ClientOptions { connector, deadline: Duration::from_secs(10), places: 1 << 20 }
+        ClientOptions { connector, deadline: Duration::from_secs(10), places: 1 << 17 }
     }
 
     /// With another deadline.
@@ -189,30 +191,40 @@ impl Client {
         wanted.dedup();
         let mut todo: &[u64] = &wanted;
         let mut batch = FIRST_BATCH;
+        // While one reply is parsed, the server makes the next.
+        let mut window = BATCHES_AHEAD;
         let mut sync = sync;
         while !todo.is_empty() {
-            let (now, later) = todo.split_at(batch.min(todo.len()));
-            let request = Request::GetData { id: now.to_vec(), sync_remote: sync, wait: false };
+            let (now, later) = todo.split_at(batch.saturating_mul(window).min(todo.len()));
+            let requests: Vec<Request> = now
+                .chunks(batch)
+                .enumerate()
+                .map(|(i, ids)| Request::GetData { id: ids.to_vec(), sync_remote: sync && i == 0, wait: false })
+                .collect();
             let mut size = 0;
-            let reply = self.run(Repeat::Safe, |connection| {
-                let reply = connection.call::<GetDataReply>(&request, "get_data_reply");
-                size = connection.last_reply_len();
-                reply
+            let replies = self.run(Repeat::Safe, |connection| {
+                size = 0;
+                connection.calls(&requests, "get_data_reply", |connection, reply: GetDataReply| {
+                    size += connection.last_reply_len();
+                    Ok(reply.content.map(|content| content.0).unwrap_or_default())
+                })
             });
-            match reply {
-                Ok(reply) => {
-                    for (text, value) in reply.content.map(|content| content.0).unwrap_or_default() {
-                        match text.parse::<ObjectId>() {
-                            Ok(id) if now.binary_search(&id.0).is_ok() => each(id, Ok(value)),
-                            _ => {
-                                return Err(Error::malformed(format!(
-                                    "vineyardd sent metadata of {text:.40?} unasked"
-                                )));
+            match replies {
+                Ok(replies) => {
+                    for reply in replies {
+                        for (text, value) in reply? {
+                            match text.parse::<ObjectId>() {
+                                Ok(id) if now.binary_search(&id.0).is_ok() => each(id, Ok(value)),
+                                _ => {
+                                    let what = format!("vineyardd sent metadata of {text:.40?} unasked");
+                                    return Err(Error::malformed(what));
+                                }
                             }
                         }
                     }
                     todo = later;
                     batch = (BATCH_BYTES / (size / now.len()).max(1)).clamp(1, LARGEST_BATCH);
+                    window = BATCHES_AHEAD;
                     sync = false;
                 }
                 // One object may spoil the reply for all (nesting that no parser accepts): find it by halving.
@@ -221,6 +233,7 @@ impl Client {
                         each(ObjectId(*id), Err(error));
                         todo = later;
                     }
+                    _ if requests.len() > 1 => window = 1,
                     _ => batch = now.len() / 2,
                 },
                 Err(error) => return Err(error),
@@ -306,7 +319,8 @@ impl Store for Client {
         let answers = self.run(Repeat::Safe, |connection| {
             connection.calls(&requests, "list_name_reply", |_, reply: ListNameReply| Ok(reply.names.0))
         })?;
-        let select = |(query, answer): (&NameQuery, std::result::Result<Vec<(String, u64)>, Refusal>)| {
+        let mut selected = Vec::with_capacity(queries.len());
+        for (query, answer) in queries.iter().zip(answers) {
             let mut names: Vec<NamedObject> = answer?.into_iter().map(|(name, id)| (name, ObjectId(id))).collect();
             match query {
                 NameQuery::Exact(name) => names.retain(|(found, _)| found == name),
@@ -318,9 +332,9 @@ impl Store for Client {
                     names.truncate(limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)));
                 }
             }
-            Ok(names)
-        };
-        queries.iter().zip(answers).map(select).collect()
+            selected.push(names);
+        }
+        Ok(selected)
     }
 
     fn metas(&self, ids: &[ObjectId], sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>> {

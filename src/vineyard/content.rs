@@ -36,7 +36,7 @@ pub fn complete(content: Value, instance: InstanceId) -> Result<Map<String, Valu
     };
     match content.get("typename").and_then(Value::as_str) {
         Some(BLOB_TYPE) => return Err(refuse("says that it is a blob")),
-        Some(name) if name.is_empty() => return Err(refuse("has an empty \"typename\"")),
+        Some("") => return Err(refuse("has an empty \"typename\"")),
         // A link to a member is stored as "ID.TYPE@INSTANCE", the type cut at its first `<`.
         Some(name) if name.split('<').next().is_some_and(|base| base.contains(['.', '@'])) => {
             return Err(refuse(format!(

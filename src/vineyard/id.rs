@@ -84,6 +84,7 @@ impl fmt::Display for BlobKey {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

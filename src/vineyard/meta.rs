@@ -239,6 +239,7 @@ fn check_depth(value: &Value, depth: usize) -> Result<()> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use serde_json::json;
