@@ -7,7 +7,6 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use common::vineyardd::Vineyardd;
-use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vineyard_fs::Kind;
 use vineyard_fs::vineyard::store::{NameQuery, NewBlob};
@@ -236,13 +235,13 @@ fn a_frozen_vineyardd_ends_in_timeouts_and_is_used_again() {
     let client = server.client(Duration::from_millis(300)).unwrap();
     let key = put_blob(&client, b"data");
     assert_eq!(get(&client, key), b"data");
-    server.signal(Signal::SIGSTOP);
+    server.freeze();
     for _ in 0..3 {
         let start = Instant::now();
         assert_eq!(client.status().unwrap_err().kind(), Kind::Timeout);
         assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     }
-    server.signal(Signal::SIGCONT);
+    server.thaw();
     let patient = server.client(LONG).unwrap();
     patient.status().unwrap();
     client.verify(&[key]).unwrap();

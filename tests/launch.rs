@@ -25,7 +25,7 @@ fn a_private_vineyardd_is_launched_then_found_by_its_socket() {
     let chosen = launch::choose(&options, &found);
     let status = Client::connect(ClientOptions::socket(&plan.socket)).and_then(|client| client.status());
     // A frozen one is not chosen, and is given up on in time.
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), nix::sys::signal::SIGSTOP).unwrap();
+    common::vineyardd::freeze(&child);
     let start = Instant::now();
     let named = LaunchOptions { socket: Some(plan.socket.clone()), ..LaunchOptions::default() };
     let frozen = launch::choose(&named, &Environment::default());

@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use vineyard_fs::vineyard::{Client, ClientOptions};
@@ -25,6 +26,14 @@ pub fn binary() -> PathBuf {
         }
     }
     panic!("no vineyardd: set VINEYARDD, or VIRTUAL_ENV to an environment with vineyard-bdist, or run scripts/setup");
+}
+
+/// Stops a child process; returns when none of its threads runs any more.
+pub fn freeze(child: &Child) {
+    let pid = Pid::from_raw(child.id() as i32);
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let status = waitpid(pid, Some(WaitPidFlag::WUNTRACED)).unwrap();
+    assert_eq!(status, WaitStatus::Stopped(pid, Signal::SIGSTOP));
 }
 
 /// A running vineyardd with local metadata, without TCP; killed when dropped.
@@ -83,9 +92,14 @@ impl Vineyardd {
         self.child.id()
     }
 
-    /// Sends it a signal.
-    pub fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    /// Stops it with all its threads.
+    pub fn freeze(&self) {
+        freeze(&self.child);
+    }
+
+    /// Lets it run again.
+    pub fn thaw(&self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGCONT).unwrap();
     }
 
     /// Kills it.
