@@ -64,7 +64,10 @@ impl Column {
 
     /// The column's field under a name.
     pub fn field(&self, name: &str) -> Field {
-        Field::new(name, self.layout.data_type.clone(), true).with_metadata(self.metadata.clone())
+        let ordered = self.pandas.metadata.get("ordered").and_then(Value::as_bool).unwrap_or(false);
+        Field::new(name, self.layout.data_type.clone(), true)
+            .with_dict_is_ordered(ordered)
+            .with_metadata(self.metadata.clone())
     }
 
     /// A column of `rows` rows of which only the first has a value, a string or bytes.
@@ -78,6 +81,9 @@ impl Column {
         match width {
             Some(_) if rows == 0 => buffers.push(Span::EMPTY),
             Some(width) => buffers.push(derive::join([value, derive::repeat(vec![0; width as usize], rows - 1)?])?),
+            None if data_type == DataType::Boolean => {
+                buffers.push(derive::join([value, Span::Zeros(rows.div_ceil(8))])?.slice(0, rows.div_ceil(8))?);
+            }
             None => {
                 let offsets = [Span::Zeros(8), derive::repeat(len.to_le_bytes().to_vec(), rows)?];
                 buffers.push(derive::join(offsets)?);
