@@ -70,7 +70,9 @@ fn walk(
     source: &dyn BlobSource,
     mut visit: impl FnMut(&[u64]) -> Result<()>,
 ) -> Result<()> {
-    if len == 0 {
+    // Offsets that are computed from nothing are right by construction, and may be more than anyone can read.
+    let computed = matches!(span, Span::Zeros(_) | Span::Derived { .. }) && span.blobs(0..span.len()).is_empty();
+    if len == 0 || computed {
         return Ok(());
     }
     let step = CHUNK / width;
