@@ -375,6 +375,41 @@ fn cached() -> &'static [Fixture] {
     ALL.get_or_init(fixtures)
 }
 
+/// Parts of two instances, one of them a C++ frame that keeps its index among the columns.
+#[test]
+fn frames_of_several_parts() {
+    use serde_json::json;
+    let one = fixture("frame_shuffled");
+    let blob = |id: &str, instance: u64| json!({"id": id, "typename": "vineyard::Blob", "instance_id": instance});
+    let tensor = |name: &str, id: &str| {
+        json!({"id": "o0000000000000007", "typename": format!("vineyard::Tensor<{name}>"), "instance_id": 5,
+            "value_type_": name, "shape_": "[2]", "buffer_": blob(id, 5)})
+    };
+    let native = json!({"id": "o0000000000000009", "typename": "vineyard::DataFrame", "instance_id": 5,
+        "columns_": "[\"a\"]", "__values_-size": 2,
+        "__values_-key-0": "\"index_\"", "__values_-value-0": tensor("int64", "o8000000000000100"),
+        "__values_-key-1": "\"a\"", "__values_-value-1": tensor("double", "o8000000000000200")});
+    let mut blobs = Blobs(one.blobs.0.clone());
+    let mut add =
+        |id: u64, bytes: Vec<u8>| blobs.0.insert(BlobKey { instance: InstanceId(5), id: ObjectId(id) }, bytes);
+    add(0x8000_0000_0000_0100, [70i64, 71].iter().flat_map(|n| n.to_le_bytes()).collect());
+    add(0x8000_0000_0000_0200, [0.5f64, 1.5].iter().flat_map(|n| n.to_le_bytes()).collect());
+    let mut parts = json!({"id": "o0000000000000010", "typename": "vineyard::GlobalDataFrame", "global": true,
+        "instance_id": u64::MAX, "partitions_-size": 2, "partitions_-0": one.meta, "partitions_-1": native});
+    let dataset = dataset::decode(&Meta::new(parts.clone()).unwrap(), &blobs).unwrap();
+    dataset.validate(&blobs).unwrap();
+    let table = dataset.table().unwrap();
+    assert_eq!((dataset.rows(), table.batches.len()), (Some(8), 2));
+    let names: Vec<_> = table.schema.fields().iter().map(|f| f.name().as_str()).collect();
+    assert_eq!(names, ["a", "__index_level_0__"]);
+    let last = batches(table, &blobs).unwrap().pop().unwrap();
+    let index: &arrow_array::Int64Array = last.column(1).as_any().downcast_ref().unwrap();
+    assert_eq!(index.values(), &[70, 71]);
+
+    parts["partitions_-1"]["__values_-key-1"] = json!("\"b\"");
+    assert!(dataset::decode(&Meta::new(parts).unwrap(), &blobs).is_err());
+}
+
 #[test]
 fn empty_blobs_are_never_asked_for() {
     let meta = Meta::new(serde_json::json!({"id": ObjectId::EMPTY_BLOB.to_string(), "typename": "vineyard::Blob"}));
