@@ -25,6 +25,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::BlobSource;
 use batch::Body;
 pub(super) use batch::{buffers, null_count, width};
+pub(super) use check::{batch as check_batch, schema as check_schema};
 
 /// Alignment of messages and body buffers in the file.
 const ALIGNMENT: u64 = 64;
@@ -157,29 +158,11 @@ fn encode_schema<'b>(buffer: &mut FlatBufferBuilder<'b>, schema: &Schema) -> WIP
     IpcSchemaEncoder::new().with_dictionary_tracker(&mut tracker).schema_to_fb_offset(buffer, schema)
 }
 
-/// The schema as an encapsulated IPC message whose length, prefix included, is a multiple of 8.
-pub(super) fn schema_bytes(schema: &Schema) -> Result<Vec<u8>> {
-    let mut file = Builder::new();
-    schema_flatbuffer(schema, |metadata| message(&mut file, metadata, 8).map(drop))?;
-    let image = file.finish();
-    match image.extents() {
-        [extent] => match &extent.span {
-            Span::Literal(bytes) => Ok(bytes.to_vec()),
-            _ => Err(Error::new(Kind::Internal, "a schema message is not literal")),
-        },
-        _ => Err(Error::new(Kind::Internal, "a schema message is not one run of bytes")),
-    }
-}
-
-fn schema_flatbuffer(schema: &Schema, then: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
+fn schema_message(file: &mut Builder, schema: &Schema) -> Result<()> {
     let mut buffer = FlatBufferBuilder::new();
     let header = encode_schema(&mut buffer, schema).as_union_value();
     finish_message(&mut buffer, MessageHeader::Schema, header, 0);
-    then(buffer.finished_data())
-}
-
-fn schema_message(file: &mut Builder, schema: &Schema) -> Result<()> {
-    schema_flatbuffer(schema, |metadata| message(file, metadata, ALIGNMENT).map(drop))
+    message(file, buffer.finished_data(), ALIGNMENT).map(drop)
 }
 
 fn finish_message(

@@ -1,91 +1,175 @@
-//! Tables as Parquet files.
+//! Tables as Parquet files, as far as possible with the columns' own bytes.
+//!
+//! Uncompressed `PLAIN` pages of a fixed-width column are the column's bytes, Parquet's booleans are packed as Arrow's
+//! are, and `DELTA_LENGTH_BYTE_ARRAY` keeps the bytes of strings contiguous: a column without nulls needs only page
+//! headers, a few bytes of definition levels and for strings their lengths. Everything else (nulls, nested types, 8 and
+//! 16 bit integers, decimals of other widths, times in seconds) is encoded once and is literal bytes of the image.
+//!
+//! Format: <https://parquet.apache.org/docs/file-format/>.
 
-use arrow_array::{RecordBatch, RecordBatchOptions};
-use arrow_schema::{DataType, FieldRef};
-use parquet::arrow::ArrowWriter;
-use parquet::basic::Compression;
-use parquet::file::properties::{EnabledStatistics, WriterProperties};
+mod chunk;
+mod delta;
+mod encode;
+mod group;
+mod page;
+mod types;
 
-use super::array;
+use std::sync::Arc;
+
+use arrow_schema::Schema;
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{
+    FileMetaData, KeyValue, ParquetMetaDataBuilder, ParquetMetaDataWriter, RowGroupMetaData,
+};
+use parquet::file::properties::WriterProperties;
+use parquet::schema::types::SchemaDescPtr;
+
 use super::arrow::Counts;
 use super::extent::{Builder, Image};
-use crate::dataset::{Span, Table};
-use crate::error::{Context, Error, Kind, Result};
+use crate::dataset::Table;
+use crate::error::{Error, Kind, Result};
+use chunk::{Chunk, Plan};
+use group::Group;
+
+const MAGIC: &[u8] = b"PAR1";
+/// Version of the format in the footer: 2 for files with the logical types of format 2.
+const VERSION: i32 = 2;
 
 /// Checks that Parquet has all types of a table.
 ///
 /// # Errors
 /// `Unsupported`, naming the column.
 pub fn supports(table: &Table) -> Result<()> {
-    fn type_of(data_type: &DataType) -> Result<()> {
-        match data_type {
-            DataType::Union(..) | DataType::RunEndEncoded(..) | DataType::Interval(_) => {
-                Err(Error::new(Kind::Unsupported, format!("Parquet has no type for {data_type}")))
-            }
-            DataType::List(child)
-            | DataType::LargeList(child)
-            | DataType::ListView(child)
-            | DataType::LargeListView(child)
-            | DataType::FixedSizeList(child, _)
-            | DataType::Map(child, _) => field(child),
-            DataType::Struct(fields) if fields.is_empty() => {
-                Err(Error::new(Kind::Unsupported, "Parquet has no structs without fields"))
-            }
-            DataType::Struct(fields) => fields.iter().try_for_each(field),
-            DataType::Dictionary(_, values) => type_of(values),
-            _ => Ok(()),
-        }
-    }
-    fn field(field: &FieldRef) -> Result<()> {
-        type_of(field.data_type())
-    }
-    table
-        .schema
-        .fields()
-        .iter()
-        .try_for_each(|column| field(column).context(|| format!("column {:.200?}", column.name())))
+    types::convert(&table.schema).map(drop)
 }
-
-/// Rows of a row group: many enough for long runs, few enough for readers to share the groups among threads.
-const GROUP_ROWS: usize = 1 << 20;
 
 /// The Parquet file of a table.
 ///
+/// Reads the data of columns that must be encoded, and the offsets of string columns; no data if there are none of
+/// either, and then [`Counts::Skip`] does.
+///
 /// # Errors
-/// As [`supports`]; `Malformed` if data breaks Arrow's rules; what the source says of its blobs.
+/// As [`supports`]; `Malformed` if data breaks Arrow's rules; what the source says of its blobs; `Unsupported` with
+/// [`Counts::Skip`] if data is needed.
 pub fn image(table: &Table, counts: Counts<'_>) -> Result<Image> {
-    supports(table)?;
-    let Counts::From(source) = counts else {
-        return Err(Error::new(Kind::Unsupported, "encoding Parquet needs the data"));
-    };
-    let properties = WriterProperties::builder()
-        .set_compression(Compression::UNCOMPRESSED)
-        .set_dictionary_enabled(false)
-        .set_max_row_group_row_count(Some(GROUP_ROWS))
-        .set_statistics_enabled(EnabledStatistics::None)
-        .build();
-    let mut writer = ArrowWriter::try_new(Vec::new(), table.schema.clone(), Some(properties)).map_err(encoding)?;
-    for batch in &table.batches {
-        let columns = batch.columns.iter().map(|column| array::load(column, source)).collect::<Result<Vec<_>>>()?;
-        let options = RecordBatchOptions::new().with_row_count(Some(batch.rows as usize));
-        let batch = RecordBatch::try_new_with_options(table.schema.clone(), columns, &options)
-            .map_err(|error| Error::malformed("a record batch").with_source(error))?;
-        writer.write(&batch).map_err(encoding)?;
-    }
+    let layout = Layout::of(table)?;
+    let groups = group::groups(table);
+    let chunks = chunk::chunks(table, &layout, &groups, counts)?;
+
     let mut file = Builder::new();
-    file.span(Span::literal(writer.into_inner().map_err(encoding)?));
+    file.bytes(MAGIC);
+    let mut metadata = Vec::with_capacity(groups.len());
+    for (group, chunks) in groups.iter().zip(chunks) {
+        metadata.push(row_group(&mut file, &layout, group, chunks)?);
+    }
+    footer(&mut file, &layout, table, metadata)?;
     Ok(file.finish())
 }
 
-fn encoding(error: parquet::errors::ParquetError) -> Error {
-    Error::new(Kind::Internal, "encoding Parquet").with_source(error)
-}
-
-/// Size of the Parquet file of a table if metadata tells it.
+/// Size of the Parquet file of a table; `None` if it depends on the data.
 ///
 /// # Errors
 /// As [`supports`].
 pub fn size(table: &Table) -> Result<Option<u64>> {
-    supports(table)?;
-    Ok(None)
+    let layout = Layout::of(table)?;
+    if layout.plans.iter().any(Plan::needs_data) {
+        return Ok(None);
+    }
+    Ok(Some(image(table, Counts::Skip)?.size()))
 }
+
+/// What is known of a table's file before its rows are looked at.
+struct Layout {
+    /// The Parquet types.
+    descriptor: SchemaDescPtr,
+    /// The Arrow schema with the types that values are stored in.
+    stored: Arc<Schema>,
+    /// How each column is written.
+    plans: Vec<Plan>,
+}
+
+impl Layout {
+    fn of(table: &Table) -> Result<Layout> {
+        let (stored, descriptor) = types::convert(&table.schema)?;
+        for batch in &table.batches {
+            super::arrow::check_batch(&table.schema, batch)?;
+        }
+        let plans = Plan::of_table(table, &stored, &descriptor);
+        Ok(Layout { descriptor, stored, plans })
+    }
+}
+
+/// Appends one row group and returns its entry in the footer.
+fn row_group(file: &mut Builder, layout: &Layout, group: &Group, chunks: Vec<Chunk>) -> Result<RowGroupMetaData> {
+    let start = signed(file.position())?;
+    let mut columns = Vec::with_capacity(chunks.len());
+    let mut bytes = 0i64;
+    for chunk in chunks {
+        let base = signed(file.position())?;
+        bytes = bytes.saturating_add(chunk.metadata.uncompressed_size());
+        let data_page = chunk.metadata.data_page_offset();
+        let dictionary_page = chunk.metadata.dictionary_page_offset();
+        let metadata = chunk
+            .metadata
+            .into_builder()
+            .set_data_page_offset(base + data_page)
+            .set_dictionary_page_offset(dictionary_page.map(|offset| base + offset))
+            .build()
+            .map_err(internal)?;
+        columns.push(metadata);
+        for span in chunk.spans {
+            file.span(span);
+        }
+    }
+    RowGroupMetaData::builder(layout.descriptor.clone())
+        .set_num_rows(signed(group.rows)?)
+        .set_total_byte_size(bytes)
+        .set_file_offset(start)
+        .set_column_metadata(columns)
+        .build()
+        .map_err(internal)
+}
+
+fn footer(file: &mut Builder, layout: &Layout, table: &Table, groups: Vec<RowGroupMetaData>) -> Result<()> {
+    let metadata = FileMetaData::new(
+        VERSION,
+        signed(table.rows())?,
+        Some(concat!("vineyard-fs version ", env!("CARGO_PKG_VERSION")).into()),
+        Some(key_values(&table.schema, &layout.stored)),
+        layout.descriptor.clone(),
+        None,
+    );
+    let metadata = ParquetMetaDataBuilder::new(metadata).set_row_groups(groups).build();
+    let mut bytes = Vec::new();
+    ParquetMetaDataWriter::new(&mut bytes, &metadata).finish().map_err(internal)?;
+    file.bytes(&bytes);
+    Ok(())
+}
+
+/// The schema's metadata (`pandas` among it), each under its key as other writers do, and the Arrow types under
+/// `ARROW:schema`: those that the values are stored in, because some readers take values for what it says.
+fn key_values(schema: &Schema, stored: &Schema) -> Vec<KeyValue> {
+    let mut properties = WriterProperties::builder().build();
+    // It is without the metadata, which has its own keys: a footer that fits 64 KiB is one read less.
+    parquet::arrow::add_encoded_arrow_schema_to_metadata(stored, &mut properties);
+    let mut pairs = properties.key_value_metadata().cloned().unwrap_or_default();
+    for (key, value) in schema.metadata() {
+        if key != parquet::arrow::ARROW_SCHEMA_META_KEY {
+            pairs.push(KeyValue::new(key.clone(), value.clone()));
+        }
+    }
+    pairs
+}
+
+/// Parquet counts in `i64`.
+fn signed(value: u64) -> Result<i64> {
+    i64::try_from(value).map_err(|_| Error::new(Kind::TooLarge, format!("{value} is beyond what Parquet can count")))
+}
+
+fn internal(error: ParquetError) -> Error {
+    Error::new(Kind::Internal, "laying out Parquet").with_source(error)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -1,0 +1,326 @@
+//! Column chunks: how each column is written, and by how many threads.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use arrow_schema::{DataType, Field, Schema};
+use parquet::basic::{Encoding, Type};
+use parquet::file::metadata::ColumnChunkMetaData;
+use parquet::file::statistics::Statistics;
+use parquet::schema::types::{ColumnDescPtr, SchemaDescriptor};
+
+use super::encode::{self, Slot};
+use super::group::{Group, Piece};
+use super::{Layout, delta, internal, page, signed};
+use crate::dataset::{ArrayLayout, Span, Table};
+use crate::error::{Context, Error, Kind, Result};
+use crate::image::arrow::{Counts, buffers, has_validity, width};
+use crate::vineyard::BlobSource;
+
+/// Most threads that encode one table.
+const MAX_THREADS: usize = 4;
+
+/// One leaf column of one row group.
+pub struct Chunk {
+    /// Its pages.
+    pub spans: Vec<Span>,
+    /// Its entry in the footer, with offsets from the start of the chunk.
+    pub metadata: ColumnChunkMetaData,
+}
+
+/// How a column is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Pages are slices of the values, of so many bytes each.
+    Fixed(u64),
+    /// Pages are slices of packed bits.
+    Bits,
+    /// Pages are encoded lengths and slices of the bytes; offsets have so many bytes each.
+    Bytes(u64),
+    /// Pages are made by the `parquet` crate.
+    Encoded,
+}
+
+/// How one column is written, and where it is in the Parquet schema.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    how: How,
+    leaves: Range<usize>,
+}
+
+impl Plan {
+    /// The plans of a table's columns. They depend on metadata alone, so that a file's layout does.
+    pub fn of_table(table: &Table, stored: &Schema, descriptor: &SchemaDescriptor) -> Vec<Plan> {
+        let mut leaf = 0;
+        let columns = table.schema.fields().iter().zip(stored.fields()).enumerate();
+        columns
+            .map(|(i, (field, stored))| {
+                let start = leaf;
+                while leaf < descriptor.num_columns() && descriptor.get_column_root_idx(leaf) == i {
+                    leaf += 1;
+                }
+                let unchanged = field.data_type() == stored.data_type();
+                let nulls = table.batches.iter().filter_map(|batch| batch.columns.get(i)).any(may_have_nulls);
+                let how = match (unchanged && !nulls && leaf == start + 1).then(|| descriptor.column(start)) {
+                    Some(column) => how(field, column.physical_type(), column.type_length()),
+                    None => How::Encoded,
+                };
+                Plan { how, leaves: start..leaf }
+            })
+            .collect()
+    }
+
+    /// True if the pages depend on the data and not on metadata alone.
+    pub fn needs_data(&self) -> bool {
+        matches!(self.how, How::Bytes(_) | How::Encoded)
+    }
+}
+
+/// True unless metadata says that there are no nulls.
+fn may_have_nulls(array: &ArrayLayout) -> bool {
+    let bitmap = has_validity(&array.data_type) && array.buffers.first().is_some_and(|bitmap| !bitmap.is_empty());
+    array.data_type == DataType::Null || (array.null_count != Some(0) && (bitmap || array.null_count.is_some()))
+}
+
+/// How a column without nulls is written: as it is if its values have the same bytes in both formats.
+fn how(field: &Field, physical: Type, length: i32) -> How {
+    let arrow = width(field.data_type());
+    match field.data_type() {
+        DataType::Boolean => How::Bits,
+        DataType::Utf8 | DataType::Binary => How::Bytes(4),
+        DataType::LargeUtf8 | DataType::LargeBinary => How::Bytes(8),
+        // Big-endian in Parquet, unless they are small.
+        DataType::Decimal128(..) | DataType::Decimal256(..) | DataType::Dictionary(..) => How::Encoded,
+        _ => {
+            let parquet = match physical {
+                Type::INT32 | Type::FLOAT => Some(4),
+                Type::INT64 | Type::DOUBLE => Some(8),
+                Type::FIXED_LEN_BYTE_ARRAY => u64::try_from(length).ok(),
+                _ => None,
+            };
+            match (arrow, parquet) {
+                (Some(arrow), Some(parquet)) if arrow == parquet => How::Fixed(arrow),
+                _ => How::Encoded,
+            }
+        }
+    }
+}
+
+/// The chunks of a file: for each row group, for each leaf.
+///
+/// # Errors
+/// See [`super::image`].
+pub fn chunks(table: &Table, layout: &Layout, groups: &[Group], counts: Counts<'_>) -> Result<Vec<Vec<Chunk>>> {
+    let writer = Writer::new(table, layout, groups, counts);
+    let columns = layout.plans.len();
+    // A job is one column of one row group; the jobs of a column follow each other, so that it is in memory once.
+    let jobs = columns * groups.len();
+    let results: Vec<OnceLock<Vec<Chunk>>> = (0..jobs).map(|_| OnceLock::new()).collect();
+    let next = AtomicUsize::new(0);
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let work = || {
+        loop {
+            let job = next.fetch_add(1, Ordering::Relaxed);
+            let Some(result) = results.get(job) else { return };
+            let (column, group) = (job / groups.len(), job % groups.len());
+            match writer.column(column, group) {
+                Ok(chunks) => drop(result.set(chunks)),
+                Err(error) => {
+                    next.store(jobs, Ordering::Relaxed);
+                    if let Ok(mut failure) = failure.lock() {
+                        failure.get_or_insert(error);
+                    }
+                }
+            }
+        }
+    };
+    let threads = match layout.plans.iter().any(Plan::needs_data) {
+        true => std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(jobs),
+        false => 1,
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // One thread that cannot be started leaves its share to the others.
+            let _ = std::thread::Builder::new().name("parquet".into()).spawn_scoped(scope, work);
+        }
+        work();
+    });
+    if let Ok(Some(error)) = failure.into_inner() {
+        return Err(error);
+    }
+    let mut by_group: Vec<Vec<Chunk>> = groups.iter().map(|_| Vec::with_capacity(columns)).collect();
+    for (job, result) in results.into_iter().enumerate() {
+        let chunks = result.into_inner().ok_or_else(|| Error::new(Kind::Internal, "a column was not written"))?;
+        by_group[job % groups.len()].extend(chunks);
+    }
+    Ok(by_group)
+}
+
+struct Writer<'a> {
+    table: &'a Table,
+    layout: &'a Layout,
+    groups: &'a [Group],
+    counts: Counts<'a>,
+    /// For each encoded column, its slot in each batch.
+    slots: Vec<Vec<Slot>>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(table: &'a Table, layout: &'a Layout, groups: &'a [Group], counts: Counts<'a>) -> Self {
+        let mut pieces = vec![0; table.batches.len()];
+        groups.iter().flat_map(|group| &group.pieces).for_each(|piece| pieces[piece.batch] += 1);
+        let slots = layout.plans.iter().map(|plan| match plan.how {
+            How::Encoded => pieces.iter().map(|count| Slot::new(*count)).collect(),
+            _ => Vec::new(),
+        });
+        Writer { table, layout, groups, counts, slots: slots.collect() }
+    }
+
+    fn source(&self) -> Result<&'a dyn BlobSource> {
+        match self.counts {
+            Counts::From(source) => Ok(source),
+            Counts::Skip => Err(Error::new(Kind::Unsupported, "the Parquet view depends on the data")),
+        }
+    }
+
+    /// The chunks of one column in one group.
+    fn column(&self, column: usize, group: usize) -> Result<Vec<Chunk>> {
+        let field = &self.layout.stored.fields()[column];
+        self.chunks(column, &self.groups[group]).context(|| format!("column {:.200?}", field.name()))
+    }
+
+    fn chunks(&self, column: usize, group: &Group) -> Result<Vec<Chunk>> {
+        let plan = &self.layout.plans[column];
+        let descriptor = |leaf: usize| self.layout.descriptor.column(leaf);
+        if plan.how == How::Encoded {
+            let leaves: Vec<ColumnDescPtr> = plan.leaves.clone().map(descriptor).collect();
+            let arrays = self.table.batches.iter().map(|batch| &batch.columns[column]);
+            let batches: Vec<_> = arrays.zip(&self.slots[column]).collect();
+            return encode::column(&self.layout.stored.fields()[column], &leaves, group, &batches, self.source()?);
+        }
+        let mut pages = Pages::new(descriptor(plan.leaves.start));
+        for piece in &group.pieces {
+            let spans = buffers(&self.table.batches[piece.batch].columns[column])?;
+            match (&plan.how, spans.as_slice()) {
+                (How::Fixed(width), [_, values]) => fixed(&mut pages, values, *width, piece)?,
+                (How::Bits, [_, values]) => bits(&mut pages, values, piece)?,
+                (How::Bytes(width), [_, offsets, data]) => {
+                    bytes(&mut pages, offsets, data, *width, piece, self.source()?)?;
+                }
+                _ => return Err(Error::new(Kind::Internal, "a column without its buffers")),
+            }
+        }
+        Ok(vec![pages.finish()?])
+    }
+}
+
+/// The pages of a chunk so far.
+struct Pages {
+    column: ColumnDescPtr,
+    spans: Vec<Span>,
+    bytes: u64,
+    values: u64,
+    encoding: Encoding,
+}
+
+impl Pages {
+    fn new(column: ColumnDescPtr) -> Self {
+        Pages { column, spans: Vec::new(), bytes: 0, values: 0, encoding: Encoding::PLAIN }
+    }
+
+    /// Appends a page: encoded bytes, then a slice of data.
+    fn push(&mut self, values: u64, encoding: Encoding, encoded: &[u8], data: Span) -> Result<()> {
+        let levels = if self.column.max_def_level() > 0 { page::levels(values) } else { Vec::new() };
+        let body = (levels.len() + encoded.len()) as u64 + data.len();
+        let mut head = page::header(values, body, encoding)?;
+        head.extend_from_slice(&levels);
+        head.extend_from_slice(encoded);
+        self.encoding = encoding;
+        self.bytes += head.len() as u64 + data.len();
+        self.values += values;
+        self.spans.push(Span::literal(head));
+        self.spans.push(data);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Chunk> {
+        let bytes = signed(self.bytes)?;
+        let none = Some(0);
+        let statistics = match self.column.physical_type() {
+            Type::BOOLEAN => Statistics::boolean(None, None, None, none, false),
+            Type::INT32 => Statistics::int32(None, None, None, none, false),
+            Type::INT64 => Statistics::int64(None, None, None, none, false),
+            Type::FLOAT => Statistics::float(None, None, None, none, false),
+            Type::DOUBLE => Statistics::double(None, None, None, none, false),
+            Type::BYTE_ARRAY => Statistics::byte_array(None, None, None, none, false),
+            _ => Statistics::fixed_len_byte_array(None, None, None, none, false),
+        };
+        let metadata = ColumnChunkMetaData::builder(self.column)
+            .set_encodings(vec![self.encoding, Encoding::RLE])
+            .set_num_values(signed(self.values)?)
+            .set_total_compressed_size(bytes)
+            .set_total_uncompressed_size(bytes)
+            .set_data_page_offset(0)
+            .set_statistics(statistics)
+            .build()
+            .map_err(internal)?;
+        Ok(Chunk { spans: self.spans, metadata })
+    }
+}
+
+fn fixed(pages: &mut Pages, values: &Span, width: u64, piece: &Piece) -> Result<()> {
+    let most = (page::MAX_BYTES / width.max(1)).max(1);
+    let mut start = piece.start;
+    let end = piece.start + piece.rows;
+    while start < end {
+        let rows = most.min(end - start);
+        // Inside the buffer, which was checked to hold the whole batch.
+        pages.push(rows, Encoding::PLAIN, &[], values.slice(start * width, rows * width)?)?;
+        start += rows;
+    }
+    Ok(())
+}
+
+fn bits(pages: &mut Pages, values: &Span, piece: &Piece) -> Result<()> {
+    pages.push(piece.rows, Encoding::PLAIN, &[], values.slice(piece.start / 8, piece.rows.div_ceil(8))?)
+}
+
+fn bytes(
+    pages: &mut Pages,
+    offsets: &Span,
+    data: &Span,
+    width: u64,
+    piece: &Piece,
+    source: &dyn BlobSource,
+) -> Result<()> {
+    let offsets = offsets.slice(piece.start * width, (piece.rows + 1) * width)?;
+    offsets.validate(source)?;
+    let raw = offsets.to_vec(source)?;
+    let offsets: Vec<u64> = if width == 4 {
+        raw.as_chunks().0.iter().map(|bytes| i64::from(i32::from_le_bytes(*bytes)) as u64).collect()
+    } else {
+        raw.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
+    };
+    // Negative offsets are beyond every buffer when they are taken as unsigned.
+    if !offsets.is_sorted() || offsets.last().is_some_and(|last| *last > data.len()) {
+        return Err(Error::malformed("string offsets that go backwards or past their data"));
+    }
+    let mut from = 0;
+    let rows = offsets.len() - 1;
+    while from < rows {
+        let limit = offsets[from].saturating_add(page::MAX_BYTES);
+        // At least one value, however long.
+        let to =
+            (from + 1 + offsets[from + 1..].partition_point(|offset| *offset <= limit).saturating_sub(1)).min(rows);
+        let lengths: Option<Vec<i32>> =
+            offsets[from..=to].windows(2).map(|pair| i32::try_from(pair[1] - pair[0]).ok()).collect();
+        let lengths = lengths.ok_or_else(|| Error::new(Kind::TooLarge, "a value of more than 2 GiB"))?;
+        let mut encoded = Vec::with_capacity(lengths.len());
+        delta::encode(&lengths, &mut encoded);
+        let data = data.slice(offsets[from], offsets[to] - offsets[from])?;
+        pages.push((to - from) as u64, Encoding::DELTA_LENGTH_BYTE_ARRAY, &encoded, data)?;
+        from = to;
+    }
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! The types that values are stored in, and their Parquet forms.
+
+use std::sync::Arc;
+
+use arrow_schema::{DataType, Field, FieldRef, Schema, TimeUnit};
+use parquet::arrow::ArrowSchemaConverter;
+use parquet::schema::types::SchemaDescPtr;
+
+use crate::error::{Context, Error, Kind, Result};
+
+/// The schema with the types that values are stored in, and its Parquet form.
+///
+/// # Errors
+/// `Unsupported`, naming the column, for types that Parquet lacks.
+pub fn convert(schema: &Schema) -> Result<(Arc<Schema>, SchemaDescPtr)> {
+    super::super::arrow::check_schema(schema)?;
+    let mut fields = Vec::with_capacity(schema.fields().len());
+    for field in schema.fields() {
+        let context = || format!("column {:.200?}", field.name());
+        let stored = stored_field(field).context(context)?;
+        // Column by column, so that an error names the column.
+        descriptor(&Schema::new(vec![stored.clone()])).context(context)?;
+        fields.push(stored);
+    }
+    let stored = Schema::new(fields);
+    let descriptor = descriptor(&stored)?;
+    Ok((Arc::new(stored), descriptor))
+}
+
+fn descriptor(stored: &Schema) -> Result<SchemaDescPtr> {
+    let descriptor = ArrowSchemaConverter::new()
+        .with_coerce_types(true)
+        .convert(stored)
+        .map_err(|error| Error::new(Kind::Unsupported, "Parquet has no type for it").with_source(error))?;
+    Ok(Arc::new(descriptor))
+}
+
+fn stored_field(field: &FieldRef) -> Result<FieldRef> {
+    let data_type = stored(field.data_type())?;
+    let nullable = field.is_nullable() || data_type == DataType::Null;
+    let mut field = Field::clone(field).with_data_type(data_type);
+    field.set_nullable(nullable);
+    Ok(Arc::new(field))
+}
+
+/// True for types that Parquet stores as byte arrays of one length.
+fn is_fixed_bytes(data_type: &DataType) -> bool {
+    match data_type {
+        DataType::Float16 | DataType::FixedSizeBinary(_) => true,
+        DataType::Decimal32(precision, _)
+        | DataType::Decimal64(precision, _)
+        | DataType::Decimal128(precision, _)
+        | DataType::Decimal256(precision, _) => *precision > 18,
+        _ => false,
+    }
+}
+
+/// Parquet's times have no seconds: they are stored in milliseconds.
+fn stored(data_type: &DataType) -> Result<DataType> {
+    Ok(match data_type {
+        DataType::Timestamp(TimeUnit::Second, zone) => DataType::Timestamp(TimeUnit::Millisecond, zone.clone()),
+        DataType::Time32(TimeUnit::Second) => DataType::Time32(TimeUnit::Millisecond),
+        DataType::Union(..) | DataType::RunEndEncoded(..) | DataType::Interval(_) => {
+            return Err(Error::new(Kind::Unsupported, format!("Parquet has no type for {data_type}")));
+        }
+        // The converter takes scales that are no number of digits and panics on them, or writes what none can read.
+        DataType::Decimal32(precision, scale)
+        | DataType::Decimal64(precision, scale)
+        | DataType::Decimal128(precision, scale)
+        | DataType::Decimal256(precision, scale)
+            if *scale < 0 || i16::from(*scale) > i16::from(*precision) || *precision == 0 =>
+        {
+            return Err(Error::new(Kind::Unsupported, format!("Parquet has no type for {data_type}")));
+        }
+        DataType::FixedSizeBinary(0) => {
+            return Err(Error::new(Kind::Unsupported, "Parquet has no values of no bytes"));
+        }
+        DataType::FixedSizeList(_, 0) => {
+            return Err(Error::new(Kind::Unsupported, "Parquet cannot tell fixed lists of no elements apart"));
+        }
+        DataType::List(child) => DataType::List(stored_field(child)?),
+        DataType::LargeList(child) => DataType::LargeList(stored_field(child)?),
+        DataType::ListView(child) => DataType::ListView(stored_field(child)?),
+        DataType::LargeListView(child) => DataType::LargeListView(stored_field(child)?),
+        DataType::FixedSizeList(child, size) => DataType::FixedSizeList(stored_field(child)?, *size),
+        DataType::Map(child, sorted) => DataType::Map(stored_field(child)?, *sorted),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(stored_field).collect::<Result<_>>()?),
+        DataType::Dictionary(key, value) => match stored(value)? {
+            // The `parquet` crate (60.1) refuses to read dictionaries of fixed-length byte arrays.
+            value if is_fixed_bytes(&value) => value,
+            value => DataType::Dictionary(key.clone(), Box::new(value)),
+        },
+        other => other.clone(),
+    })
+}
