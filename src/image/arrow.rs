@@ -7,6 +7,7 @@
 
 mod batch;
 mod check;
+mod keys;
 
 use std::sync::Arc;
 
@@ -123,7 +124,7 @@ impl Dictionaries {
 }
 
 /// True if two arrays are the same places in memory.
-fn same(a: &Arc<ArrayLayout>, b: &Arc<ArrayLayout>) -> bool {
+pub(super) fn same(a: &Arc<ArrayLayout>, b: &Arc<ArrayLayout>) -> bool {
     fn span(a: &Span, b: &Span) -> bool {
         match (a, b) {
             (Span::Zeros(a), Span::Zeros(b)) => a == b,

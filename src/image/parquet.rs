@@ -9,6 +9,7 @@
 
 mod chunk;
 mod delta;
+mod dictionary;
 mod encode;
 mod group;
 mod page;
@@ -150,8 +151,9 @@ fn footer(file: &mut Builder, layout: &Layout, table: &Table, groups: Vec<RowGro
 /// `ARROW:schema`: those that the values are stored in, because some readers take values for what it says.
 fn key_values(schema: &Schema, stored: &Schema) -> Vec<KeyValue> {
     let mut properties = WriterProperties::builder().build();
-    // It is without the metadata, which has its own keys: a footer that fits 64 KiB is one read less.
-    parquet::arrow::add_encoded_arrow_schema_to_metadata(stored, &mut properties);
+    // pyarrow (26) takes the metadata from here if this is here, other readers from their keys.
+    let whole = Schema::new_with_metadata(stored.fields().clone(), schema.metadata().clone());
+    parquet::arrow::add_encoded_arrow_schema_to_metadata(&whole, &mut properties);
     let mut pairs = properties.key_value_metadata().cloned().unwrap_or_default();
     for (key, value) in schema.metadata() {
         if key != parquet::arrow::ARROW_SCHEMA_META_KEY {

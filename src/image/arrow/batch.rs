@@ -3,6 +3,7 @@
 use arrow_ipc::{Buffer, FieldNode};
 use arrow_schema::{DataType, UnionMode};
 
+use super::keys::Keys;
 use super::{ALIGNMENT, Counts, has_validity};
 use crate::dataset::{ArrayLayout, Span};
 use crate::error::{Error, Kind, Result};
@@ -193,7 +194,13 @@ pub fn buffers(array: &ArrayLayout) -> Result<Vec<Span>> {
         },
         other => {
             let width = width(other).ok_or_else(|| Error::new(Kind::Unsupported, format!("arrays of type {other}")))?;
-            out.push(values(next("values")?, len, width)?);
+            let values = values(next("values")?, len, width)?;
+            out.push(match (other, out.first()) {
+                (DataType::Dictionary(..), Some(bitmap)) if !bitmap.is_empty() && len > 0 => {
+                    Span::derived(Keys { keys: values, bitmap: bitmap.clone(), width })
+                }
+                _ => values,
+            });
         }
     }
     match given.next() {

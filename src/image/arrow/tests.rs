@@ -15,7 +15,7 @@ fn read(bytes: Vec<u8>) -> (Arc<Schema>, Vec<RecordBatch>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn what_is_laid_out_is_read_back((schema, batches) in tables(true), counted in any::<bool>(), cuts in any::<u64>()) {

@@ -12,10 +12,10 @@ use parquet::schema::types::{ColumnDescPtr, SchemaDescriptor};
 
 use super::encode::{self, Slot};
 use super::group::{Group, Piece};
-use super::{Layout, delta, internal, page, signed};
+use super::{Layout, delta, dictionary, internal, page, signed};
 use crate::dataset::{ArrayLayout, Span, Table};
 use crate::error::{Context, Error, Kind, Result};
-use crate::image::arrow::{Counts, buffers, has_validity, width};
+use crate::image::arrow::{Counts, buffers, has_validity, same, width};
 use crate::vineyard::BlobSource;
 
 /// Most threads that encode one table.
@@ -38,6 +38,8 @@ pub enum How {
     Bits,
     /// Pages are encoded lengths and slices of the bytes; offsets have so many bytes each.
     Bytes(u64),
+    /// Keys are encoded, under the dictionary as it is.
+    Dictionary,
     /// Pages are made by the `parquet` crate.
     Encoded,
 }
@@ -61,10 +63,16 @@ impl Plan {
                     leaf += 1;
                 }
                 let unchanged = field.data_type() == stored.data_type();
-                let nulls = table.batches.iter().filter_map(|batch| batch.columns.get(i)).any(may_have_nulls);
-                let how = match (unchanged && !nulls && leaf == start + 1).then(|| descriptor.column(start)) {
-                    Some(column) => how(field, column.physical_type(), column.type_length()),
-                    None => How::Encoded,
+                let arrays = || table.batches.iter().filter_map(|batch| batch.columns.get(i));
+                let how = if !unchanged || leaf != start + 1 {
+                    How::Encoded
+                } else if matches!(field.data_type(), DataType::Dictionary(..)) {
+                    if one_dictionary(arrays()) { How::Dictionary } else { How::Encoded }
+                } else if arrays().any(may_have_nulls) {
+                    How::Encoded
+                } else {
+                    let column = descriptor.column(start);
+                    how(field, column.physical_type(), column.type_length())
                 };
                 Plan { how, leaves: start..leaf }
             })
@@ -73,7 +81,7 @@ impl Plan {
 
     /// True if the pages depend on the data and not on metadata alone.
     pub fn needs_data(&self) -> bool {
-        matches!(self.how, How::Bytes(_) | How::Encoded)
+        matches!(self.how, How::Bytes(_) | How::Dictionary | How::Encoded)
     }
 }
 
@@ -81,6 +89,12 @@ impl Plan {
 fn may_have_nulls(array: &ArrayLayout) -> bool {
     let bitmap = has_validity(&array.data_type) && array.buffers.first().is_some_and(|bitmap| !bitmap.is_empty());
     array.data_type == DataType::Null || (array.null_count != Some(0) && (bitmap || array.null_count.is_some()))
+}
+
+/// True if arrays have one dictionary, which can be written as it is.
+fn one_dictionary<'a>(mut arrays: impl Iterator<Item = &'a ArrayLayout>) -> bool {
+    let Some(first) = arrays.next().and_then(|array| array.dictionary.as_ref()) else { return false };
+    dictionary::fits(first) && arrays.all(|array| array.dictionary.as_ref().is_some_and(|other| same(first, other)))
 }
 
 /// How a column without nulls is written: as it is if its values have the same bytes in both formats.
@@ -91,7 +105,7 @@ fn how(field: &Field, physical: Type, length: i32) -> How {
         DataType::Utf8 | DataType::Binary => How::Bytes(4),
         DataType::LargeUtf8 | DataType::LargeBinary => How::Bytes(8),
         // Big-endian in Parquet, unless they are small.
-        DataType::Decimal128(..) | DataType::Decimal256(..) | DataType::Dictionary(..) => How::Encoded,
+        DataType::Decimal128(..) | DataType::Decimal256(..) => How::Encoded,
         _ => {
             let parquet = match physical {
                 Type::INT32 | Type::FLOAT => Some(4),
@@ -171,7 +185,7 @@ impl<'a> Writer<'a> {
         let mut pieces = vec![0; table.batches.len()];
         groups.iter().flat_map(|group| &group.pieces).for_each(|piece| pieces[piece.batch] += 1);
         let slots = layout.plans.iter().map(|plan| match plan.how {
-            How::Encoded => pieces.iter().map(|count| Slot::new(*count)).collect(),
+            How::Encoded | How::Dictionary => pieces.iter().map(|count| Slot::new(*count)).collect(),
             _ => Vec::new(),
         });
         Writer { table, layout, groups, counts, slots: slots.collect() }
@@ -193,11 +207,22 @@ impl<'a> Writer<'a> {
     fn chunks(&self, column: usize, group: &Group) -> Result<Vec<Chunk>> {
         let plan = &self.layout.plans[column];
         let descriptor = |leaf: usize| self.layout.descriptor.column(leaf);
-        if plan.how == How::Encoded {
-            let leaves: Vec<ColumnDescPtr> = plan.leaves.clone().map(descriptor).collect();
-            let arrays = self.table.batches.iter().map(|batch| &batch.columns[column]);
-            let batches: Vec<_> = arrays.zip(&self.slots[column]).collect();
-            return encode::column(&self.layout.stored.fields()[column], &leaves, group, &batches, self.source()?);
+        let field = &self.layout.stored.fields()[column];
+        let take = |piece: &Piece| {
+            let array = &self.table.batches[piece.batch].columns[column];
+            self.slots[column][piece.batch].take(array, field.data_type(), piece, self.source()?)
+        };
+        let leaves = || plan.leaves.clone().map(descriptor).collect::<Vec<ColumnDescPtr>>();
+        match plan.how {
+            How::Encoded => return encode::column(field, &leaves(), group.pieces.iter().map(take)),
+            How::Dictionary => {
+                let arrays = group.pieces.iter().map(take).collect::<Result<Vec<_>>>()?;
+                return match dictionary::chunk(Pages::new(descriptor(plan.leaves.start)), &arrays)? {
+                    Some(chunk) => Ok(vec![chunk]),
+                    None => encode::column(field, &leaves(), arrays.into_iter().map(Ok)),
+                };
+            }
+            _ => {}
         }
         let mut pages = Pages::new(descriptor(plan.leaves.start));
         for piece in &group.pieces {
@@ -216,52 +241,86 @@ impl<'a> Writer<'a> {
 }
 
 /// The pages of a chunk so far.
-struct Pages {
+pub struct Pages {
     column: ColumnDescPtr,
     spans: Vec<Span>,
     bytes: u64,
     values: u64,
+    nulls: u64,
     encoding: Encoding,
+    /// Bytes of the dictionary page, which comes first if there is one.
+    dictionary: Option<u64>,
 }
 
 impl Pages {
-    fn new(column: ColumnDescPtr) -> Self {
-        Pages { column, spans: Vec::new(), bytes: 0, values: 0, encoding: Encoding::PLAIN }
+    /// No pages yet.
+    pub fn new(column: ColumnDescPtr) -> Self {
+        let encoding = Encoding::PLAIN;
+        Pages { column, spans: Vec::new(), bytes: 0, values: 0, nulls: 0, encoding, dictionary: None }
     }
 
-    /// Appends a page: encoded bytes, then a slice of data.
-    fn push(&mut self, values: u64, encoding: Encoding, encoded: &[u8], data: Span) -> Result<()> {
-        let levels = if self.column.max_def_level() > 0 { page::levels(values) } else { Vec::new() };
+    /// True if values may be null: pages have definition levels.
+    pub fn optional(&self) -> bool {
+        self.column.max_def_level() > 0
+    }
+
+    /// Appends a page without nulls: encoded bytes, then a slice of data.
+    pub fn push(&mut self, values: u64, encoding: Encoding, encoded: &[u8], data: Span) -> Result<()> {
+        let levels = if self.optional() { page::levels(values) } else { Vec::new() };
         let body = (levels.len() + encoded.len()) as u64 + data.len();
-        let mut head = page::header(values, body, encoding)?;
-        head.extend_from_slice(&levels);
-        head.extend_from_slice(encoded);
         self.encoding = encoding;
-        self.bytes += head.len() as u64 + data.len();
         self.values += values;
-        self.spans.push(Span::literal(head));
-        self.spans.push(data);
+        self.append(page::header(values, body, encoding)?, &[&levels, encoded], data);
         Ok(())
     }
 
-    fn finish(self) -> Result<Chunk> {
+    /// Puts the dictionary page in front: so many values in plain encoding.
+    pub fn dictionary(&mut self, values: u64, plain: &[u8]) -> Result<()> {
+        self.append(page::dictionary_header(values, plain.len() as u64)?, &[plain], Span::EMPTY);
+        self.dictionary = Some(self.bytes);
+        Ok(())
+    }
+
+    /// Appends a page of keys, levels included.
+    pub fn keys(&mut self, values: u64, nulls: u64, body: &[u8]) -> Result<()> {
+        self.encoding = Encoding::RLE_DICTIONARY;
+        self.values += values;
+        self.nulls += nulls;
+        self.append(page::header(values, body.len() as u64, self.encoding)?, &[body], Span::EMPTY);
+        Ok(())
+    }
+
+    fn append(&mut self, mut head: Vec<u8>, parts: &[&[u8]], data: Span) {
+        parts.iter().for_each(|part| head.extend_from_slice(part));
+        self.bytes += head.len() as u64 + data.len();
+        self.spans.push(Span::literal(head));
+        self.spans.push(data);
+    }
+
+    /// The chunk.
+    pub fn finish(self) -> Result<Chunk> {
         let bytes = signed(self.bytes)?;
-        let none = Some(0);
+        let nulls = Some(self.nulls);
         let statistics = match self.column.physical_type() {
-            Type::BOOLEAN => Statistics::boolean(None, None, None, none, false),
-            Type::INT32 => Statistics::int32(None, None, None, none, false),
-            Type::INT64 => Statistics::int64(None, None, None, none, false),
-            Type::FLOAT => Statistics::float(None, None, None, none, false),
-            Type::DOUBLE => Statistics::double(None, None, None, none, false),
-            Type::BYTE_ARRAY => Statistics::byte_array(None, None, None, none, false),
-            _ => Statistics::fixed_len_byte_array(None, None, None, none, false),
+            Type::BOOLEAN => Statistics::boolean(None, None, None, nulls, false),
+            Type::INT32 => Statistics::int32(None, None, None, nulls, false),
+            Type::INT64 => Statistics::int64(None, None, None, nulls, false),
+            Type::FLOAT => Statistics::float(None, None, None, nulls, false),
+            Type::DOUBLE => Statistics::double(None, None, None, nulls, false),
+            Type::BYTE_ARRAY => Statistics::byte_array(None, None, None, nulls, false),
+            _ => Statistics::fixed_len_byte_array(None, None, None, nulls, false),
         };
+        let mut encodings = vec![self.encoding, Encoding::RLE];
+        if self.dictionary.is_some() {
+            encodings.push(Encoding::PLAIN);
+        }
         let metadata = ColumnChunkMetaData::builder(self.column)
-            .set_encodings(vec![self.encoding, Encoding::RLE])
+            .set_encodings(encodings)
             .set_num_values(signed(self.values)?)
             .set_total_compressed_size(bytes)
             .set_total_uncompressed_size(bytes)
-            .set_data_page_offset(0)
+            .set_dictionary_page_offset(self.dictionary.map(|_| 0))
+            .set_data_page_offset(signed(self.dictionary.unwrap_or(0))?)
             .set_statistics(statistics)
             .build()
             .map_err(internal)?;

@@ -44,19 +44,21 @@ pub fn encode(values: &[i32], out: &mut Vec<u8>) {
             let all = miniblock.iter().fold(0, |all, delta| all | *delta as u64);
             let width = 64 - all.leading_zeros();
             out[widths + i] = width as u8;
-            pack(miniblock, width, out);
+            let end = out.len() + MINIBLOCK * width as usize / 8;
+            pack(miniblock.iter().map(|delta| *delta as u64), width, out);
+            // A miniblock is whole even where values are missing.
+            out.resize(end, 0);
         }
     }
 }
 
-/// Appends [`MINIBLOCK`] values of so many bits each, lowest bits first; zeros where `values` has fewer.
-fn pack(values: &[i64], width: u32, out: &mut Vec<u8>) {
-    let end = out.len() + MINIBLOCK * width as usize / 8;
+/// Appends values of so many bits each, at most 33, lowest bits first; the last byte is filled with zeros.
+pub fn pack(values: impl Iterator<Item = u64>, width: u32, out: &mut Vec<u8>) {
     let mut bits = 0u64;
     let mut filled = 0;
     for value in values {
-        // At most 7 bits are left from before, and a value has at most 33.
-        bits |= (*value as u64) << filled;
+        // At most 7 bits are left from before.
+        bits |= value << filled;
         filled += width;
         while filled >= 8 {
             out.push(bits as u8);
@@ -67,7 +69,6 @@ fn pack(values: &[i64], width: u32, out: &mut Vec<u8>) {
     if filled > 0 {
         out.push(bits as u8);
     }
-    out.resize(end, 0);
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnDescPtr;
 
 use super::chunk::Chunk;
-use super::group::{Group, Piece, ROWS};
+use super::group::{Piece, ROWS};
 use super::{internal, signed};
 use crate::dataset::{ArrayLayout, Span};
 use crate::error::{Error, Kind, Result};
@@ -39,7 +39,11 @@ impl Slot {
         Slot { state: Mutex::new(State { array: None, left: pieces }) }
     }
 
-    fn take(
+    /// Rows of the column in the type that they are stored in. Each piece is taken once.
+    ///
+    /// # Errors
+    /// `Malformed` if data breaks Arrow's rules; what the source says of its blobs.
+    pub fn take(
         &self,
         layout: &ArrayLayout,
         stored: &DataType,
@@ -80,9 +84,7 @@ fn load(layout: &ArrayLayout, stored: &DataType, source: &dyn BlobSource) -> Res
 pub fn column(
     field: &FieldRef,
     leaves: &[ColumnDescPtr],
-    group: &Group,
-    batches: &[(&ArrayLayout, &Slot)],
-    source: &dyn BlobSource,
+    arrays: impl Iterator<Item = Result<ArrayRef>>,
 ) -> Result<Vec<Chunk>> {
     let schema = Arc::new(Schema::new(vec![Field::clone(field)]));
     let properties = WriterProperties::builder()
@@ -96,11 +98,8 @@ pub fn column(
         .build();
     let options = ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true);
     let mut writer = ArrowWriter::try_new_with_options(Vec::new(), schema.clone(), options).map_err(internal)?;
-    for piece in &group.pieces {
-        let (layout, slot) =
-            batches.get(piece.batch).ok_or_else(|| Error::new(Kind::Internal, "a piece of no batch"))?;
-        let array = slot.take(layout, field.data_type(), piece, source)?;
-        let batch = RecordBatch::try_new(schema.clone(), vec![array])
+    for array in arrays {
+        let batch = RecordBatch::try_new(schema.clone(), vec![array?])
             .map_err(|error| Error::malformed("values that break their type").with_source(error))?;
         writer.write(&batch).map_err(encoding)?;
     }

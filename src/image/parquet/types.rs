@@ -43,16 +43,13 @@ fn stored_field(field: &FieldRef) -> Result<FieldRef> {
     Ok(Arc::new(field))
 }
 
-/// True for types that Parquet stores as byte arrays of one length.
-fn is_fixed_bytes(data_type: &DataType) -> bool {
-    match data_type {
-        DataType::Float16 | DataType::FixedSizeBinary(_) => true,
-        DataType::Decimal32(precision, _)
-        | DataType::Decimal64(precision, _)
-        | DataType::Decimal128(precision, _)
-        | DataType::Decimal256(precision, _) => *precision > 18,
-        _ => false,
-    }
+/// True for values that readers get back whole through a dictionary. The `parquet` crate (60.1) refuses dictionaries of
+/// fixed-length byte arrays and panics on those of booleans; pyarrow (26) does not see through a dictionary in
+/// `ARROW:schema` to what Parquet's own types cannot tell, such as durations and time zones.
+fn keeps_dictionary(values: &DataType) -> bool {
+    use DataType::*;
+    values.is_integer()
+        || matches!(values, Utf8 | LargeUtf8 | Utf8View | Binary | LargeBinary | BinaryView | Float32 | Float64)
 }
 
 /// Parquet's times have no seconds: they are stored in milliseconds.
@@ -86,9 +83,8 @@ fn stored(data_type: &DataType) -> Result<DataType> {
         DataType::Map(child, sorted) => DataType::Map(stored_field(child)?, *sorted),
         DataType::Struct(fields) => DataType::Struct(fields.iter().map(stored_field).collect::<Result<_>>()?),
         DataType::Dictionary(key, value) => match stored(value)? {
-            // The `parquet` crate (60.1) refuses to read dictionaries of fixed-length byte arrays.
-            value if is_fixed_bytes(&value) => value,
-            value => DataType::Dictionary(key.clone(), Box::new(value)),
+            value if keeps_dictionary(&value) => DataType::Dictionary(key.clone(), Box::new(value)),
+            value => value,
         },
         other => other.clone(),
     })
