@@ -135,11 +135,11 @@ impl FileSystem {
         self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
         // From here on the new value is in place; what is left to do must not make the save fail.
         for (former, id) in old {
-            if former != name {
-                if let Err(error) = self.store.drop_name(&former) {
-                    self.warn(format!("the name {former:?} could not be removed: {error}"));
-                    continue;
-                }
+            if former != name
+                && let Err(error) = self.store.drop_name(&former)
+            {
+                self.warn(format!("the name {former:?} could not be removed: {error}"));
+                continue;
             }
             if id != object {
                 self.delete_unnamed(id);

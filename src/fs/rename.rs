@@ -208,13 +208,13 @@ impl FileSystem {
         let new_format = to.view.as_ref().map(|(_, view)| *view);
         let old_directory = staged.state().target.directory.clone();
         self.keep_directory(&old_directory);
-        if let Some(Found::Staged(other)) = &there {
-            if !Arc::ptr_eq(other, staged) {
-                // What it published is replaced with the name; what it did not publish ends here.
-                let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
-                self.staging.detach(other);
-                other.state().detached = true;
-            }
+        if let Some(Found::Staged(other)) = &there
+            && !Arc::ptr_eq(other, staged)
+        {
+            // What it published is replaced with the name; what it did not publish ends here.
+            let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
+            self.staging.detach(other);
+            other.state().detached = true;
         }
         if let Some(view) = replaces {
             // The version under the old path goes with the path.
@@ -337,10 +337,12 @@ impl FileSystem {
         let node = self.inodes.get(ino).map(|inode| inode.node.clone());
         self.inodes.forget(ino, count);
         // A published file that the kernel forgot is found through the store from now on.
-        if let Some(Node::Staged(staged)) = node {
-            if self.inodes.get(ino).is_none() && staged.published().is_some() && !staged.is_dirty().unwrap_or(true) {
-                self.staging.detach(&staged);
-            }
+        if let Some(Node::Staged(staged)) = node
+            && self.inodes.get(ino).is_none()
+            && staged.published().is_some()
+            && !staged.is_dirty().unwrap_or(true)
+        {
+            self.staging.detach(&staged);
         }
     }
 
