@@ -153,6 +153,8 @@ pub enum Map {
     Swap,
     /// Negative integers become 0.
     ClearNegative,
+    /// An integer plus this, wrapping around.
+    Add(u64),
     /// A 64-bit integer times this; the least integer ("not a time") stays.
     Scale(i64),
 }
@@ -176,6 +178,13 @@ impl Mapped {
                 Map::Swap => element.reverse(),
                 Map::ClearNegative if element.last().is_some_and(|b| b & 0x80 != 0) => element.fill(0),
                 Map::ClearNegative => {}
+                Map::Add(by) => {
+                    let mut carry = 0;
+                    for (byte, add) in element.iter_mut().zip(by.to_le_bytes()) {
+                        let sum = u16::from(*byte) + u16::from(add) + carry;
+                        (*byte, carry) = (sum as u8, sum >> 8);
+                    }
+                }
                 Map::Scale(by) => {
                     if let Ok(bytes) = <[u8; 8]>::try_from(&*element) {
                         let value = i64::from_le_bytes(bytes);
@@ -421,7 +430,7 @@ struct Scattered {
 /// `Malformed` if the lengths do not fit together.
 pub fn scatter(index: Span, values: Span, fill: Vec<u8>, count: u64) -> Result<Span> {
     let width = fill.len() as u64;
-    if width == 0 || index.len() % 4 != 0 || (index.len() / 4).checked_mul(width) != Some(values.len()) {
+    if width == 0 || !index.len().is_multiple_of(4) || (index.len() / 4).checked_mul(width) != Some(values.len()) {
         return Err(Error::malformed("a sparse array whose positions and values differ in number"));
     }
     let len = count.checked_mul(width).ok_or_else(|| Error::malformed("a sparse array of more than 2^64 bytes"))?;

@@ -15,6 +15,7 @@ use crate::vineyard::{BlobSource, Meta};
 
 /// What a member that should be a column turned out to be.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // one for each column, for as long as a frame is decoded
 pub enum Cells {
     /// A column.
     Column(Column),
@@ -341,7 +342,14 @@ pub fn global_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Table> {
             }
         }
     }
-    let whole = whole.ok_or_else(|| meta.error("has no parts"))?;
+    let mut whole = whole.ok_or_else(|| meta.error("has no parts"))?;
+    if whole.batches.len() > 1 {
+        for (i, field) in whole.schema.fields().iter().enumerate() {
+            let mut columns: Vec<_> = whole.batches.iter_mut().filter_map(|b| b.columns.get_mut(i)).collect();
+            super::materialize::unify_dictionaries(&mut columns, source)
+                .context(|| format!("object {}: column {:?}", meta.id(), field.name()))?;
+        }
+    }
     let metadata = pandas::with_rows(whole.schema.metadata(), whole.rows());
     let schema = Schema::new_with_metadata(whole.schema.fields().clone(), metadata);
     Ok(Table { schema: Arc::new(schema), batches: whole.batches })
