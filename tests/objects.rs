@@ -201,7 +201,7 @@ fn other_values() {
     assert_eq!(list[0], 1);
     assert_eq!(list[3], serde_json::json!([null, {"k": [true]}]));
     assert_eq!(list[4]["typename"], "vineyard::Tensor<int64>");
-    assert!(matches!(is("pickle_dict"), Dataset::Pickle(span) if span.len() > 0));
+    assert!(matches!(is("pickle_dict"), Dataset::Pickle(span) if !span.is_empty()));
     assert!(matches!(is("bytes"), Dataset::Blob(span) if span.len() == 9));
     assert!(matches!(is("bytes_empty"), Dataset::Blob(span) if span.is_empty()));
     assert_eq!(is("frame_no_columns").rows(), Some(3));
