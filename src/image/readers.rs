@@ -29,7 +29,7 @@ fn write(dir: &Path, number: usize, schema: &Arc<Schema>, batches: &[RecordBatch
     let mut writer = StreamWriter::try_new(std::fs::File::create(&path).unwrap(), schema).unwrap();
     batches.iter().for_each(|batch| writer.write(batch).unwrap());
     writer.finish().unwrap();
-    show(&path, schema, batches, number % 2 == 0);
+    show(&path, schema, batches, number.is_multiple_of(2));
 }
 
 /// Writes the views of a table beside it.
