@@ -47,6 +47,7 @@ pub struct Inherited {
 
 /// Runs a server until the mount is gone.
 pub fn main(inherited: Inherited) -> ExitCode {
+    privileges::take_name();
     let control = match take(inherited.control) {
         Ok(control) => control,
         Err(error) => {
@@ -97,6 +98,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
         device: fuse.try_clone()?,
     });
 
+    release_old_files(link)?;
     let agreed = Agreed { minor: hello.minor, flags: hello.flags };
     let session = session(Adapter::new(shared.clone(), agreed.flags), &fuse, &agreed, loops)?;
     let notifier = session.notifier();
@@ -111,6 +113,15 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     }
     drop(fuse);
     session.run().context(|| "the connection to the kernel".into())
+}
+
+/// Gives back the memory files of a former server that nobody can find any more. Open descriptors and mappings of them
+/// go on.
+fn release_old_files(link: &KeeperLink) -> Result<()> {
+    for file in link.files()? {
+        link.tell(&Request::ReleaseFile { key: file.key })?;
+    }
+    Ok(())
 }
 
 fn set_keeper_deadline(control: RawFd) -> Result<()> {

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use serde_json::{Value, json};
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::fs::Area;
 use crate::fuse::area::Maker;
 use crate::fuse::config::MountConfig;
@@ -138,16 +138,12 @@ impl Files {
 }
 
 fn register(fuse: BorrowedFd<'_>, file: &OwnedFd) -> Result<u32> {
-    fuser::BackingId::create_raw(fuse, file)
-        .map_err(Error::from)
-        .map_err(|error| match error.kind() {
-            Kind::Os(libc::EPERM) => Error::new(
-                Kind::NotPermitted,
-                "needs CAP_SYS_ADMIN in the initial user namespace: run as root on the host",
-            ),
-            _ => error,
-        })
-        .context(|| "the kernel takes no backing file".into())
+    fuser::BackingId::create_raw(fuse, file).map_err(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            Error::new(Kind::NotPermitted, "needs CAP_SYS_ADMIN in the initial user namespace: run as root on the host")
+        }
+        _ => Error::from(error),
+    })
 }
 
 fn close(fuse: BorrowedFd<'_>, id: u32) {
