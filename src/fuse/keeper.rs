@@ -398,6 +398,7 @@ impl Keeper {
                 let fuse = self.no_passthrough.is_none().then(|| self.mounted.fuse.as_fd());
                 self.files.create(area, size, fuse).map(|(kept, fd)| (Reply::File(kept), Some(fd)))
             }
+            Request::TagFile { key, tag } => self.files.tag(key, tag).map(|()| (Reply::Done, None)),
             Request::ReleaseFile { key } => {
                 self.files.release(key, self.mounted.fuse.as_fd());
                 Ok((Reply::Done, None))

@@ -88,6 +88,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let listener = UnixListener::from(take(inherited.status)?);
     prepare_process(&hello)?;
 
+    release_unknown_files(link)?;
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
     let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
     let loops = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
@@ -98,7 +99,6 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
         device: fuse.try_clone()?,
     });
 
-    release_old_files(link)?;
     let agreed = Agreed { minor: hello.minor, flags: hello.flags };
     let session = session(Adapter::new(shared.clone(), agreed.flags), &fuse, &agreed, loops)?;
     let notifier = session.notifier();
@@ -115,10 +115,10 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     session.run().context(|| "the connection to the kernel".into())
 }
 
-/// Gives back the memory files of a former server that nobody can find any more. Open descriptors and mappings of them
-/// go on.
-fn release_old_files(link: &KeeperLink) -> Result<()> {
-    for file in link.files()? {
+/// Gives back the memory files of a former server that it left no note on: nobody can know what they are. Open
+/// descriptors and mappings of them go on.
+fn release_unknown_files(link: &KeeperLink) -> Result<()> {
+    for file in link.files()?.iter().filter(|file| file.tag.is_none()) {
         link.tell(&Request::ReleaseFile { key: file.key })?;
     }
     Ok(())
