@@ -259,12 +259,12 @@ fn a_frozen_server_hangs_neither_status_nor_unmount() {
 fn a_frozen_store_answers_within_the_deadline_and_recovers() {
     let (store, point) = (Vineyardd::start("64Mi"), Point::new());
     point.mount(&store, &["--deadline", "1s"]);
-    store.signal(Signal::SIGSTOP);
+    store.freeze();
     let start = Instant::now();
     let error = std::fs::metadata(point.path().join("missing")).unwrap_err();
     let status = point.status();
     let took = start.elapsed();
-    store.signal(Signal::SIGCONT);
+    store.thaw();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
     assert_eq!(status["state"], "ok", "the server answers, if not for the store");
     assert!(took < Duration::from_secs(10), "{took:?}");

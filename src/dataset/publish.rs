@@ -10,11 +10,14 @@ mod check;
 mod column;
 mod decode;
 mod frame;
+#[cfg(test)]
+mod hostile;
 mod inflate;
 mod ipc;
 mod join;
 mod native;
 mod npy;
+mod parquet_file;
 mod plan;
 mod recipe;
 mod store;
@@ -23,6 +26,7 @@ mod table;
 mod tests;
 
 use std::fs::File;
+use std::sync::Arc;
 
 pub use self::inflate::{Codec, Inflated};
 pub use self::npy::Transposed;
@@ -184,6 +188,7 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
     let bytes = staged.bytes;
     let size = bytes.len() as u64;
     let mut draft = Draft::default();
+    let mut decoding = None;
     let (outcome, typename, mut root, exact) = match view {
         Written::Arrow | Written::Feather => {
             let read = if bytes.starts_with(arrow_file::MAGIC) { arrow_file::read } else { arrow_stream::read };
@@ -211,13 +216,27 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
             draft.object("vineyard::PickleBuffer", root);
             return Ok(draft.finish(Outcome::Pickle));
         }
-        Written::Parquet => return Err(Error::malformed("Parquet")),
+        Written::Parquet => {
+            let decode = parquet_file::Decode::open(staged.file, size, limits.inflated)?;
+            let frame = match decode.collect()? {
+                Some(batches) => frame::frame(&mut draft, &batches, bytes)?,
+                None => None,
+            };
+            match frame {
+                Some(root) => (Outcome::Frame, "vineyard::DataFrame".into(), root, false),
+                None => {
+                    decoding = Some(Arc::new(decode));
+                    (Outcome::Table, "vineyard::Table".into(), Vec::new(), false)
+                }
+            }
+        }
         Written::Plain => return Ok(plain(staged, attrs)),
     };
     recipe::add(&mut draft, &mut root, view, size, exact);
     root.push(field(ATTRIBUTES_KEY, attrs.to_text()));
     draft.object(typename, root);
     let mut plan = draft.finish(outcome);
+    plan.decode = decoding;
     if !exact {
         plan.fallback = Some(Box::new(plain(staged, attrs)));
     }
