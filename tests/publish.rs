@@ -9,8 +9,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::vineyardd::Vineyardd;
-use vineyard_fs::dataset::publish::{Limits, Outcome, Published, Staged, plan, publish};
 use vineyard_fs::dataset::FileAttributes;
+use vineyard_fs::dataset::publish::{Limits, Outcome, Published, Staged, plan, publish};
 use vineyard_fs::dataset::recipe::{Written, recipe_of};
 use vineyard_fs::dataset::{Dataset, decode};
 use vineyard_fs::vineyard::store::NameQuery;
@@ -125,7 +125,12 @@ fn speed() {
         let reader = arrow_ipc::reader::FileReader::try_new(std::io::Cursor::new(&packed), None).unwrap();
         assert_eq!(reader.map(|batch| batch.unwrap().num_rows()).sum::<usize>(), rows as usize);
     });
-    println!("lz4 ({} MiB): decoding {:.2}, publishing {:.2} s/GiB", packed.len() >> 20, decode / gib, best(|| save(&packed)) / gib);
+    println!(
+        "lz4 ({} MiB): decoding {:.2}, publishing {:.2} s/GiB",
+        packed.len() >> 20,
+        decode / gib,
+        best(|| save(&packed)) / gib
+    );
     for columns in [3, 10] {
         let arrays = (0..columns).map(|c| (format!("c{c}"), Arc::new(Int64Array::from_iter_values(0..10)) as ArrayRef));
         let small = stage(&[RecordBatch::try_from_iter(arrays).unwrap()], None);
