@@ -8,11 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use arrow::compute::concat_batches;
+use arrow_array::RecordBatch;
+use arrow_schema::SchemaRef;
 use common::vineyardd::Vineyardd;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use vineyard_fs::dataset::FileAttributes;
 use vineyard_fs::dataset::publish::{Limits, Outcome, Published, Staged, plan, publish};
 use vineyard_fs::dataset::recipe::{Written, recipe_of};
-use vineyard_fs::dataset::{Dataset, decode};
+use vineyard_fs::dataset::{Dataset, decode, materialize};
 use vineyard_fs::vineyard::store::NameQuery;
 use vineyard_fs::vineyard::{Client, Store};
 
@@ -27,6 +31,24 @@ fn official(arguments: &[&std::ffi::OsStr]) {
     let output = Command::new(python()).arg(script).args(arguments).output().unwrap();
     println!("{}", String::from_utf8_lossy(&output.stdout));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The schema and batches of a file, as the Arrow crates read it.
+fn read(bytes: &[u8]) -> (SchemaRef, Vec<RecordBatch>) {
+    use arrow_ipc::reader::{FileReader, StreamReader};
+    let cursor = std::io::Cursor::new(bytes);
+    if bytes.starts_with(b"PAR1") {
+        let bytes = bytes::Bytes::copy_from_slice(bytes);
+        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes).unwrap();
+        let schema = reader.schema().clone();
+        return (schema, reader.build().unwrap().map(|b| b.unwrap()).collect());
+    }
+    if bytes.starts_with(b"ARROW1") {
+        let reader = FileReader::try_new(cursor, None).unwrap();
+        return (reader.schema(), reader.map(|b| b.unwrap()).collect());
+    }
+    let reader = StreamReader::try_new(cursor, None).unwrap();
+    (reader.schema(), reader.map(|b| b.unwrap()).collect())
 }
 
 fn put(client: &Client, path: &Path) -> Published {
@@ -44,7 +66,17 @@ fn put(client: &Client, path: &Path) -> Published {
     let back: Vec<u8> = recipe.spans.iter().flat_map(|span| span.to_vec(client).unwrap()).collect();
     assert!(back == bytes, "{path:?} reads back differently");
     match (decode(&meta, client).unwrap(), published.outcome) {
-        (Dataset::Table(table), Outcome::Frame | Outcome::Table) => table.validate(client).unwrap(),
+        (Dataset::Table(table), Outcome::Frame | Outcome::Table) => {
+            table.validate(client).unwrap();
+            let batches = table.batches.iter().map(|batch| {
+                let columns = batch.columns.iter().map(|column| materialize(column, client).unwrap()).collect();
+                RecordBatch::try_new(table.schema.clone(), columns).unwrap()
+            });
+            let actual = concat_batches(&table.schema, &batches.collect::<Vec<_>>()).unwrap();
+            let (schema, expected) = read(&bytes);
+            assert_eq!(table.schema, schema, "{path:?}");
+            assert_eq!(actual, concat_batches(&schema, &expected).unwrap(), "{path:?}");
+        }
         (Dataset::Tensor(_), Outcome::Tensor) | (Dataset::Pickle(_), Outcome::Pickle) => {}
         (dataset, outcome) => panic!("{path:?} is {outcome:?} and decodes as {dataset:?}"),
     }

@@ -113,7 +113,7 @@ fn frame_batch(meta: &Meta, schema: &Schema, source: &dyn BlobSource) -> Result<
         let label = if next < count { Some(meta.json_text(&format!("__values_-key-{next}"))?) } else { None };
         let named = label.is_some_and(|label| match label {
             Value::String(text) => text == *field.name(),
-            other => other.to_string() == *field.name(),
+            other => other.as_i64().is_some_and(|label| field.name().parse() == Ok(label)),
         });
         let member = if named {
             next += 1;

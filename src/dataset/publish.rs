@@ -32,11 +32,12 @@ pub use self::inflate::{Codec, Inflated};
 pub use self::npy::Transposed;
 use self::plan::{Draft, field};
 pub use self::plan::{Field, Outcome, Part, Plan, PlannedBlob, PlannedObject};
-pub use self::store::{Published, execute, publish};
+pub use self::store::{Published, execute, publish, realize};
 use super::attributes::{ATTRIBUTES_KEY, FileAttributes};
 use super::native::FILE;
 use super::recipe::{RECIPE, Written};
 use crate::error::{Error, Kind, Result};
+use crate::vineyard::Store;
 
 pub(super) use self::arrow_stream::schema as schema_message;
 pub(super) use self::column::width as type_width;
@@ -77,7 +78,7 @@ pub fn completeness(bytes: &[u8], view: Written) -> Completeness {
     match view {
         Written::Arrow | Written::Feather => {
             if bytes.starts_with(arrow_file::MAGIC) {
-                return done(bytes.len() > 12 && arrow_file::footer(bytes).is_ok());
+                return done(arrow_file::has_end(bytes));
             }
             match arrow_stream::head(bytes) {
                 arrow_stream::Head::Stream => done(arrow_stream::complete(bytes)),
@@ -134,6 +135,17 @@ pub fn completeness(bytes: &[u8], view: Written) -> Completeness {
 pub struct Limits {
     /// Most bytes that compressed data may become; what the store has room for.
     pub inflated: u64,
+}
+
+impl Limits {
+    /// The limits of a store: what is free now.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn of(store: &dyn Store) -> Result<Self> {
+        let status = store.status()?;
+        Ok(Limits { inflated: status.memory_limit.saturating_sub(status.memory_usage) })
+    }
 }
 
 impl Default for Limits {

@@ -96,19 +96,17 @@ impl FileSystem {
                 FileAttributes { mtime: state.attributes.mtime.or(Some(Self::now())), ..state.attributes.clone() }
             };
             let input = StagedBytes { bytes: bytes.as_slice(), file: &staged.file().file };
-            let room = self.store.status()?;
-            let limits = Limits { inflated: room.memory_limit.saturating_sub(room.memory_usage) };
-            let plan = publish::plan(&input, format, &attributes, limits)?;
-            for warning in &plan.warnings {
+            let plan = publish::plan(&input, format, &attributes, Limits::of(&*self.store)?)?;
+            let published = publish::realize(&*self.store, &plan, &input)?;
+            for warning in &published.warnings {
                 self.warn(format!("{:?}: {warning}", target.path()));
             }
-            let published = publish::execute(&*self.store, &plan, &input)?;
             if staged.stamp()? != before {
                 // Somebody wrote while it was copied: what is in the store may be a mixture.
                 self.delete_object(published.id);
                 continue;
             }
-            let native = plan.outcome != publish::Outcome::File;
+            let native = published.outcome != publish::Outcome::File;
             let name = if native { target.dataset().to_owned() } else { target.plain.clone() };
             if let Err(error) = self.point_name(&name, published.id, &[target.dataset(), &target.plain]) {
                 self.delete_object(published.id);

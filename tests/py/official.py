@@ -72,7 +72,37 @@ def write(folder):
             writer.write_table(table)
     for name, array in arrays():
         np.save(folder / f"{name}.npy", array)
+    write_others(folder)
     pd.to_pickle(PICKLED, folder / "pickled.pkl", compression=None)
+
+
+def write_others(folder):
+    """Files that the official client can't show; the Rust side compares them with what it reads back."""
+    import polars as pl
+
+    n = 3000
+    text = ["long enough to leave the view" if i % 3 else None if i % 2 else f"kürz{i}" for i in range(n)]
+    frame = pl.DataFrame({"s": text, "i": range(n), "l": [[i, None] for i in range(n)]}).with_columns(
+        c=pl.col("s").cast(pl.Categorical), d=pl.lit("2020-01-01").str.to_datetime(), e=pl.lit(True)
+    )
+    frame.write_ipc(folder / "other_polars.arrow")
+    frame.write_ipc(folder / "other_polars_zstd.arrow", compression="zstd")
+    frame.write_parquet(folder / "other_polars_pq.parquet")
+    typed = pd.DataFrame(
+        {
+            "cat": pd.Categorical(["a", None, "b"] * 1000),
+            "tz": pd.date_range("2020", periods=n, tz="Europe/Berlin"),
+            "delta": pd.to_timedelta(np.arange(n), unit="s"),
+            "nullable": pd.array([1, None, 3] * 1000, dtype="Int64"),
+            "text": pd.Series(["x", None, "z"] * 1000, dtype="str"),
+            "period": pd.period_range("2020-01", periods=n, freq="M"),
+            "lists": [[1.5, 2.5]] * n,
+        },
+        index=pd.MultiIndex.from_arrays([np.arange(n), ["k"] * n], names=["x", None]),
+    )
+    typed.to_feather(folder / "other_typed.feather", compression="uncompressed")
+    typed.to_feather(folder / "other_typed_lz4.feather")
+    typed.to_parquet(folder / "other_typed_pq.parquet")
 
 
 def large(table):

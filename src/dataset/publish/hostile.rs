@@ -52,9 +52,9 @@ fn samples() -> Vec<(Vec<u8>, Written)> {
     let packed = |codec| plain().try_with_compression(Some(codec)).unwrap();
     vec![
         (arrow_bytes(&[batch.slice(0, 20), batch.slice(20, 20)], plain()), Written::Arrow),
-        (arrow_bytes(&[batch.clone()], packed(arrow_ipc::CompressionType::LZ4_FRAME)), Written::Feather),
-        (arrow_bytes(&[frame.clone()], packed(arrow_ipc::CompressionType::ZSTD)), Written::Feather),
-        (arrow_bytes(&[frame.clone()], plain()), Written::Feather),
+        (arrow_bytes(std::slice::from_ref(&batch), packed(arrow_ipc::CompressionType::LZ4_FRAME)), Written::Feather),
+        (arrow_bytes(std::slice::from_ref(&frame), packed(arrow_ipc::CompressionType::ZSTD)), Written::Feather),
+        (arrow_bytes(std::slice::from_ref(&frame), plain()), Written::Feather),
         (stream_bytes(&batch), Written::Arrow),
         (parquet_bytes(&frame, Default::default()), Written::Parquet),
         (parquet_bytes(&batch.project(&[0, 5, 6, 7, 14, 16]).unwrap(), Default::default()), Written::Parquet),
@@ -139,4 +139,21 @@ fn bombs_become_plain_files() {
     writer.close().unwrap();
     assert!(bytes.len() < 1 << 20);
     assert_eq!(survive(&FakeStore::new(16 << 20), &Temp::new(bytes), Written::Parquet), Some(Outcome::File));
+}
+
+#[test]
+fn deep_nesting_is_a_plain_file() {
+    use arrow_array::{ArrayRef, Int32Array, ListArray};
+    let store = FakeStore::new(32 << 20);
+    for (depth, expected) in [(20, Outcome::Table), (200, Outcome::File)] {
+        let mut array: ArrayRef = std::sync::Arc::new(Int32Array::from(vec![1]));
+        for _ in 0..depth {
+            let field = arrow_schema::Field::new_list_field(array.data_type().clone(), true);
+            let offsets = arrow_buffer::OffsetBuffer::from_lengths([1]);
+            array = std::sync::Arc::new(ListArray::new(std::sync::Arc::new(field), offsets, array, None));
+        }
+        let batch = arrow_array::RecordBatch::try_from_iter([("deep", array)]).unwrap();
+        let bytes = arrow_bytes(&[batch], Default::default());
+        assert_eq!(survive(&store, &Temp::new(bytes), Written::Arrow), Some(expected), "{depth}");
+    }
 }

@@ -241,6 +241,9 @@ impl Draft {
     }
 }
 
+/// Keys and values of an object in the making.
+pub(super) type Fields = Vec<(String, Field)>;
+
 /// Shorthand for one key and value.
 pub(super) fn field(key: impl Into<String>, value: impl Into<Field>) -> (String, Field) {
     (key.into(), value.into())

@@ -59,6 +59,28 @@ pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Pu
     Ok(Published { id: root, blobs, outcome: plan.outcome, warnings: plan.warnings.clone() })
 }
 
+/// As [`execute`]; where the content turns out broken only while it is decoded, in the plan's next form, at last as a
+/// plain file. [`Published::outcome`] says which.
+///
+/// # Errors
+/// As [`execute`].
+pub fn realize(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Published> {
+    let mut published = execute(store, plan, staged);
+    let mut fallback = &plan.fallback;
+    let mut warnings = Vec::new();
+    while let (Err(error), Some(next)) = (&published, fallback) {
+        if error.kind() != Kind::Malformed {
+            break;
+        }
+        warnings.push(format!("stored in another form: {error}"));
+        published = execute(store, next, staged);
+        fallback = &next.fallback;
+    }
+    let mut published = published?;
+    published.warnings.extend(warnings);
+    Ok(published)
+}
+
 /// [`execute`], then points a name at the object, then deletes the object `replaced`.
 ///
 /// The name depends on the outcome: a plain file goes under its full file name, anything else under the dataset's.
@@ -73,19 +95,7 @@ pub fn publish(
     staged: &Staged<'_>,
     replaced: Option<ObjectId>,
 ) -> Result<Published> {
-    let mut published = execute(store, plan, staged);
-    let mut fallback = &plan.fallback;
-    let mut warnings = Vec::new();
-    while let (Err(error), Some(next)) = (&published, fallback) {
-        if error.kind() != Kind::Malformed {
-            break;
-        }
-        warnings.push(format!("stored in another form: {error}"));
-        published = execute(store, next, staged);
-        fallback = &next.fallback;
-    }
-    let mut published = published?;
-    published.warnings.extend(warnings);
+    let mut published = realize(store, plan, staged)?;
     let name = name(published.outcome);
     if let Err(error) = store.put_name(&name, published.id) {
         if let Err(left) = store.delete(&[published.id]) {

@@ -20,16 +20,16 @@ pub(super) struct Batches {
     pub(super) exact: bool,
 }
 
-/// Rows that a batch has at least, after merging, if the file has so many. pandas writes 65,536 at a time; Hugging Face
-/// 1000, which as objects of their own would cost more than their data.
-const MIN_ROWS: u64 = 1 << 16;
+/// Rows that a batch has at least, after merging, if the file has so many: readers still find several to work on at once.
+/// pandas writes 65,536 at a time, Hugging Face 1000; each would be an object for each column, with up to three blobs.
+const MIN_ROWS: u64 = 1 << 18;
 
 impl Batches {
     /// Merges batches if they are small, to have fewer objects.
     pub(super) fn merge_small(&mut self, staged: &[u8]) -> Result<()> {
         let rows: u64 = self.batches.iter().map(|(rows, _)| rows).sum();
         let count = self.batches.len() as u64;
-        if count > 4 && rows / count < MIN_ROWS / 4 {
+        if count > 4 && rows / count < MIN_ROWS / 2 {
             self.batches = super::join::merge_batches(std::mem::take(&mut self.batches), MIN_ROWS, staged)?;
         }
         Ok(())
