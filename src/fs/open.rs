@@ -36,11 +36,11 @@ impl FileSystem {
             Node::Directory { .. } => Err(Error::new(Kind::IsDirectory, "is a directory")),
             Node::Staged(staged) => self.open_staged(&inode, staged, flags, caller),
             Node::View(view) if wants_write(flags) => Err(self.open_view_for_writing(view, flags, caller)),
-            Node::View(view) => self.open_view(&inode, view),
+            Node::View(view) => self.open_view(&inode, view, caller),
         }
     }
 
-    fn open_view(&self, inode: &Arc<Inode>, view: &ViewNode) -> Result<Opened> {
+    fn open_view(&self, inode: &Arc<Inode>, view: &ViewNode, caller: Caller) -> Result<Opened> {
         if self.object_of(&view.name)? != Some(view.object) {
             return Err(Error::stale(format!("{:?} has another value now", view.name)));
         }
@@ -60,6 +60,7 @@ impl FileSystem {
         if matches!(mode, Mode::Lazy { .. }) {
             *self.lazy_opens().entry(view.object).or_default() += 1;
         }
+        self.staging.end_redirect(&super::name::join(&view.directory, &view.component), caller.pid);
         let serve = match &mode {
             Mode::Assembled(file) => file.file().backing.map_or(Serve::Cached, Serve::Passthrough),
             Mode::Lazy { .. } => Serve::Cached,

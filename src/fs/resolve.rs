@@ -92,7 +92,7 @@ impl FileSystem {
     /// What is at a path, for a process. The name map is asked anew each time.
     pub(super) fn resolve(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
         let staged = self.staging.at(&target.path());
-        if let Some(staged) = staged.filter(|_| !self.staging.take_redirect(&target.path(), pid)) {
+        if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&target.path(), pid)) {
             if staged.is_current_version(&*self.store)? {
                 return Ok(Some(Found::Staged(staged)));
             }

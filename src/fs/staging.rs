@@ -64,6 +64,8 @@ pub(super) struct State {
     pub failed: Option<String>,
     /// Removed or replaced: nothing may be published any more.
     pub detached: bool,
+    /// The store has it all: the path leads to the published view from now on, and nobody may open this file again.
+    pub retired: bool,
 }
 
 /// A staged file.
@@ -292,6 +294,7 @@ impl Staging {
             published: None,
             failed: None,
             detached: false,
+            retired: false,
         };
         let staged = Arc::new(Staged {
             ino: STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1)),
@@ -396,10 +399,16 @@ impl Staging {
         redirects.insert((path.to_owned(), pid), Instant::now());
     }
 
-    /// Whether a process was sent to the published version; once.
-    pub(super) fn take_redirect(&self, path: &str, pid: u32) -> bool {
-        let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        !redirects.is_empty() && redirects.remove(&(path.to_owned(), pid)).is_some_and(|at| at.elapsed() < REDIRECT)
+    /// Whether a process was sent to the published version. The kernel may look the name up several times before it
+    /// opens what it found.
+    pub(super) fn is_redirected(&self, path: &str, pid: u32) -> bool {
+        let redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|at| at.elapsed() < REDIRECT)
+    }
+
+    /// The process has opened the published version.
+    pub(super) fn end_redirect(&self, path: &str, pid: u32) {
+        self.redirects.lock().unwrap_or_else(|e| e.into_inner()).remove(&(path.to_owned(), pid));
     }
 
     /// Use of the staging area.

@@ -365,6 +365,11 @@ fn rename_moves_names_and_publishes_by_the_new_extension() {
     assert_eq!(rename("tmp_u.arrow", "t.arrow", libc::RENAME_NOREPLACE).unwrap_err().kind(), Kind::Exists);
     rename("tmp_u.arrow", "t.arrow", 0).unwrap();
     assert_eq!(column(&bed.load("t.arrow").unwrap()), [3]);
+    bed.save("v.tmp", &table_file(&[4])).unwrap();
+    rename("v.tmp", "t.arrow", 0).unwrap();
+    assert_eq!(bed.list(""), ["t.arrow"]);
+    bed.save("v.tmp", &table_file(&[3])).unwrap();
+    rename("v.tmp", "t.arrow", 0).unwrap();
     rename("t.arrow", "t.arrow.bak", 0).unwrap();
     assert_eq!(bed.load("t.arrow.bak").unwrap(), table_file(&[3]));
     assert_eq!(bed.list(""), ["t.arrow.bak"]);

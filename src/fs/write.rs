@@ -132,9 +132,9 @@ impl FileSystem {
             return Err(Error::stale("somebody published another version"));
         }
         let mut state = staged.state();
-        if state.detached {
+        if state.detached || state.retired {
             // Removed while the kernel was on its way here.
-            return Err(Error::stale("the file was removed"));
+            return Err(Error::stale("the path leads elsewhere now"));
         }
         if write {
             let others_write = state.writers.iter().any(|pid| *pid != caller.pid);
@@ -239,14 +239,22 @@ impl FileSystem {
 
     pub(super) fn setattr_staged(&self, staged: &Arc<Staged>, change: SetAttr) -> Result<()> {
         if let Some(size) = change.size {
-            let must_copy = {
+            let (settled, target, attributes, idle) = {
                 let state = staged.state();
-                state.had_readers && state.published.is_some()
+                let settled = state.had_readers && state.published.is_some() && state.writers.is_empty();
+                (settled, state.target.clone(), state.attributes.clone(), state.writers.is_empty())
             };
-            if must_copy && staged.stamp()?.size != size {
-                return Err(Error::new(Kind::Busy, "a published file that is open for reading is not truncated"));
+            if staged.stamp()?.size != size {
+                if settled {
+                    // Bytes that readers may have mapped never change: the kernel looks up the copy and cuts that.
+                    return Err(self.restage(staged, target, attributes, None, false));
+                }
+                staged.truncate(size)?;
             }
-            staged.truncate(size)?;
+            if idle {
+                // No close will follow that could publish it.
+                self.publish_settled(staged)?;
+            }
         }
         let has_attributes = change.mode.is_some()
             || change.uid.is_some()
@@ -272,7 +280,7 @@ impl FileSystem {
         if settled { self.publish_attributes(staged) } else { Ok(()) }
     }
 
-    /// `truncate(2)` of a published view: a file is made, cut, and published at once.
+    /// `truncate(2)` of a published view: a copy is made, which the kernel then looks up and cuts.
     pub(super) fn truncate_view(
         &self,
         view: &ViewNode,
@@ -285,11 +293,8 @@ impl FileSystem {
             return Ok(());
         }
         let target = Target::new(&view.directory, &view.component);
-        self.stage_view(&target, view, if size == 0 { libc::O_TRUNC } else { 0 }, caller)?;
-        let staged = self.staging.at(&target.path()).ok_or_else(|| Error::stale("replaced meanwhile"))?;
-        staged.truncate(size)?;
-        self.setattr_staged(&staged, SetAttr { size: None, ..change })?;
-        self.publish_settled(&staged)
+        self.stage_view(&target, view, 0, caller)?;
+        Err(Error::stale("looked up again to be cut"))
     }
 
     /// Allocates or punches.
@@ -361,35 +366,32 @@ impl FileSystem {
             self.warn(format!("{path:?} was closed and could not be published: {error}; its bytes stay readable"));
             return;
         }
-        let (published, shared, nothing_written) = {
-            let state = staged.state();
-            (state.published.clone(), state.shared_writable, state.clean.is_none() && state.published.is_none())
-        };
-        match published {
-            Some((_, object)) if !shared => {
-                let Ok(stamp) = staged.stamp() else { return };
-                let view = {
-                    let state = staged.state();
-                    state.target.view.as_ref().map_or(image::View::Raw, |(_, view)| *view)
-                };
-                let assembled = Arc::new(Assembled::adopt(staged.file().clone(), stamp.size));
-                if let Ok(Some(summary)) = self.objects.summary(&*self.store, object) {
-                    let view = if summary.view(image::View::Raw).is_some() { image::View::Raw } else { view };
-                    if summary.view(view) == Some(Some(stamp.size)) {
-                        self.cache.insert(object, view, assembled);
-                    }
-                }
+        let Ok(stamp) = staged.stamp() else { return };
+        let (published, view) = {
+            let mut state = staged.state();
+            if !state.writers.is_empty() {
+                // Somebody opened it again meanwhile, and will end here too.
+                return;
             }
-            // A mapping may outlive every handle: what is served from now on is made from the store.
-            Some(_) => self.staging.detach(staged),
-            // Truncated and closed with nothing written: the old version stays.
-            None if nothing_written
-                && staged.state().replaces.is_some()
-                && staged.stamp().is_ok_and(|stamp| stamp.size == 0) =>
-            {
+            let unfinished = state.clean.is_none_or(|(clean, ..)| clean != stamp);
+            let has_version = state.published.is_some() || state.replaces.is_some();
+            // Nothing was written, or it is unfinished: the version before stays. Or a mapping may outlive every
+            // handle: what is served from now on is made from the store.
+            state.retired = has_version && (unfinished || state.shared_writable);
+            let view = state.target.view.as_ref().map_or(image::View::Raw, |(_, view)| *view);
+            (state.published.clone().filter(|_| !state.retired), view)
+        };
+        let Some((_, object)) = published else {
+            if staged.state().retired {
                 self.staging.detach(staged);
             }
-            None => {}
+            return;
+        };
+        if let Ok(Some(summary)) = self.objects.summary(&*self.store, object) {
+            let view = if summary.view(image::View::Raw).is_some() { image::View::Raw } else { view };
+            if summary.view(view) == Some(Some(stamp.size)) {
+                self.cache.insert(object, view, Arc::new(Assembled::adopt(staged.file().clone(), stamp.size)));
+            }
         }
     }
 
