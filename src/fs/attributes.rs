@@ -56,6 +56,7 @@ impl FileSystem {
         }
         match &inode.state().mode {
             Some(Mode::Lazy { image, .. }) => return image.size(),
+            Some(Mode::Copied(bytes)) => return bytes.len() as u64,
             Some(Mode::Assembled(file)) => return file.size(),
             None => {}
         }

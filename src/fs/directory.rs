@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::inode::{Inodes, Node};
+use super::inode::Node;
 use super::objects::Summary;
 use super::resolve::{Found, Target, suffix};
 use super::staging::Staged;
@@ -249,11 +249,6 @@ impl FileSystem {
             self.objects.summarize(&*self.store, batch, None)?;
         }
         Ok(())
-    }
-
-    /// Number of a directory, for tests and tools.
-    pub fn directory_inode(&self, name: &str) -> u64 {
-        if name == self.options.prefix { ROOT } else { Inodes::directory_number(name) }
     }
 }
 

@@ -61,6 +61,8 @@ pub enum Mode {
         /// The bytes.
         image: Arc<Image>,
     },
+    /// Reads come as requests and are answered from a copy: small files.
+    Copied(Arc<[u8]>),
     /// The kernel reads the assembled image by itself.
     Assembled(Arc<Assembled>),
 }
@@ -98,6 +100,9 @@ impl Inode {
 /// All inodes that the kernel knows.
 pub struct Inodes {
     table: Mutex<HashMap<u64, Arc<Inode>, Identity>>,
+    /// Numbers of directories that were renamed, and of those made anew under a name that one had before.
+    directories: Mutex<HashMap<String, u64>>,
+    next_directory: std::sync::atomic::AtomicU64,
     /// Views whose object was replaced by an equal one with other attributes keep their number.
     kept: Mutex<HashMap<u64, u64, Identity>>,
 }
@@ -105,7 +110,12 @@ pub struct Inodes {
 impl Inodes {
     /// A table with the root, which is never forgotten.
     pub fn new(root_name: String) -> Self {
-        let inodes = Inodes { table: Mutex::default(), kept: Mutex::default() };
+        let inodes = Inodes {
+            table: Mutex::default(),
+            directories: Mutex::default(),
+            next_directory: std::sync::atomic::AtomicU64::new(STAGED | STAGED >> 1),
+            kept: Mutex::default(),
+        };
         let root = Inode { ino: ROOT, node: Node::Directory { name: root_name }, state: Mutex::default() };
         inodes.table().insert(ROOT, Arc::new(root));
         inodes
@@ -115,8 +125,44 @@ impl Inodes {
         self.table.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Number of a directory.
-    pub fn directory_number(name: &str) -> u64 {
+    fn directories(&self) -> MutexGuard<'_, HashMap<String, u64>> {
+        self.directories.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Number of a directory: of its name, unless it was renamed.
+    pub fn directory(&self, name: &str) -> u64 {
+        self.directories().get(name).copied().unwrap_or_else(|| Self::directory_number(name))
+    }
+
+    /// Lets the inodes of a directory and of those below it show their new names; the kernel keeps their numbers when it
+    /// renames. Whatever is made under the old names gets numbers of its own.
+    pub fn rename_directories(&self, changes: &[(&str, &str)]) {
+        let mut table = self.table();
+        let mut directories = self.directories();
+        let mut renamed = Vec::new();
+        for inode in table.values() {
+            let Node::Directory { name } = &inode.node else { continue };
+            for (from, to) in changes {
+                let rest = name.strip_prefix(from).filter(|rest| rest.is_empty() || rest.starts_with('/'));
+                if let Some(rest) = rest {
+                    renamed.push((inode.clone(), name.clone(), format!("{to}{rest}")));
+                }
+            }
+        }
+        for (_, old, _) in &renamed {
+            let number = self.next_directory.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            directories.insert(old.clone(), number);
+        }
+        for (inode, _, name) in renamed {
+            directories.insert(name.clone(), inode.ino);
+            let state = std::mem::take(&mut *inode.state());
+            let node = Node::Directory { name };
+            table.insert(inode.ino, Arc::new(Inode { ino: inode.ino, node, state: Mutex::new(state) }));
+        }
+    }
+
+    /// Number of a directory that was never renamed.
+    fn directory_number(name: &str) -> u64 {
         (name::stable_hash(&[b"directory", name.as_bytes()]) & COMPUTED).max(ROOT + 1)
     }
 

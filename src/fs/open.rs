@@ -63,7 +63,7 @@ impl FileSystem {
         self.staging.end_redirect(&super::name::join(&view.directory, &view.component), caller.pid);
         let serve = match &mode {
             Mode::Assembled(file) => file.file().backing.map_or(Serve::Cached, Serve::Passthrough),
-            Mode::Lazy { .. } => Serve::Cached,
+            Mode::Lazy { .. } | Mode::Copied(_) => Serve::Cached,
         };
         Ok(Opened { fh: self.add_handle(Handle::View), serve, no_flush: true })
     }
@@ -81,7 +81,15 @@ impl FileSystem {
             tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {error}");
         })?;
         self.objects.learn_size(view.object, view.view, image.size());
-        if self.assembled_pays(&loaded, &image, bytes_read) {
+        let local = self.store.instance().is_ok_and(|instance| instance.id == loaded.meta.instance());
+        if image.size() <= SMALL && local {
+            // A copy outlives the object: whoever maps the file may fault a page in at any time.
+            let mut bytes = vec![0; image.size() as usize];
+            image.read(&*self.store, 0, &mut bytes)?;
+            self.store.verify(&image.blobs(0..image.size()))?;
+            return Ok(Mode::Copied(bytes.into()));
+        }
+        if local && self.assembled_pays(&loaded, &image, bytes_read) {
             match self.cache.assemble(view.object, view.view, &image, &*self.store) {
                 Ok(assembled) => return Ok(Mode::Assembled(assembled)),
                 // No room for it: it can still be read from the blobs.
@@ -101,7 +109,6 @@ impl FileSystem {
     /// read that way, its next first open assembles it.
     fn assembled_pays(&self, loaded: &Loaded, image: &Image, bytes_read: u64) -> bool {
         let size = image.size();
-        let local = self.store.instance().is_ok_and(|instance| instance.id == loaded.meta.instance());
         if self.host.serving() != Serving::Passthrough || size == 0 || size > self.options.cache_size {
             return false;
         }
@@ -112,7 +119,7 @@ impl FileSystem {
                 let columns = loaded.dataset.table().map_or(0, |table| table.schema.fields().len());
                 let wide = columns > WIDE_COLUMNS && size > WIDE_SIZE;
                 let mostly_read = bytes_read >= size / 2;
-                size > SMALL && local && (!wide || mostly_read)
+                !wide || mostly_read
             }
         }
     }
@@ -142,6 +149,7 @@ impl FileSystem {
         };
         let image_size = match &mode {
             Mode::Lazy { image, .. } => image.size(),
+            Mode::Copied(bytes) => bytes.len() as u64,
             Mode::Assembled(file) => file.size(),
         };
         let end = offset.saturating_add(u64::from(size)).min(image_size);
@@ -158,6 +166,7 @@ impl FileSystem {
                 self.store.verify(&blobs)?;
                 inode.state().bytes_read += out.len() as u64;
             }
+            Mode::Copied(bytes) => out.copy_from_slice(&bytes[offset as usize..end as usize]),
             Mode::Assembled(assembled) => {
                 use std::os::unix::fs::FileExt;
                 assembled.file().file.read_exact_at(&mut out, offset)?;

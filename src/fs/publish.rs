@@ -21,12 +21,13 @@ use crate::vineyard::store::NameQuery;
 /// How often a publish starts over because another process went on writing.
 const ATTEMPTS: usize = 3;
 
-/// What the bytes of a staged file call for.
-enum Verdict {
-    /// Publish in this format; `Plain` stores the bytes as they are.
-    Publish(Written),
-    /// Nothing to publish (yet), and nothing wrong.
-    Wait,
+/// What becomes of a file that begins like its format and does not end like it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfinished {
+    /// Its writer says that this is it: it is stored as a plain file.
+    Publish,
+    /// Its writer may have died: it replaces nothing.
+    Keep,
 }
 
 impl FileSystem {
@@ -34,11 +35,15 @@ impl FileSystem {
     ///
     /// # Errors
     /// Why it could not be published; the bytes stay readable and can be published again by `fsync`.
-    pub fn flush(&self, ino: u64, fh: u64, _caller: Caller) -> Result<()> {
+    pub fn flush(&self, ino: u64, fh: u64, caller: Caller) -> Result<()> {
         let handle = self.handles().get(&fh).cloned();
         match (handle, &self.inode(ino)?.node) {
             (Some(Handle::Staged { writer: false, .. }), _) => Ok(()),
-            (_, Node::Staged(staged)) => self.publish_changed(staged),
+            (_, Node::Staged(staged)) => {
+                // Who closes a file means what is in it; of a process that ends, nobody knows whether it was done.
+                let unfinished = if is_exiting(caller.pid) { Unfinished::Keep } else { Unfinished::Publish };
+                self.publish_changed(staged, unfinished)
+            }
             _ => Ok(()),
         }
     }
@@ -52,7 +57,7 @@ impl FileSystem {
     }
 
     /// Publishes if something changed since the last time.
-    pub(super) fn publish_changed(&self, staged: &Arc<Staged>) -> Result<()> {
+    pub(super) fn publish_changed(&self, staged: &Arc<Staged>, unfinished: Unfinished) -> Result<()> {
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
         if staged.state().detached {
             return Ok(());
@@ -60,7 +65,7 @@ impl FileSystem {
         if !staged.is_dirty()? {
             return if staged.state().attributes_changed { self.publish_attributes_locked(staged) } else { Ok(()) };
         }
-        let result = self.publish_now(staged);
+        let result = self.publish_now(staged, unfinished);
         staged.state().failed = result.as_ref().err().map(|error| error.to_string());
         if let Err(error) = &result {
             let path = staged.state().target.path();
@@ -69,27 +74,13 @@ impl FileSystem {
         result
     }
 
-    /// As [`FileSystem::publish_changed`], but an unfinished file is no error: nobody is there to hear it.
-    pub(super) fn publish_settled(&self, staged: &Arc<Staged>) -> Result<()> {
-        match self.publish_changed(staged) {
-            Err(error) if error.kind() == Kind::Invalid => {
-                tracing::info!(path = ?staged.state().target.path(), "closed unfinished: {error}");
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    fn publish_now(&self, staged: &Arc<Staged>) -> Result<()> {
+    fn publish_now(&self, staged: &Arc<Staged>, unfinished: Unfinished) -> Result<()> {
         for _ in 0..ATTEMPTS {
             let before = staged.stamp()?;
             let bytes = MappedFile::map(&staged.file().file, before.size)?;
             let target = staged.state().target.clone();
             let format = target.view.as_ref().map_or(Written::Plain, |(_, view)| format_of(*view));
-            let format = match verdict(bytes.as_slice(), format)? {
-                Verdict::Publish(format) => format,
-                Verdict::Wait => return Ok(()),
-            };
+            let Some(format) = verdict(bytes.as_slice(), format, unfinished) else { return Ok(()) };
             let attributes = {
                 let mut state = staged.state();
                 state.attributes_changed = false;
@@ -116,7 +107,7 @@ impl FileSystem {
             state.published = Some((name, published.id));
             state.replaces = None;
             drop(state);
-            return self.mark_clean(staged);
+            return staged.mark_clean(before);
         }
         Err(Error::new(Kind::Busy, "another process keeps writing to the file while it is published"))
     }
@@ -237,21 +228,28 @@ fn format_of(view: View) -> Written {
     }
 }
 
-/// Decides what a flush means: see the orders of requests that writers produce (empty flushes before the first byte,
-/// half-written files of children that exit).
-fn verdict(bytes: &[u8], format: Written) -> Result<Verdict> {
+/// The format in which bytes are to be published, `None` if not (yet). Writers flush before their first byte, their
+/// children flush half-written files when they exit, and preallocated files hold zeros at first: none of that may
+/// replace a dataset.
+fn verdict(bytes: &[u8], format: Written, unfinished: Unfinished) -> Option<Written> {
     if format == Written::Plain {
-        return Ok(Verdict::Publish(Written::Plain));
+        return Some(format);
     }
     match publish::completeness(bytes, format) {
-        Completeness::Complete => Ok(Verdict::Publish(format)),
-        Completeness::Foreign => Ok(Verdict::Publish(format)),
-        Completeness::Empty => Ok(Verdict::Wait),
-        Completeness::Incomplete => Err(Error::new(
-            Kind::Invalid,
-            "the file begins like its format and does not end like it: it is unfinished and was not published",
-        )),
+        Completeness::Complete | Completeness::Foreign => Some(format),
+        Completeness::Empty => None,
+        Completeness::Incomplete if unfinished == Unfinished::Publish => Some(Written::Plain),
+        Completeness::Incomplete => None,
     }
+}
+
+/// Whether a thread is on its way out: the flags of `/proc/PID/stat` (`proc(5)`) hold `PF_EXITING`.
+fn is_exiting(pid: u32) -> bool {
+    const PF_EXITING: u64 = 4;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The second field is the command in parentheses, which may hold anything; flags are the seventh after it.
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6)).and_then(|f| f.parse().ok());
+    flags.is_some_and(|flags: u64| flags & PF_EXITING != 0)
 }
 
 /// A read-only mapping of a memory file that only this process can shorten.

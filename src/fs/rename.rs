@@ -3,7 +3,8 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use super::inode::{Inodes, Node, ViewNode};
+use super::inode::{Node, ViewNode};
+use super::publish::Unfinished;
 use super::resolve::{Found, Target};
 use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, name};
@@ -180,6 +181,7 @@ impl FileSystem {
         }
         self.staging.remove_directory(&to.plain);
         self.staging.rename_directories(from, &to.plain);
+        self.inodes.rename_directories(&[(from, &to.plain)]);
         self.staging.add_directory(to.plain.clone());
         Ok(())
     }
@@ -215,7 +217,7 @@ impl FileSystem {
             self.move_staged(staged, to).and_then(|()| {
                 // A file that was closed before it was moved is published here, and its errors are this call's.
                 let idle = staged.state().writers.is_empty();
-                if idle { self.publish_settled(staged) } else { Ok(()) }
+                if idle { self.publish_changed(staged, Unfinished::Publish) } else { Ok(()) }
             })
         } else {
             // Another extension: the bytes are looked at anew and published under the new name.
@@ -225,7 +227,7 @@ impl FileSystem {
                 state.published = None;
                 state.clean = None;
             }
-            self.publish_settled(staged)
+            self.publish_changed(staged, Unfinished::Publish)
         };
         if let Err(error) = moved {
             // Nothing moved: both files are where they were, and as they were.
@@ -267,7 +269,7 @@ impl FileSystem {
             // Bytes move as they are; what they become is decided by the new name.
             let attributes = view.summary.attributes.as_deref().cloned().unwrap_or_default();
             let staged = self.stage(to.clone(), attributes, None)?;
-            let moved = self.copy_view(view, &staged).and_then(|()| self.publish_changed(&staged));
+            let moved = self.copy_view(view, &staged).and_then(|()| self.publish_changed(&staged, Unfinished::Publish));
             if let Err(error) = moved {
                 self.staging.detach(&staged);
                 return Err(error);
@@ -292,7 +294,7 @@ impl FileSystem {
     fn exchange(&self, from: &Target, source: Found, to: &Target, there: Found) -> Result<()> {
         let settled = |found: Found| -> Result<Found> {
             let Found::Staged(staged) = &found else { return Ok(found) };
-            self.publish_changed(staged)?;
+            self.publish_changed(staged, Unfinished::Publish)?;
             if !staged.state().writers.is_empty() || staged.published().is_none() {
                 return Err(Error::new(Kind::Busy, "a file that is being written is not exchanged"));
             }
@@ -307,6 +309,13 @@ impl FileSystem {
                 self.store.put_name(&b.name, a.object)
             }
             (Found::Directory { name: a }, Found::Directory { name: b }) => {
+                for staged in self.staging.tree(&a).into_iter().chain(self.staging.tree(&b)) {
+                    self.publish_changed(&staged, Unfinished::Publish)?;
+                    if !staged.state().writers.is_empty() || staged.published().is_none() {
+                        return Err(Error::new(Kind::Busy, "a file below is being written"));
+                    }
+                    self.staging.detach(&staged);
+                }
                 let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
                 let (left, right) = (self.names_below(&format!("{a}/"))?, self.names_below(&format!("{b}/"))?);
                 for (name, _) in left.iter().chain(&right) {
@@ -318,6 +327,7 @@ impl FileSystem {
                 for (name, object) in &right {
                     self.store.put_name(&format!("{a}{}", &name[b.len()..]), *object)?;
                 }
+                self.inodes.rename_directories(&[(&a, &b), (&b, &a)]);
                 self.staging.add_directory(a);
                 self.staging.add_directory(b);
                 Ok(())
@@ -357,10 +367,5 @@ impl FileSystem {
         {
             self.staging.detach(&staged);
         }
-    }
-
-    /// Number of a directory by name, for tools.
-    pub fn directory_number(name: &str) -> u64 {
-        Inodes::directory_number(name)
     }
 }

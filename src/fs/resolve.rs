@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::inode::{Inode, Inodes, Node, ViewNode};
+use super::inode::{Inode, Node, ViewNode};
 use super::objects::Summary;
 use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, name};
@@ -191,7 +191,7 @@ impl FileSystem {
     pub(super) fn node_of(&self, target: &Target, found: Found) -> (u64, Node) {
         match found {
             Found::Directory { name } if name == self.options.prefix => (super::ROOT, Node::Directory { name }),
-            Found::Directory { name } => (Inodes::directory_number(&name), Node::Directory { name }),
+            Found::Directory { name } => (self.inodes.directory(&name), Node::Directory { name }),
             Found::View(view) => (self.inodes.view_number(&target.path(), view.object, view.view), Node::View(view)),
             Found::Staged(staged) => (staged.ino(), Node::Staged(staged)),
         }
@@ -216,7 +216,7 @@ impl FileSystem {
         for (name, object) in self.names_below(&prefix)? {
             let ends = name[prefix.len()..].match_indices('/').map(|(at, _)| prefix.len() + at);
             for end in ends {
-                if Inodes::directory_number(&name[..end]) == ino {
+                if self.inodes.directory(&name[..end]) == ino {
                     let node = || Node::Directory { name: name[..end].to_owned() };
                     return Ok(Some(self.inodes.look_up(ino, node)));
                 }

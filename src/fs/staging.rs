@@ -10,7 +10,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::cache::MemoryFile;
 use super::inode::{STAGED, ViewNode};
@@ -56,8 +56,8 @@ pub(super) struct State {
     pub had_readers: bool,
     /// The published version that this file replaces.
     pub replaces: Option<ViewNode>,
-    /// The file as it was when it was last published, and a hash of its bytes if a mapping may change it unseen.
-    pub clean: Option<(Stamp, SystemTime, Option<u64>)>,
+    /// The file as it was when it was last published, and a hash of its bytes if it may change unseen by its times.
+    pub clean: Option<(Stamp, Option<u64>)>,
     /// Name and object it was published as.
     pub published: Option<(String, ObjectId)>,
     /// Why publishing failed last.
@@ -106,17 +106,25 @@ impl Staged {
     pub(super) fn is_dirty(&self) -> Result<bool> {
         let stamp = self.stamp()?;
         let clean = self.state().clean;
-        let Some((published, when, hash)) = clean else { return Ok(true) };
+        let Some((published, hash)) = clean else { return Ok(true) };
         if stamp != published {
             return Ok(true);
         }
-        if let Some(hash) = hash {
-            return Ok(self.hash()? != hash);
+        match hash {
+            Some(hash) => Ok(self.hash()? != hash),
+            None => Ok(false),
         }
-        // A write in the same tick of the clock as the last one before publishing would not have moved the times.
-        let changed = UNIX_EPOCH + Duration::from_nanos(u64::try_from(published.mtime.max(0)).unwrap_or(0));
-        Ok(when.duration_since(changed).is_ok_and(|age| age < CLOCK_TICK)
-            && when.elapsed().is_ok_and(|age| age < CLOCK_TICK))
+    }
+
+    /// Remembers that what is published is what the file held when `stamp` was taken.
+    pub(super) fn mark_clean(&self, stamp: Stamp) -> Result<()> {
+        let shared = self.state().shared_writable;
+        let changed = UNIX_EPOCH + Duration::from_nanos(u64::try_from(stamp.mtime.max(0)).unwrap_or(0));
+        // Where times are kept in coarse ticks, a write in the same tick would leave them as they are.
+        let unseen = !FINE_TIMES.get().copied().unwrap_or(false) && changed.elapsed().is_ok_and(|age| age < CLOCK_TICK);
+        let hash = if shared || unseen { Some(self.hash()?) } else { None };
+        self.state().clean = Some((stamp, hash));
+        Ok(())
     }
 
     /// A hash of all bytes.
@@ -217,6 +225,22 @@ impl Staged {
     }
 }
 
+/// Whether two writes with a look at the file in between always show in its times: multigrain timestamps, Linux 6.13.
+static FINE_TIMES: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+
+/// Finds out about the file's times, on a file that is still empty.
+fn try_times(file: &std::fs::File) -> std::io::Result<bool> {
+    let mut seen = Vec::new();
+    for _ in 0..8 {
+        file.write_all_at(&[0], 0)?;
+        let meta = file.metadata()?;
+        seen.push((meta.mtime(), meta.mtime_nsec()));
+    }
+    file.set_len(0)?;
+    seen.dedup();
+    Ok(seen.len() == 8)
+}
+
 /// Says what a full staging area means.
 pub(super) fn full(error: std::io::Error) -> Error {
     match error.raw_os_error() {
@@ -280,6 +304,7 @@ impl Staging {
         replaces: Option<ViewNode>,
     ) -> Arc<Staged> {
         let path = target.path();
+        FINE_TIMES.get_or_init(|| try_times(&file.file).unwrap_or(false));
         let state = State {
             target,
             attributes,

@@ -298,16 +298,22 @@ fn truncating_and_writing_nothing_leaves_the_old_version() {
 }
 
 #[test]
-fn an_unfinished_file_is_an_error_of_close_and_replaces_nothing() {
+fn an_unfinished_file_is_kept_as_it_is_if_its_writer_says_so() {
     let bed = bed();
     let file = table_file(&[1]);
     bed.save("t.arrow", &file).unwrap();
     let writer = bed.create("t.arrow", ME).unwrap();
     bed.write(writer, 0, &file[..file.len() / 2]);
-    assert_eq!(bed.fs.flush(writer.0, writer.1.fh, ME).unwrap_err().kind(), Kind::Invalid);
-    // The writer goes on: the first close was a child's.
+    bed.fs.flush(writer.0, writer.1.fh, ME).unwrap();
+    assert_eq!(bed.load("t.arrow").unwrap(), file[..file.len() / 2]);
+    // The writer goes on.
     bed.write(writer, 0, &table_file(&[9]));
     bed.close(writer, ME).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [9]);
+    // A writer that dies closes without a word: the version before stays.
+    let writer = bed.create("t.arrow", ME).unwrap();
+    bed.write(writer, 0, &file[..file.len() / 2]);
+    bed.fs.release(writer.0, writer.1.fh);
     assert_eq!(column(&bed.load("t.arrow").unwrap()), [9]);
 }
 

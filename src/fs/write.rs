@@ -10,6 +10,7 @@ use super::cache::{Assembled, MemoryFile};
 use super::host::Area;
 use super::inode::{Inode, Node, ViewNode};
 use super::open::wants_write;
+use super::publish::Unfinished;
 use super::resolve::{Found, Target};
 use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, Handle, Opened, Serve, SetAttr, name};
@@ -101,7 +102,7 @@ impl FileSystem {
             let mut state = staged.state();
             state.published = Some((view.name.clone(), view.object));
             drop(state);
-            self.mark_clean(&staged)?;
+            staged.mark_clean(staged.stamp()?)?;
         }
         Ok(())
     }
@@ -207,7 +208,7 @@ impl FileSystem {
                     return Err(error);
                 }
                 staged.state().published = published;
-                self.mark_clean(&staged)?;
+                staged.mark_clean(staged.stamp()?)?;
             }
             Ok(())
         })();
@@ -215,15 +216,6 @@ impl FileSystem {
             Ok(()) => Error::stale("written anew"),
             Err(error) => error,
         }
-    }
-
-    /// Remembers that what the file holds now is what is published.
-    pub(super) fn mark_clean(&self, staged: &Staged) -> Result<()> {
-        let stamp = staged.stamp()?;
-        let shared = staged.state().shared_writable;
-        let hash = if shared { Some(staged.hash()?) } else { None };
-        staged.state().clean = Some((stamp, SystemTime::now(), hash));
-        Ok(())
     }
 
     /// Writes to a file that the kernel does not write by itself.
@@ -253,7 +245,7 @@ impl FileSystem {
             }
             if idle {
                 // No close will follow that could publish it.
-                self.publish_settled(staged)?;
+                self.publish_changed(staged, Unfinished::Publish)?;
             }
         }
         let has_attributes = change.mode.is_some()
@@ -361,7 +353,7 @@ impl FileSystem {
 
     /// After the last writer: publishes what is left, and lets the memory file serve as the image.
     fn settle(&self, staged: &Arc<Staged>) {
-        if let Err(error) = self.publish_settled(staged) {
+        if let Err(error) = self.publish_changed(staged, Unfinished::Keep) {
             let path = staged.state().target.path();
             self.warn(format!("{path:?} was closed and could not be published: {error}; its bytes stay readable"));
             return;
