@@ -87,7 +87,10 @@ def arrow_tables(path):
 
 
 def compare_frames(found: pd.DataFrame, expected: pd.DataFrame):
-    pd.testing.assert_frame_equal(found, values.through_arrow(expected), check_exact=True, check_freq=False)
+    # The store does not know of which type the labels of no columns are.
+    label_type = "equiv" if len(expected.columns) else False
+    expected = values.through_arrow(expected)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True, check_freq=False, check_column_type=label_type)
 
 
 @named("arrow")
@@ -120,10 +123,12 @@ def test_tables_by_polars(served, case):
     table = arrow_tables(path)
     if not images.polars_reads(table.schema) or not table.num_columns:
         pytest.skip("polars has no such type")
-    expected = images.from_polars(pl.from_arrow(table))
-    assert images.equal(images.from_polars(pl.read_ipc(path, memory_map=True)), expected)
-    assert images.equal(images.from_polars(pl.read_ipc(path, memory_map=False)), expected)
+    # polars names a column without a name, but only if it does not come from a file.
+    expected = images.from_polars(pl.from_arrow(table)).rename_columns(table.column_names)
+    assert images.equal(images.from_polars(pl.read_ipc(path)), expected)
     assert images.equal(images.from_polars(pl.scan_ipc(path).collect()), expected)
+    with open(path, "rb") as file:
+        assert images.equal(images.from_polars(pl.read_ipc(file)), expected)
 
 
 def by_duckdb(query: str, **tables) -> pa.Table:
@@ -146,7 +151,8 @@ def test_tables_by_duckdb(served, case):
     parquet = path.with_suffix(".parquet")
     if parquet.exists():
         found = by_duckdb(f"from read_parquet('{parquet}')")
-        assert found.column_names == expected.column_names
+        if "" not in table.column_names:  # DuckDB makes up a name for it, another one each time
+            assert found.column_names == expected.column_names
         assert found.num_rows == expected.num_rows
         assert images.equal(by_duckdb("from t", t=pq.ParquetFile(parquet).read()), expected)
 

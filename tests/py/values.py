@@ -144,7 +144,7 @@ def arrow_values(rng) -> list[Case]:
     """Arrow values. The client widens the offsets of strings and lists to 64 bits; nothing else may change."""
 
     def array(name, value, expected=None):
-        return Case(name, value, "arrow", pa.table([value if expected is None else expected], names=["0"]))
+        return Case(name, value, "arrow", pa.table([value if expected is None else expected], names=["value"]))
 
     ints = pa.array([1, None, 3, 4, None, 6], pa.int64())
     stamps = [datetime.datetime(2024, 2, 29, 1, 2, 3, 456789), None]
