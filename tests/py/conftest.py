@@ -46,10 +46,13 @@ class Store:
             if self.process.poll() is not None:
                 raise RuntimeError(f"vineyardd ended: {(self.folder / 'vineyardd.log').read_text()[-2000:]}")
             try:
-                self.client = self.connect()
-                return
+                # The client complains aloud about a socket that is not there yet.
+                if os.path.exists(self.socket):
+                    self.client = self.connect()
+                    return
             except Exception:
-                time.sleep(0.05)
+                pass
+            time.sleep(0.05)
         raise RuntimeError("vineyardd does not answer")
 
     def connect(self):

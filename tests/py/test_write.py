@@ -234,7 +234,7 @@ SCRIPTS = {
     "cat": "cat $SOURCE >a.arrow; (head -c 1000 $SOURCE; tail -c +1001 $SOURCE) >b.arrow; cmp a.arrow b.arrow; cksum <b.arrow",
     "echo": "echo one >a.txt; echo two >>a.txt; echo three >>a.txt; cat a.txt; echo new >a.txt; cat a.txt; : >a.txt; wc -c <a.txt",
     "sed": "printf 'one\\ntwo\\n' >a.txt; sed -i s/two/2/ a.txt; cat a.txt; sed -i.bak s/one/1/ a.txt; cat a.txt a.txt.bak; ls",
-    "tar": "mkdir d; cp $SOURCE d/a.arrow; echo x >d/e.txt; tar cf all.tar d; tar cSf sparse.tar d; rm -r d; tar xf all.tar; cmp d/a.arrow $SOURCE; rm -r d; tar xf sparse.tar; cmp d/a.arrow $SOURCE; cat d/e.txt; ls . d",
+    "tar": "mkdir d; cp $SOURCE d/a.arrow; echo x >d/e.txt; find d -exec touch -d @1 {} +; tar --sort=name -cf all.tar d; tar --sort=name -cSf sparse.tar d; rm -r d; tar xf all.tar; cmp d/a.arrow $SOURCE; rm -r d; tar xf sparse.tar; cmp d/a.arrow $SOURCE; cat d/e.txt; ls . d",
     "gzip": "cp $SOURCE a.bin; gzip -k -n a.bin; gunzip <a.bin.gz | cmp - a.bin; cksum <a.bin",
     "truncate": "printf 123456789 >a; truncate -s 4 a; cat a; truncate -s 8 a; od -An -c a; fallocate -l 5000 b; wc -c <b; rm a b; ls",
     "split": "split -b 50000 $SOURCE part.; cat part.* | cmp - $SOURCE; ls",
