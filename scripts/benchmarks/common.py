@@ -186,7 +186,7 @@ class Report:
             axes.plot([low, high], [place, place], color="black", linewidth=1)
             if figure["goal"] is not None:
                 axes.plot([figure["goal"]] * 2, [place - 0.4, place + 0.4], color="#333333", linewidth=2)
-            axes.text(figure["value"], place, f" {figure['value']:.2f}", va="center")
+            axes.text(max(high, figure["value"], figure["goal"] or 0), place, f" {figure['value']:.2f}", va="center")
         axes.axvline(1, color="grey", linestyle=":")
         axes.set_yticks(places, [f["what"] for f in ratios])
         axes.invert_yaxis()
