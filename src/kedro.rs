@@ -5,11 +5,14 @@
 //! clean-up ([`clean`]), runs that leave the project as it was ([`run`]), container images ([`docker`]) and workflows
 //! ([`argo`]). Works with Kedro 0.18, 0.19 and 1.x; with 0.17 as far as its interfaces allow.
 
+pub mod argo;
 pub mod catalog;
 pub mod clean;
+pub mod docker;
 pub mod entries;
 pub mod introspect;
 pub mod list;
+pub mod run;
 pub mod yaml;
 
 use crate::error::{Context, Error, Kind, Result};
@@ -79,7 +82,7 @@ impl Project {
 
     /// The project's folder as a name for images and workflows: its package, with dashes.
     pub fn slug(&self) -> String {
-        self.package_name.to_ascii_lowercase().replace(['_', '.'], "-")
+        argo::dns_label(&self.package_name)
     }
 
     /// `[project] version`, or `__version__` of the package, or `0.1.0`.
@@ -142,6 +145,28 @@ pub(crate) fn write_atomically(path: &Path, content: &str) -> Result<()> {
             error
         })
         .context(context)
+}
+
+/// Writes a file that this program made; one of that name with other content needs `force`. Whether it was written.
+///
+/// # Errors
+/// [`Kind::Exists`] with the file as it was, after its diff went to standard error; the system's.
+pub fn write_generated(path: &Path, content: &str, force: bool) -> Result<bool> {
+    match std::fs::read_to_string(path) {
+        Ok(old) if old == content => return Ok(false),
+        Ok(old) if !force => {
+            eprint!("{}", unified_diff(path, &old, content));
+            return Err(Error::new(
+                Kind::Exists,
+                format!("{} exists and differs as shown: --force overwrites it", path.display()),
+            ));
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::from(error)).context(|| format!("cannot read {}", path.display())),
+    }
+    write_atomically(path, content)?;
+    Ok(true)
 }
 
 #[cfg(test)]

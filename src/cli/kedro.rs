@@ -4,7 +4,7 @@ use crate::error::{Error, Kind, Result};
 use crate::kedro::catalog::{self, Create};
 use crate::kedro::entries::Format;
 use crate::kedro::introspect::{Facts, Interpreter, Session};
-use crate::kedro::{DEFAULT_ENV, DEFAULT_MOUNT, DEFAULT_PIPELINE, Project, clean, list};
+use crate::kedro::{DEFAULT_ENV, DEFAULT_MOUNT, DEFAULT_PIPELINE, Project, argo, clean, docker, list, run};
 use clap::{Args, Subcommand};
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -17,6 +17,30 @@ pub enum KedroCommand {
     Catalog(CatalogCommand),
     /// Remove from the mount what a pipeline left there
     Clean(CleanArgs),
+    /// `kedro run` with every dataset that has no entry on vineyard; the project's files stay as they are
+    Run(RunArgs),
+    /// Make a container image of the project
+    #[command(subcommand)]
+    Docker(DockerCommand),
+    /// Make an Argo workflow of a pipeline
+    #[command(subcommand)]
+    Argo(ArgoCommand),
+}
+
+/// `kedro docker ...`
+#[derive(Debug, Subcommand)]
+pub enum DockerCommand {
+    /// Write a Dockerfile and a .dockerignore, unless the project has them
+    Init(DockerInitArgs),
+    /// Build the image, with a new Dockerfile if the project has none
+    Build(DockerBuildArgs),
+}
+
+/// `kedro argo ...`
+#[derive(Debug, Subcommand)]
+pub enum ArgoCommand {
+    /// Write a workflow whose pods share the pipeline's data
+    Generate(Box<ArgoArgs>),
 }
 
 /// `kedro catalog ...`
@@ -131,7 +155,139 @@ pub struct CleanArgs {
     dry_run: bool,
 }
 
-/// Runs a command of `vineyard-fs kedro`.
+/// Arguments of `kedro run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    project: ProjectArgs,
+    #[command(flatten)]
+    mount: MountArgs,
+    /// How tables are stored
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Leave the run's datasets below the mount
+    #[arg(long)]
+    keep: bool,
+    /// Arguments for `kedro run`
+    #[arg(last = true, value_name = "KEDRO ARGUMENTS")]
+    arguments: Vec<String>,
+}
+
+/// Which mount a command runs with.
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// Folder of the mount; mounted for the run if it is not [default: /mnt/vineyard if mounted, else a temporary one]
+    #[arg(long, value_name = "DIR")]
+    mount: Option<PathBuf>,
+    /// Use the folder as it is, mount nothing
+    #[arg(long, requires = "mount")]
+    existing: bool,
+}
+
+/// Arguments of `vineyard-fs run`.
+#[derive(Debug, Args)]
+pub struct RunCommandArgs {
+    #[command(flatten)]
+    mount: MountArgs,
+    /// Command to run; it finds the folder in VINEYARD_FS_MOUNT
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<std::ffi::OsString>,
+}
+
+/// Arguments of `docker init`.
+#[derive(Debug, Args)]
+pub struct DockerInitArgs {
+    #[command(flatten)]
+    project: ProjectArgs,
+    /// Image to start from [default: python:X.Y-slim of the project's interpreter]
+    #[arg(long, value_name = "IMAGE")]
+    base_image: Option<String>,
+}
+
+/// Arguments of `docker build`.
+#[derive(Debug, Args)]
+pub struct DockerBuildArgs {
+    #[command(flatten)]
+    project: ProjectArgs,
+    /// Program that builds [default: the first on the PATH]
+    #[arg(long, value_enum)]
+    engine: Option<docker::Engine>,
+    /// Name of the image [default: the project's name and version]
+    #[arg(short, long, value_name = "NAME")]
+    image: Option<String>,
+    /// Image to start from
+    #[arg(long, value_name = "IMAGE")]
+    base_image: Option<String>,
+    /// Platform to build for, such as linux/arm64
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<String>,
+    /// Arguments for the engine
+    #[arg(last = true, value_name = "ENGINE ARGUMENTS")]
+    arguments: Vec<String>,
+}
+
+/// Arguments of `argo generate`.
+#[derive(Debug, Args)]
+pub struct ArgoArgs {
+    #[command(flatten)]
+    project: ProjectArgs,
+    /// Container image with the project
+    #[arg(short, long, value_name = "IMAGE")]
+    image: String,
+    /// Pipeline to run
+    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_PIPELINE)]
+    pipeline: String,
+    /// Kedro environment with the shared catalog
+    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_ENV)]
+    env: String,
+    /// Where the catalog expects the mount
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_MOUNT)]
+    mount: String,
+    /// File or folder to write, - for standard output [default: argo-<project>.yml]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// How pods reach vineyard: csi, hostpath or pvc:NAME
+    #[arg(long, value_name = "VOLUME", default_value = "csi")]
+    volume: argo::Volume,
+    /// Vineyard instance
+    #[arg(long, value_name = "NAMESPACE/NAME", default_value = "vineyard-system/vineyardd-sample")]
+    vineyard: String,
+    /// What makes a pod
+    #[arg(long, value_enum, default_value_t)]
+    per: argo::Per,
+    /// Memory of a pod, such as 2Gi
+    #[arg(long, value_name = "QUANTITY")]
+    memory: Option<String>,
+    /// Processors that a pod asks for, such as 500m
+    #[arg(long, value_name = "QUANTITY")]
+    cpu: Option<String>,
+    /// Kubernetes namespace of the workflow
+    #[arg(short, long, value_name = "NAME")]
+    namespace: Option<String>,
+    /// Service account of the pods
+    #[arg(long, value_name = "NAME")]
+    service_account: Option<String>,
+    /// How often a pod is tried again
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    retries: u32,
+    /// Longest run
+    #[arg(long, value_name = "SECONDS")]
+    deadline: Option<u32>,
+    /// Delete the workflow that long after its end
+    #[arg(long, value_name = "SECONDS")]
+    ttl: Option<u32>,
+    /// Parameters for `kedro run --params`
+    #[arg(long, value_name = "KEY=VALUE,...", default_value = "")]
+    params: String,
+    /// Leave the datasets of a run in vineyard
+    #[arg(long)]
+    keep: bool,
+    /// Overwrite a file that differs
+    #[arg(long)]
+    force: bool,
+}
+
+/// Runs a command of `vineyard-fs kedro`. Ends the process with the exit code of `kedro run` if that is not 0.
 ///
 /// # Errors
 /// One line for the user; files are as they were.
@@ -140,6 +296,10 @@ pub fn run(command: KedroCommand) -> Result<()> {
         KedroCommand::Catalog(CatalogCommand::Create(args)) => create(args),
         KedroCommand::Catalog(CatalogCommand::List(args)) => list(args),
         KedroCommand::Clean(args) => clean(args),
+        KedroCommand::Run(args) => kedro_run(args),
+        KedroCommand::Docker(DockerCommand::Init(args)) => docker_init(args),
+        KedroCommand::Docker(DockerCommand::Build(args)) => docker_build(args),
+        KedroCommand::Argo(ArgoCommand::Generate(args)) => argo_generate(*args),
     }
 }
 
@@ -226,4 +386,130 @@ fn clean(args: CleanArgs) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// Leaves with a code that is not 0, after everything has been cleaned up.
+fn leave(code: i32) -> Result<()> {
+    match code {
+        0 => Ok(()),
+        code => std::process::exit(code),
+    }
+}
+
+fn kedro_run(args: RunArgs) -> Result<()> {
+    let (project, interpreter) = args.project.open()?;
+    let ask = run::KedroRun {
+        mount: args.mount.mount,
+        existing: args.mount.existing,
+        keep: args.keep,
+        format: args.format,
+        arguments: args.arguments,
+    };
+    leave(run::kedro(&project, interpreter, args.project.verbose, &ask)?)
+}
+
+/// `vineyard-fs run -- COMMAND`. Ends the process with the command's exit code if that is not 0.
+///
+/// # Errors
+/// One line for the user.
+pub fn run_command(args: RunCommandArgs) -> Result<()> {
+    leave(run::command(args.mount.mount.as_deref(), args.mount.existing, &args.command)?)
+}
+
+/// What `docker init` did, for people.
+fn tell_written(written: &[docker::Written]) {
+    for file in written {
+        match file {
+            docker::Written::New(path) => print(&format!("wrote {}\n", path.display())),
+            docker::Written::Same(path) => print(&format!("{} is up to date\n", path.display())),
+            docker::Written::Theirs(path, diff) => {
+                print(diff);
+                print(&format!("kept {} as it is; above is what would have been written\n", path.display()));
+            }
+        }
+    }
+}
+
+fn docker_init(args: DockerInitArgs) -> Result<()> {
+    let (project, interpreter) = args.project.open()?;
+    let base_image = args.base_image.unwrap_or_else(|| docker::base_image(&interpreter.version()));
+    tell_written(&docker::init(&project, &base_image)?);
+    Ok(())
+}
+
+fn docker_build(args: DockerBuildArgs) -> Result<()> {
+    let (project, interpreter) = args.project.open()?;
+    let engine = docker::Engine::choose(args.engine)?;
+    let ask = docker::Build {
+        engine,
+        image: args.image.unwrap_or_else(|| docker::image_name(&project)),
+        base_image: args.base_image,
+        platform: args.platform,
+        arguments: args.arguments,
+    };
+    let mut written = Vec::new();
+    if !project.root.join("Dockerfile").exists() {
+        let base_image = ask.base_image.clone().unwrap_or_else(|| docker::base_image(&interpreter.version()));
+        written = docker::init(&project, &base_image)?;
+        tell_written(&written);
+    }
+    let built = docker::build(&project, &ask);
+    if built.is_err() {
+        // A failed build leaves the project as it was.
+        for file in &written {
+            if let docker::Written::New(path) = file {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+    }
+    built?;
+    print(&format!("built {}\n", ask.image));
+    Ok(())
+}
+
+fn argo_generate(args: ArgoArgs) -> Result<()> {
+    let mount = catalog::validate(&args.env, &args.pipeline, &args.mount)?;
+    let ask = argo::Generate {
+        image: args.image,
+        pipeline: args.pipeline,
+        env: args.env,
+        mount,
+        volume: args.volume,
+        vineyard: args.vineyard,
+        per: args.per,
+        memory: args.memory,
+        cpu: args.cpu,
+        namespace: args.namespace,
+        service_account: args.service_account,
+        retries: args.retries,
+        deadline: args.deadline,
+        ttl: args.ttl,
+        params: args.params,
+        keep: args.keep,
+    };
+    ask.validate()?;
+    let (project, facts) = facts(&args.project, &ask.env, std::slice::from_ref(&ask.pipeline))?;
+    let pipeline = facts
+        .pipelines
+        .get(&ask.pipeline)
+        .ok_or_else(|| Error::new(Kind::Internal, "the interpreter left the pipeline out"))?;
+    let tasks = argo::tasks(pipeline, ask.per)?;
+    argo::check_shared(&facts, pipeline, &tasks, &project.root, &ask)?.iter().for_each(|line| warn(line));
+    let text = argo::workflow(&project.slug(), &tasks, &ask, &facts);
+    let name = format!("argo-{}.yml", project.slug());
+    let path = match args.output {
+        Some(path) if path.as_os_str() == "-" => {
+            print(&text);
+            return Ok(());
+        }
+        Some(path) if path.is_dir() => path.join(name),
+        Some(path) => path,
+        None => PathBuf::from(name),
+    };
+    if crate::kedro::write_generated(&path, &text, args.force)? {
+        print(&format!("wrote {}: {} tasks; submit it with `argo submit {0}`\n", path.display(), tasks.len()));
+    } else {
+        print(&format!("nothing to do: {} is up to date\n", path.display()));
+    }
+    Ok(())
 }

@@ -44,7 +44,7 @@ pub enum Fate {
 }
 
 /// The change to a catalog, decided and checked but not written.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Plan {
     /// The file.
     pub file: PathBuf,
@@ -56,6 +56,8 @@ pub struct Plan {
     pub fates: Vec<Fate>,
     /// Free inputs that no catalog knows.
     pub missing_inputs: Vec<String>,
+    /// The environment that Kedro loads when none is named.
+    pub run_env: String,
     /// For the user, one line each.
     pub notes: Vec<String>,
 }
@@ -98,18 +100,9 @@ pub fn plan(session: &mut Session, create: &Create) -> Result<Plan> {
         Err(error) => return Err(Error::from(error)).context(|| format!("cannot read {}", file.display())),
     };
     let present = yaml::parse(old.as_deref().unwrap_or_default()).context(|| file.display().to_string())?;
-    let mut plan =
-        Plan { file, old, new: None, fates: Vec::new(), missing_inputs: Vec::new(), notes: facts.warnings.clone() };
+    let mut plan = Plan { file, old, run_env: facts.run_env.clone(), notes: facts.warnings.clone(), ..Plan::default() };
     let rules = Rules { versions: &facts.versions, mount: &mount, format: create.format };
-    let lacking = lacking(&facts, create, &present, &observed, &mut plan)?;
-    let mut planned = Vec::new();
-    for group in &lacking {
-        match rules.plan(group)? {
-            Ok(entries) => planned.extend(entries),
-            Err(left) => plan.fates.extend(left.into_iter().map(Fate::Left)),
-        }
-    }
-    refuse_clashes(&planned)?;
+    let mut planned = decide(&facts, create, &rules, &present, &observed, &mut plan)?;
     if create.catch_all {
         add_catch_all(&facts, &rules, &present, &mut planned, &mut plan)?;
     }
@@ -125,11 +118,7 @@ pub fn plan(session: &mut Session, create: &Create) -> Result<Plan> {
         .fates
         .iter()
         .filter_map(|fate| match fate {
-            Fate::Added(entry) | Fate::Replaced(entry) => Some(yaml::Put {
-                name: entry.name.clone(),
-                config: entry.config.clone(),
-                comment: entry.comment.clone(),
-            }),
+            Fate::Added(entry) | Fate::Replaced(entry) => Some(put(entry)),
             _ => None,
         })
         .collect();
@@ -143,6 +132,46 @@ pub fn plan(session: &mut Session, create: &Create) -> Result<Plan> {
     };
     plan.new = Some(yaml::put(&text, &puts).context(|| plan.file.display().to_string())?);
     Ok(plan)
+}
+
+/// Entries for what lacks one.
+fn decide(
+    facts: &Facts,
+    create: &Create,
+    rules: &Rules,
+    present: &serde_yaml::Mapping,
+    observed: &BTreeMap<String, Observed>,
+    plan: &mut Plan,
+) -> Result<Vec<Planned>> {
+    let mut planned = Vec::new();
+    for group in &lacking(facts, create, present, observed, plan)? {
+        match rules.plan(group)? {
+            Ok(entries) => planned.extend(entries),
+            Err(left) => plan.fates.extend(left.into_iter().map(Fate::Left)),
+        }
+    }
+    refuse_clashes(&planned)?;
+    Ok(planned)
+}
+
+/// The entries that a run needs for its datasets to live below `create.mount`, built once, for a catalog that is not
+/// the user's.
+///
+/// # Errors
+/// As [`plan`].
+pub fn unregistered(session: &mut Session, facts: &Facts, create: &Create) -> Result<Vec<Planned>> {
+    let rules = Rules { versions: &facts.versions, mount: &create.mount, format: create.format };
+    let mut plan = Plan::default();
+    let planned = decide(facts, create, &rules, &serde_yaml::Mapping::new(), &BTreeMap::new(), &mut plan)?;
+    let puts: Vec<yaml::Put> = planned.iter().map(put).collect();
+    if !puts.is_empty() {
+        check(session, facts, &puts)?;
+    }
+    Ok(planned)
+}
+
+fn put(entry: &Planned) -> yaml::Put {
+    yaml::Put { name: entry.name.clone(), config: entry.config.clone(), comment: entry.comment.clone() }
 }
 
 /// The datasets without an entry, transcodings of one dataset together; the rest goes into the plan's notes.
@@ -415,8 +444,9 @@ impl Plan {
             };
             let _ = writeln!(
                 text,
-                "`kedro run{pipeline} --env {}` shares through {}; a plain `kedro run` goes on as before.",
-                create.env, create.mount
+                "`kedro run{pipeline} --env {0}` shares through {1}; a plain `kedro run` goes on as before.\n\
+                 With --env {0} Kedro loads base and {0}, not {2}: what conf/{2} has is not there.",
+                create.env, create.mount, self.run_env
             );
         }
         text

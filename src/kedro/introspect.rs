@@ -222,6 +222,13 @@ impl Interpreter {
         }
         Ok(Interpreter { path: "python3".into(), why: "python3 on the PATH" })
     }
+
+    /// Its version such as `3.11.7`; empty if it does not say.
+    pub fn version(&self) -> String {
+        let output = Command::new(&self.path).arg("--version").stderr(Stdio::null()).output();
+        let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        text.trim().strip_prefix("Python ").unwrap_or_default().to_owned()
+    }
 }
 
 /// A running interpreter with the project's folder as its working directory; ended when dropped.
