@@ -187,6 +187,12 @@ pub fn tasks(pipeline: &Pipeline, per: Per) -> Result<Vec<Task>> {
             ),
         ));
     }
+    if let Some(node) = pipeline.nodes.iter().find(|node| node.name.contains("{{")) {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!("the node {:?} has {{{{ in its name, which Argo would replace: rename it", node.name),
+        ));
+    }
     let key = |node: &Node| match per {
         Per::Node => None,
         Per::Namespace => node.namespace.as_deref().and_then(|name| name.split('.').next()).map(str::to_owned),
@@ -332,17 +338,22 @@ pub fn check_shared(
         }
     }
     if !in_memory.is_empty() {
+        let chunks = in_memory.iter().any(|name| pipeline.datasets.get(name).is_some_and(|dataset| dataset.generator));
         let names: Vec<String> = in_memory.into_iter().collect();
+        let verb = if names.len() == 1 { "lives" } else { "live" };
+        let advice = if chunks {
+            "what a node yields in chunks cannot be stored, so keep the nodes in one pod with --per tag or --per namespace"
+                .to_owned()
+        } else {
+            format!(
+                "run `vineyard-fs kedro catalog create -p {} --env {}` first, or keep the nodes in one pod with \
+                 --per namespace or --per tag",
+                ask.pipeline, ask.env
+            )
+        };
         return Err(Error::new(
             Kind::Invalid,
-            format!(
-                "{} would be passed from pod to pod but {} in memory: run `vineyard-fs kedro catalog create -p {} \
-                 --env {}`, or keep its nodes in one pod with --per namespace or --per tag",
-                names.join(", "),
-                if names.len() == 1 { "lives" } else { "live" },
-                ask.pipeline,
-                ask.env
-            ),
+            format!("{} would be passed from pod to pod but {verb} in memory: {advice}", names.join(", ")),
         ));
     }
     Ok(private
@@ -410,10 +421,12 @@ pub fn workflow(slug: &str, tasks: &[Task], ask: &Generate, facts: &Facts) -> St
         templates.push(node_template("node-near", true, ask, facts));
     }
     if !ask.keep {
-        let mut container = json!({
-            "image": "{{workflow.parameters.image}}",
-            "command": ["find", ask.mount, "-mindepth", "1", "-delete"],
-        });
+        let command = match ask.volume {
+            Volume::Csi => json!(["find", ask.mount, "-mindepth", "1", "-delete"]),
+            // Seen from above the run's folder, so that the folder goes too.
+            _ => json!(["find", format!("{}/{{{{workflow.name}}}}", ask.mount), "-delete"]),
+        };
+        let mut container = json!({"image": "{{workflow.parameters.image}}", "command": command});
         add_container_rest(&mut container, ask, false);
         templates.push(json!({"name": "clean", "container": container}));
     }
@@ -515,9 +528,10 @@ fn node_template(name: &str, near: bool, ask: &Generate, facts: &Facts) -> Value
     template
 }
 
-fn add_container_rest(container: &mut Value, ask: &Generate, resources: bool) {
+/// What every container has; one of a node also has its resources and sees the run's own datasets only.
+fn add_container_rest(container: &mut Value, ask: &Generate, node: bool) {
     let Some(container) = container.as_object_mut() else { return };
-    if resources && (ask.memory.is_some() || ask.cpu.is_some()) {
+    if node && (ask.memory.is_some() || ask.cpu.is_some()) {
         let (mut requests, mut limits) = (Map::new(), Map::new());
         if let Some(cpu) = &ask.cpu {
             requests.insert("cpu".into(), cpu.as_str().into());
@@ -538,7 +552,7 @@ fn add_container_rest(container: &mut Value, ask: &Generate, resources: bool) {
     );
     let mut mounted = json!({"name": "vineyard", "mountPath": ask.mount, "mountPropagation": "HostToContainer"});
     // Only the CSI driver knows prefixes; elsewhere a folder of its own keeps a run apart.
-    if let (Some(mounted), false) = (mounted.as_object_mut(), ask.volume == Volume::Csi) {
+    if let (Some(mounted), false) = (mounted.as_object_mut(), ask.volume == Volume::Csi || !node) {
         mounted.insert("subPath".into(), "{{workflow.name}}".into());
     }
     container.insert("volumeMounts".into(), json!([mounted]));

@@ -88,8 +88,8 @@ def create_pipeline():
             node(to_polars, "mixed", "wide", name="to_polars"),
             node(lazily, "wide", "lazy", name="lazily"),
             node(unannotated, "mixed", "summary", name="unannotated"),
-            node(chunks, "mixed", "chunk", name="chunks"),
-            node(count_chunk, "chunk", "last_chunk", name="count_chunk"),
+            node(chunks, "mixed", "chunk", name="chunks", tags="chunked"),
+            node(count_chunk, "chunk", "last_chunk", name="count_chunk", tags="chunked"),
             node(totals, ["wide", "mixed", "lazy", "twice"], "total", name="totals"),
             node(report, ["final score", "total", "summary", "last_chunk"], None, name="report"),
         ]
