@@ -65,6 +65,7 @@ impl Kedro {
             .current_dir(&self.project)
             .env("DO_NOT_TRACK", "1")
             .env("PYTHONDONTWRITEBYTECODE", "1")
+            .env("PYTHONPATH", self.project.join("src"))
             .env("COLUMNS", "200");
         command
     }
@@ -261,7 +262,7 @@ fn factories_and_other_files_of_the_environment_count() {
         fs::create_dir_all(kedro.project.join("conf/vineyard")).unwrap();
         fs::write(
             kedro.project.join("conf/vineyard/catalog_mine.yml"),
-            "X_test:\n  type: pandas.CSVDataset\n  filepath: data/x_test.csv\n",
+            "X_test:\n  type: pickle.PickleDataset\n  filepath: data/x_test.pkl\n",
         )
         .unwrap();
         success(kedro.ours(&["catalog", "create", "--catch-all"]));
@@ -362,7 +363,7 @@ fn bad_input_is_one_line_and_changes_nothing() {
 fn workflows_name_every_node_once() {
     for kedro in kedros() {
         success(kedro.ours(&["catalog", "create"]));
-        success(kedro.ours(&["catalog", "create", "-p", "mixed"]));
+        success(kedro.ours(&["catalog", "create", "-p", "mixed", "--observe"]));
         let said = kedro.ours(&["argo", "generate", "-i", "iris:1", "-p", "mixed", "-o", "-"]);
         assert_eq!(said.status.code(), Some(1));
         assert!(text(&said).contains("chunk") && text(&said).contains("--per tag"), "{}", text(&said));

@@ -325,7 +325,9 @@ pub fn kedro(project: &Project, interpreter: Interpreter, verbose: bool, ask: &K
         .arg(conf.path())
         .args(&ask.arguments)
         .current_dir(&project.root)
-        .env(MOUNT_VARIABLE, mount.folder());
+        .env(MOUNT_VARIABLE, mount.folder())
+        // kedro-telemetry would write an identifier into the project's pyproject.toml.
+        .env("DO_NOT_TRACK", "1");
     if wanted.env.is_none() {
         // KEDRO_ENV would choose another one than was copied.
         command.args(["--env", &env]);
