@@ -139,10 +139,9 @@ pub(crate) fn write_atomically(path: &Path, content: &str) -> Result<()> {
         std::fs::rename(&temporary, &target)
     };
     write()
-        .map_err(|error| {
+        .inspect_err(|_| {
             // The failed neighbour is of no use; the first error is the one to tell.
             let _ = std::fs::remove_file(&temporary);
-            error
         })
         .context(context)
 }

@@ -103,13 +103,13 @@ fn mounted_type(folder: &Path) -> Option<String> {
 /// proc(5): id, parent, device, root, mount point, options, optional fields, `-`, type, source, options.
 fn type_in(mountinfo: &[u8], folder: &Path) -> Option<String> {
     let lines = mountinfo.split(|byte| *byte == b'\n');
-    let types = lines.filter_map(|line| {
+    let mut types = lines.filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
         let point = unescape(fields.nth(4)?);
         let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
         (Path::new(OsStr::from_bytes(&point)) == folder).then(|| String::from_utf8_lossy(kind).into_owned())
     });
-    types.last()
+    types.next_back()
 }
 
 /// `\040` is a space in the kernel's lists.
