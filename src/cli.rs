@@ -11,6 +11,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::error::Result;
 
 pub mod helper;
+pub mod kedro;
 pub mod mount;
 pub mod options;
 pub mod status;
@@ -42,6 +43,11 @@ enum Command {
     Unmount(unmount::Args),
     /// How a mount is doing, or all of them
     Status(status::Args),
+    /// Share the data of a Kedro pipeline through vineyard
+    #[command(subcommand)]
+    Kedro(kedro::KedroCommand),
+    /// Run a command with a mount that ends with it
+    Run(kedro::RunCommandArgs),
     /// Completions for a shell, to be sourced
     Completions {
         /// Which shell
@@ -79,6 +85,8 @@ pub fn main() -> ExitCode {
         Command::Mount(arguments) => mount::run(*arguments),
         Command::Unmount(arguments) => unmount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Kedro(command) => kedro::run(command),
+        Command::Run(arguments) => kedro::run_command(arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut std::io::stdout());
             Ok(())
