@@ -7,6 +7,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::inode::{Inode, Node, ViewNode};
+use super::resolve::Target;
 use super::staging::Staged;
 use super::{Caller, FileSystem, Handle};
 use crate::dataset::attributes::ATTRIBUTES_KEY;
@@ -22,7 +23,7 @@ use crate::vineyard::store::NameQuery;
 const ATTEMPTS: usize = 3;
 
 /// What the bytes of a staged file call for.
-enum Verdict {
+pub(super) enum Verdict {
     /// Publish in this format; `Plain` stores the bytes as they are.
     Publish(Written),
     /// Nothing to publish (yet), and nothing wrong.
@@ -96,31 +97,53 @@ impl FileSystem {
                 FileAttributes { mtime: state.attributes.mtime.or(Some(Self::now())), ..state.attributes.clone() }
             };
             let input = StagedBytes { bytes: bytes.as_slice(), file: &staged.file().file };
-            let room = self.store.status()?;
-            let limits = Limits { inflated: room.memory_limit.saturating_sub(room.memory_usage) };
-            let plan = publish::plan(&input, format, &attributes, limits)?;
-            for warning in &plan.warnings {
-                self.warn(format!("{:?}: {warning}", target.path()));
-            }
-            let published = publish::execute(&*self.store, &plan, &input)?;
-            if staged.stamp()? != before {
-                // Somebody wrote while it was copied: what is in the store may be a mixture.
-                self.delete_object(published.id);
+            // Somebody may write while it is copied: what is in the store may be a mixture then.
+            let unchanged = || Ok(staged.stamp()? == before);
+            let Some((name, object)) = self.publish_bytes(&target, format, &attributes, &input, &unchanged)? else {
                 continue;
-            }
-            let native = plan.outcome != publish::Outcome::File;
-            let name = if native { target.dataset().to_owned() } else { target.plain.clone() };
-            if let Err(error) = self.point_name(&name, published.id, &[target.dataset(), &target.plain]) {
-                self.delete_object(published.id);
-                return Err(error);
-            }
+            };
             let mut state = staged.state();
-            state.published = Some((name, published.id));
+            state.published = Some((name, object));
             state.replaces = None;
             drop(state);
             return self.mark_clean(staged);
         }
         Err(Error::new(Kind::Busy, "another process keeps writing to the file while it is published"))
+    }
+
+    /// Makes a dataset of a file's bytes at a path and points its name at it. Which name that is, the bytes decide: what
+    /// is not the format of its extension is stored under the full file name. `None`, and nothing is left behind, if
+    /// `settled` denies after the copy that the bytes may be published.
+    pub(super) fn publish_bytes(
+        &self,
+        target: &Target,
+        format: Written,
+        attributes: &FileAttributes,
+        input: &StagedBytes<'_>,
+        settled: &dyn Fn() -> Result<bool>,
+    ) -> Result<Option<(String, ObjectId)>> {
+        let room = self.store.status()?;
+        let limits = Limits { inflated: room.memory_limit.saturating_sub(room.memory_usage) };
+        let plan = publish::plan(input, format, attributes, limits)?;
+        for warning in &plan.warnings {
+            self.warn(format!("{:?}: {warning}", target.path()));
+        }
+        let published = publish::execute(&*self.store, &plan, input)?;
+        let native = plan.outcome != publish::Outcome::File;
+        let name = if native { target.dataset().to_owned() } else { target.plain.clone() };
+        let named = match settled() {
+            Ok(true) => self.point_name(&name, published.id, &[target.dataset(), &target.plain]),
+            Ok(false) => {
+                self.delete_object(published.id);
+                return Ok(None);
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = named {
+            self.delete_object(published.id);
+            return Err(error);
+        }
+        Ok(Some((name, published.id)))
     }
 
     /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
@@ -227,7 +250,7 @@ impl FileSystem {
     }
 }
 
-fn format_of(view: View) -> Written {
+pub(super) fn format_of(view: View) -> Written {
     match view {
         View::Arrow => Written::Arrow,
         View::Feather => Written::Feather,
@@ -241,7 +264,7 @@ fn format_of(view: View) -> Written {
 
 /// Decides what a flush means: see the orders of requests that writers produce (empty flushes before the first byte,
 /// half-written files of children that exit).
-fn verdict(bytes: &[u8], format: Written) -> Result<Verdict> {
+pub(super) fn verdict(bytes: &[u8], format: Written) -> Result<Verdict> {
     if format == Written::Plain {
         return Ok(Verdict::Publish(Written::Plain));
     }
@@ -257,10 +280,10 @@ fn verdict(bytes: &[u8], format: Written) -> Result<Verdict> {
 }
 
 /// A read-only mapping of a memory file that only this process can shorten.
-struct MappedFile(Option<memmap2::Mmap>);
+pub(super) struct MappedFile(Option<memmap2::Mmap>);
 
 impl MappedFile {
-    fn map(file: &File, size: u64) -> Result<Self> {
+    pub(super) fn map(file: &File, size: u64) -> Result<Self> {
         if size == 0 {
             return Ok(MappedFile(None));
         }
@@ -270,7 +293,7 @@ impl MappedFile {
         Ok(MappedFile(Some(map.context(|| "mapping a staging file".into())?)))
     }
 
-    fn as_slice(&self) -> &[u8] {
+    pub(super) fn as_slice(&self) -> &[u8] {
         self.0.as_deref().unwrap_or_default()
     }
 }
