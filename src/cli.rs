@@ -10,10 +10,17 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 
+pub mod get;
 pub mod helper;
+pub mod info;
+pub mod ls;
 pub mod mount;
+pub mod mv;
 pub mod options;
+pub mod put;
+pub mod rm;
 pub mod status;
+pub mod store;
 pub mod unmount;
 
 /// Every vineyard dataset is a file.
@@ -28,6 +35,8 @@ const EXAMPLES: &str = "\
 Examples:
   vineyard-fs mount /mnt/vineyard            show the datasets of a vineyardd, or of a private one
   vineyard-fs status                         how all mounts are doing
+  vineyard-fs ls -l                          what is in the store
+  vineyard-fs get X_train -o X_train.parquet
   vineyard-fs unmount /mnt/vineyard
 
 In /etc/fstab:
@@ -42,6 +51,18 @@ enum Command {
     Unmount(unmount::Args),
     /// How a mount is doing, or all of them
     Status(status::Args),
+    /// List the datasets of a store
+    Ls(ls::Args),
+    /// All about one dataset
+    Info(info::Args),
+    /// Copy a view of a dataset to a file
+    Get(get::Args),
+    /// Make a dataset of a file
+    Put(put::Args),
+    /// Remove datasets
+    Rm(rm::Args),
+    /// Give a dataset another name
+    Mv(mv::Args),
     /// Completions for a shell, to be sourced
     Completions {
         /// Which shell
@@ -79,6 +100,12 @@ pub fn main() -> ExitCode {
         Command::Mount(arguments) => mount::run(*arguments),
         Command::Unmount(arguments) => unmount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Ls(arguments) => ls::run(&arguments),
+        Command::Info(arguments) => info::run(&arguments),
+        Command::Get(arguments) => get::run(&arguments),
+        Command::Put(arguments) => put::run(&arguments),
+        Command::Rm(arguments) => rm::run(&arguments),
+        Command::Mv(arguments) => mv::run(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut std::io::stdout());
             Ok(())

@@ -181,9 +181,10 @@ impl FileSystem {
             }
         }
         match at_path {
-            Some(Found::Directory { name }) => {
-                Err(Error::new(Kind::IsDirectory, format!("{name:?} is a directory: `vineyard-fs ls {name}/` lists it")))
-            }
+            Some(Found::Directory { name }) => Err(Error::new(
+                Kind::IsDirectory,
+                format!("{name:?} is a directory: `vineyard-fs ls {name}/` lists it"),
+            )),
             _ => Ok(None),
         }
     }
