@@ -53,7 +53,10 @@ fn view_parser() -> impl TypedValueParser<Value = View> {
 /// If there is no such dataset or view, or the file cannot be written; nothing is left behind then.
 pub fn run(arguments: &Args) -> Result<()> {
     let opened = arguments.place.open()?;
-    store::catch_interrupts()?;
+    if !to_stdout(arguments) {
+        // There is a temporary file to be removed.
+        store::catch_interrupts()?;
+    }
     for _ in 1..ATTEMPTS {
         match copy(arguments, &opened) {
             // Nothing of the output is seen before it is whole, except on the standard output.

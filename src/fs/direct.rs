@@ -352,6 +352,10 @@ impl FileSystem {
                 summary: summary.clone(),
             };
             self.rename_view(&view, &to, None)?;
+            // No later writer joins the copy that was published.
+            if let Some(staged) = self.staging.at(&to.path()) {
+                self.staging.detach(&staged);
+            }
         } else {
             self.point_name(&name, from.object, &path_names)?;
             self.store.drop_name(&from.name)?;
