@@ -383,3 +383,146 @@ fn no_view(name: &str, view: View, summary: &Summary) -> Error {
     };
     Error::not_found(what)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Write;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::vineyard::fake::{FakeStore, Op};
+
+    fn bed() -> (Arc<FakeStore>, FileSystem) {
+        let store = Arc::new(FakeStore::new(64 << 20));
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        (store, fs)
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = memory_file().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// An npy file of one number.
+    fn npy(value: f64) -> File {
+        let mut header = b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }".to_vec();
+        header.resize(127, b' ');
+        header.push(b'\n');
+        header.extend(value.to_le_bytes());
+        file(&header)
+    }
+
+    fn scalar(store: &FakeStore, name: &str) -> ObjectId {
+        let content = json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int"});
+        store.put_object(name, content).unwrap()
+    }
+
+    #[test]
+    fn every_listed_path_leads_back_to_its_name() {
+        let (store, fs) = bed();
+        let long = "é".repeat(200);
+        let names = ["a", "a/b", "a/b.json", "100%", "x%00y", "..", "p/../q", "n\0ul/z", "two\nlines", &long];
+        for name in names {
+            scalar(&store, name);
+        }
+        let listed = fs.datasets("").unwrap();
+        assert_eq!(listed.len(), names.len());
+        for named in listed {
+            let found = fs.find(&named.path).unwrap().unwrap_or_else(|| panic!("{:?}", named.path));
+            assert_eq!(found.name, named.name, "by the path {:?}", named.path);
+            assert!(named.path.split('/').all(|part| part.len() <= name::NAME_MAX));
+            let found = fs.find(&named.name).unwrap().unwrap_or_else(|| panic!("{:?}", named.name));
+            assert_eq!(found.object, named.object, "by the name {:?}", named.name);
+        }
+        assert_eq!(fs.datasets("a/").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn wrong_names_are_told_with_those_that_are_alike() {
+        let (store, fs) = bed();
+        for name in ["X_train", "X_test", "run/1/y_train"] {
+            scalar(&store, name);
+        }
+        let message = |text: &str| fs.require(text).unwrap_err().to_string();
+        assert!(message("X_trian.json").contains("there is \"X_train\""), "{}", message("X_trian.json"));
+        assert!(message("y_train").contains("\"run/1/y_train\""));
+        assert!(!message("something else").contains("there is"));
+        assert_eq!(fs.require("run/1").unwrap_err().kind(), Kind::IsDirectory);
+        let text = message("X_train.parquet");
+        assert!(text.contains("no .parquet view (it has .json)"), "{text}");
+    }
+
+    #[test]
+    fn saving_replaces_only_if_told_and_leaves_nothing_behind() {
+        let (store, fs) = bed();
+        let first = fs.save("d/x.npy", &npy(1.0), FileAttributes::default(), false).unwrap();
+        assert_eq!((first.name.as_str(), first.path.as_str()), ("d/x", "d/x.npy"));
+        let counts = || (store.object_count(), store.blob_count());
+        let before = counts();
+        let again = |replace| fs.save("d/x.npy", &npy(2.0), FileAttributes::default(), replace);
+        assert_eq!(again(false).unwrap_err().kind(), Kind::Exists);
+        for op in [Op::CreateBlobs, Op::SealBlobs, Op::CreateObjects, Op::Persist, Op::PutName] {
+            store.fail_next(op, 1, Kind::Full);
+            assert_eq!(again(true).unwrap_err().kind(), Kind::Full, "{op:?}");
+            assert_eq!(counts(), before, "left over after {op:?}");
+        }
+        assert_eq!(fs.find("d/x").unwrap().unwrap().object, first.object);
+        let second = again(true).unwrap();
+        assert_ne!(second.object, first.object);
+        assert_eq!(counts(), before);
+        for (bytes, path) in [(&b""[..], "d/y.npy"), (b"\x93NUMPY\x01\x00\x76", "d/y.npy"), (b"x", "d"), (b"x", "d/")] {
+            let error = fs.save(path, &file(bytes), FileAttributes::default(), true).unwrap_err();
+            assert!(matches!(error.kind(), Kind::Invalid | Kind::IsDirectory), "{path}: {error}");
+        }
+        assert_eq!(counts(), before);
+        fs.remove(&second).unwrap();
+        assert_eq!(counts(), (0, 0));
+    }
+
+    #[test]
+    fn a_replaced_file_keeps_its_owner_and_mode() {
+        let (_store, fs) = bed();
+        let own = FileAttributes { mode: Some(0o600), uid: Some(5), ..Default::default() };
+        fs.save("f.txt", &file(b"1"), own, false).unwrap();
+        let others = FileAttributes { mode: Some(0o644), uid: Some(6), gid: Some(7), ..Default::default() };
+        let saved = fs.save("f.txt", &file(b"22"), others, true).unwrap();
+        let kept = saved.summary.unwrap().attributes.clone().unwrap();
+        assert_eq!((kept.mode, kept.uid, kept.gid), (Some(0o600), Some(5), Some(7)));
+    }
+
+    #[test]
+    fn a_dataset_keeps_its_object_under_its_new_name_and_a_file_is_looked_at_anew() {
+        let (store, fs) = bed();
+        let object = scalar(&store, "old");
+        scalar(&store, "taken");
+        let old = fs.require("old").unwrap();
+        assert_eq!(fs.change_name(&old, "taken", false).unwrap_err().kind(), Kind::Exists);
+        assert_eq!(fs.change_name(&old, "new.npy", true).unwrap_err().kind(), Kind::Invalid);
+        let moved = fs.change_name(&old, "taken.json", true).unwrap();
+        assert_eq!((moved.name.as_str(), moved.object), ("taken", object));
+        assert_eq!((store.object_count(), fs.find("old").unwrap().is_none()), (1, true));
+        assert_eq!(fs.change_name(&moved, "taken", false).unwrap().object, object);
+
+        fs.save("t.tmp", &npy(3.0), FileAttributes::default(), false).unwrap();
+        let moved = fs.change_name(&fs.require("t.tmp").unwrap(), "t.npy", false).unwrap();
+        assert_eq!((moved.name.as_str(), moved.view), ("t", View::Npy));
+        assert!(fs.find("t.tmp").unwrap().is_none());
+        assert_eq!(store.object_count(), 2);
+    }
+
+    #[test]
+    fn a_name_that_outlived_its_object_is_told_and_can_be_removed() {
+        let (store, fs) = bed();
+        let object = scalar(&store, "gone");
+        store.delete(&[object]).unwrap();
+        let named = fs.require("gone").unwrap();
+        assert_eq!(named.shown().unwrap_err().kind(), Kind::NotFound);
+        assert!(fs.replaced_by("gone").unwrap().is_none(), "it is in nobody's way");
+        assert_eq!(fs.change_name(&named, "other", true).unwrap_err().kind(), Kind::NotFound);
+        fs.remove(&named).unwrap();
+        assert!(fs.find("gone").unwrap().is_none() && fs.datasets("").unwrap().is_empty());
+    }
+}

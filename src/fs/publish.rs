@@ -128,8 +128,15 @@ impl FileSystem {
         for warning in &plan.warnings {
             self.warn(format!("{:?}: {warning}", target.path()));
         }
-        let published = publish::execute(&*self.store, &plan, input)?;
-        let native = plan.outcome != publish::Outcome::File;
+        let published = match (publish::execute(&*self.store, &plan, input), &plan.fallback) {
+            // Only decoding shows that compressed data is broken.
+            (Err(error), Some(plain)) if error.kind() == Kind::Malformed => {
+                self.warn(format!("{:?}: stored as it is: {error}", target.path()));
+                publish::execute(&*self.store, plain, input)?
+            }
+            (result, _) => result?,
+        };
+        let native = published.outcome != publish::Outcome::File;
         let name = if native { target.dataset().to_owned() } else { target.plain.clone() };
         let named = match settled() {
             Ok(true) => self.point_name(&name, published.id, &[target.dataset(), &target.plain]),
