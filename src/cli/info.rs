@@ -239,7 +239,7 @@ fn text(report: &Value) -> String {
     }
     let number = |value: Option<&Value>| value.and_then(Value::as_u64);
     if let Some(bytes) = number(report.pointer("/blobs/bytes")) {
-        line("memory", format!("{} in {} blobs", HumanBytes(bytes), show("/blobs/count")));
+        line("memory", format!("{}, blobs: {}", HumanBytes(bytes), show("/blobs/count")));
     }
     for view in get("/views").as_array().into_iter().flatten() {
         let bytes = number(view.get("bytes"))
