@@ -24,7 +24,7 @@ mod tensor;
 pub use attributes::FileAttributes;
 pub use check::check;
 pub use column::NOTE;
-pub use materialize::materialize;
+pub use materialize::{literal, materialize};
 pub use span::{Derive, Span};
 pub use table::{ArrayLayout, Batch, Table};
 

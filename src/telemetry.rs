@@ -19,13 +19,12 @@ pub enum Format {
 /// Starts logging. `RUST_LOG` wins over `level`, which is a level or a filter such as `info,vineyard_fs::fs=debug`.
 /// A second call does nothing.
 pub fn init(format: Format, level: &str) {
-    // A reply that the kernel does not want any more is no error, and one kind of reply provokes that on purpose.
-    let silent = |filter: EnvFilter| match "fuser::reply=off".parse() {
-        Ok(directive) => filter.add_directive(directive),
-        Err(_) => filter,
-    };
-    let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(level));
-    let filter = silent(filter.unwrap_or_else(|_| EnvFilter::new("info")));
+    let text = std::env::var("RUST_LOG").ok().filter(|text| !text.is_empty()).unwrap_or_else(|| level.to_owned());
+    let filter = EnvFilter::try_new(&text).unwrap_or_else(|_| EnvFilter::new("info"));
+    // Every request is logged by this program itself. And a reply that the kernel does not want any more is no error;
+    // one kind of reply provokes that on purpose.
+    let quiet = ["fuser=warn", "fuser::reply=off"].iter().filter(|_| !text.contains("fuser"));
+    let filter = quiet.filter_map(|directive| directive.parse().ok()).fold(filter, EnvFilter::add_directive);
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

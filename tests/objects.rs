@@ -116,7 +116,12 @@ fn tables_mean_what_was_put() {
         for (i, (a, b)) in found.columns().iter().zip(expected.columns()).enumerate() {
             let name = &names(schema)[i];
             assert_eq!(a.data_type(), b.data_type(), "{}: {name}", fixture.name);
-            assert_eq!(a, b, "{}: {name}", fixture.name);
+            // Two dictionaries may list the same values in different places.
+            let flat = |array: &arrow_array::ArrayRef| match array.data_type() {
+                arrow_schema::DataType::Dictionary(_, values) => arrow::compute::cast(array, values).unwrap(),
+                _ => array.clone(),
+            };
+            assert_eq!(&flat(a), &flat(b), "{}: {name}", fixture.name);
         }
         compared += 1;
     }
@@ -196,7 +201,7 @@ fn other_values() {
     assert_eq!(list[0], 1);
     assert_eq!(list[3], serde_json::json!([null, {"k": [true]}]));
     assert_eq!(list[4]["typename"], "vineyard::Tensor<int64>");
-    assert!(matches!(is("pickle_dict"), Dataset::Pickle(span) if span.len() > 0));
+    assert!(matches!(is("pickle_dict"), Dataset::Pickle(span) if !span.is_empty()));
     assert!(matches!(is("bytes"), Dataset::Blob(span) if span.len() == 9));
     assert!(matches!(is("bytes_empty"), Dataset::Blob(span) if span.is_empty()));
     assert_eq!(is("frame_no_columns").rows(), Some(3));

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,8 +18,9 @@ use crate::fs::ServePolicy;
 use crate::fuse::config::{Launch, MountConfig};
 use crate::fuse::mount::keep_open;
 use crate::fuse::runtime::Runtime;
-use crate::fuse::{keeper, mount as mounting, mountinfo};
+use crate::fuse::{keeper, mount as mounting, mountinfo, privileges};
 use crate::telemetry::{self, Format};
+use crate::vineyard::launch::{self, Chosen, Environment, LaunchOptions};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -43,7 +44,7 @@ pub struct Args {
     /// Socket of a running vineyardd
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, conflicts_with = "vineyardd")]
     pub socket: Option<PathBuf>,
-    /// Start this vineyardd for the mount alone
+    /// Start this vineyardd for the mount alone, whether another runs or not
     #[arg(long, value_name = "PATH", value_hint = ValueHint::ExecutablePath)]
     pub vineyardd: Option<PathBuf>,
     /// Memory for a private vineyardd, such as 8G or 25%
@@ -144,7 +145,11 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
     {
         return Err(Error::new(Kind::Invalid, format!("the log {file:?} would lie in the mount itself")));
     }
-    let (socket, launch) = choose_store(&arguments, runtime)?;
+    let beside = match &log_file {
+        Some(file) => file.clone(),
+        None => usual_log(&mountpoint)?,
+    };
+    let (socket, launch) = choose_store(&arguments, runtime, beside.with_extension("vineyardd.log"))?;
     let memory = options::memory().unwrap_or(8 << 30);
     Ok(MountConfig {
         mountpoint,
@@ -168,10 +173,28 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
     })
 }
 
-fn choose_store(arguments: &Args, _runtime: &Runtime) -> Result<(PathBuf, Option<Launch>)> {
-    let given = arguments.socket.clone().or_else(|| std::env::var_os("VINEYARD_IPC_SOCKET").map(PathBuf::from));
-    let socket = given.ok_or_else(|| Error::new(Kind::Invalid, "give the socket of a vineyardd: --socket PATH"))?;
-    Ok((std::path::absolute(socket)?, None))
+/// A vineyardd that answers, or the plan for a private one, whose socket lies in a folder of the mount's own.
+fn choose_store(arguments: &Args, runtime: &Runtime, log: PathBuf) -> Result<(PathBuf, Option<Launch>)> {
+    let wanted = LaunchOptions {
+        socket: arguments.socket.clone(),
+        vineyardd: arguments.vineyardd.clone(),
+        size: arguments.size,
+        folder: Some(runtime.folder().join("store")),
+        log: Some(log),
+    };
+    let mut environment = Environment::current();
+    if wanted.vineyardd.is_some() {
+        // Who names a program wants it started.
+        environment.ipc_socket = None;
+        environment.default_sockets.clear();
+    }
+    match launch::choose(&wanted, &environment)? {
+        Chosen::Existing(socket) => Ok((std::path::absolute(socket)?, None)),
+        Chosen::Launch(plan) => {
+            let launch = Launch { program: plan.program, args: plan.args, log: plan.log };
+            Ok((plan.socket, Some(launch)))
+        }
+    }
 }
 
 /// Finds out whether something can be mounted here, and repairs what a killed keeper has left.
@@ -255,7 +278,7 @@ fn stay(config: MountConfig) -> Result<()> {
 
 fn go_to_background(config: &MountConfig) -> Result<()> {
     let log = config.log_file.as_deref().unwrap_or(Path::new("/dev/null"));
-    let output = File::options().create(true).append(true).open(log);
+    let output = File::options().create(true).append(true).mode(0o600).open(log);
     let output = output.context(|| format!("cannot write the log {log:?}"))?;
     let mut text = File::from(memfd_create("configuration", MFdFlags::MFD_CLOEXEC)?);
     serde_json::to_writer(&text, config).map_err(|error| Error::new(Kind::Internal, error.to_string()))?;
@@ -300,6 +323,7 @@ fn go_to_background(config: &MountConfig) -> Result<()> {
 /// # Errors
 /// If the mount did not work, after telling so.
 pub fn keeper(config: RawFd, report: RawFd) -> Result<()> {
+    privileges::take_name();
     let mut text = String::new();
     take(config)?.read_to_string(&mut text)?;
     let config: MountConfig = serde_json::from_str(&text).map_err(|error| Error::malformed(error.to_string()))?;

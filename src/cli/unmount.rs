@@ -82,8 +82,9 @@ pub fn run(arguments: &Args) -> Result<()> {
 /// Ends the connection and the processes, so that nothing waits for anything any more.
 fn end_by_force(runtime: &Runtime, keeper: Option<&KeeperRecord>, device: (u32, u32)) {
     let report = status::ask(&runtime.keeper_socket(), Duration::from_millis(500)).unwrap_or_default();
+    // Only root may abort. For others the end of both processes does the same.
     if let Err(error) = mount::abort(device) {
-        eprintln!("vineyard-fs: the connection is not aborted: {error}");
+        tracing::debug!("the connection is not aborted: {error}");
     }
     // The keeper then stops its children and tidies up; a keeper that does not is killed below.
     if let Some(server) = report.pointer("/server/pid").and_then(Value::as_u64)

@@ -11,6 +11,7 @@ use super::column::{Column, item};
 use super::derive;
 use super::dtype::Dtype;
 use super::frame::Cells;
+use super::materialize::unify_dictionaries;
 use super::pickle;
 use super::span::Span;
 use super::table::{ArrayLayout, Batch, Table, fixed_width};
@@ -302,11 +303,16 @@ pub fn table(meta: &Meta, source: &dyn BlobSource) -> Result<Table> {
         _ => meta.list("partitions_")?,
     };
     let parts = parts.iter().map(|part| batch(part, &declared, source)).collect::<Result<Vec<_>>>()?;
-    assemble(meta, &declared, parts)
+    assemble(meta, &declared, parts, source)
 }
 
 /// Batches whose columns have the types they really have, which the schema then says too.
-fn assemble(meta: &Meta, declared: &Schema, parts: Vec<(u64, Vec<Column>)>) -> Result<Table> {
+fn assemble(
+    meta: &Meta,
+    declared: &Schema,
+    mut parts: Vec<(u64, Vec<Column>)>,
+    source: &dyn BlobSource,
+) -> Result<Table> {
     let mut fields: Vec<Field> = declared.fields().iter().map(|f| f.as_ref().clone()).collect();
     for (number, (_, columns)) in parts.iter().enumerate() {
         for (field, column) in fields.iter_mut().zip(columns) {
@@ -317,6 +323,14 @@ fn assemble(meta: &Meta, declared: &Schema, parts: Vec<(u64, Vec<Column>)>) -> R
             let mut metadata = field.metadata().clone();
             metadata.extend(column.metadata.clone());
             *field = retyped(field, &column.layout).with_metadata(metadata);
+        }
+    }
+    if parts.len() > 1 {
+        for (i, field) in fields.iter().enumerate() {
+            let mut columns: Vec<_> =
+                parts.iter_mut().filter_map(|(_, c)| c.get_mut(i)).map(|c| &mut c.layout).collect();
+            unify_dictionaries(&mut columns, source)
+                .context(|| format!("object {}: column {:?}", meta.id(), field.name()))?;
         }
     }
     let schema = Schema::new_with_metadata(Fields::from(fields), declared.metadata().clone());

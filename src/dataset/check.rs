@@ -167,3 +167,61 @@ fn keys(key: &DataType, span: &Span, validity: &Span, len: u64, values: u64, sou
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::dataset::column;
+    use crate::vineyard::{Blob, BlobKey};
+
+    struct Nothing;
+
+    impl BlobSource for Nothing {
+        fn size(&self, key: BlobKey) -> Result<u64> {
+            Err(Error::stale(key.to_string()))
+        }
+        fn read(&self, key: BlobKey, _: u64, _: &mut [u8]) -> Result<()> {
+            Err(Error::stale(key.to_string()))
+        }
+        fn prepare(&self, _: &[BlobKey]) -> Result<()> {
+            Ok(())
+        }
+        fn verify(&self, _: &[BlobKey]) -> Result<()> {
+            Ok(())
+        }
+        fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
+            Ok(None)
+        }
+    }
+
+    fn strings(offsets: &[u64], data: &[u8]) -> Result<()> {
+        let buffers = vec![Span::EMPTY, column::offsets(offsets.iter().copied()), Span::literal(data)];
+        check(&ArrayLayout::flat(DataType::LargeUtf8, offsets.len() as u64 - 1, Some(0), buffers), &Nothing)
+    }
+
+    #[test]
+    fn strings_are_cut_between_characters() {
+        assert!(strings(&[0, 1, 3, 3, 6], "hé€".as_bytes()).is_ok());
+        for (offsets, data) in [
+            (&[0u64, 2, 3][..], "hé€".as_bytes()),
+            (&[0, 2], "hé".as_bytes()),
+            (&[0, 3, 1], b"abc"),
+            (&[0, 4], b"abc"),
+            (&[0, u64::MAX], b"abc"),
+            (&[0, 3], b"a\xffb"),
+        ] {
+            assert!(strings(offsets, data).is_err(), "{offsets:?} {data:?}");
+        }
+    }
+
+    /// Characters that lie across the pieces in which data is read.
+    #[test]
+    fn long_strings() {
+        let text = "€".repeat(CHUNK as usize);
+        let len = text.len() as u64;
+        assert!(strings(&[0, 3 * 1000, len], text.as_bytes()).is_ok());
+        assert!(strings(&[0, CHUNK, len], text.as_bytes()).is_err());
+        assert!(strings(&[0, len - 1], &text.as_bytes()[..text.len() - 1]).is_err());
+    }
+}

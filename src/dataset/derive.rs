@@ -153,6 +153,8 @@ pub enum Map {
     Swap,
     /// Negative integers become 0.
     ClearNegative,
+    /// An integer plus this, wrapping around.
+    Add(u64),
     /// A 64-bit integer times this; the least integer ("not a time") stays.
     Scale(i64),
 }
@@ -176,6 +178,13 @@ impl Mapped {
                 Map::Swap => element.reverse(),
                 Map::ClearNegative if element.last().is_some_and(|b| b & 0x80 != 0) => element.fill(0),
                 Map::ClearNegative => {}
+                Map::Add(by) => {
+                    let mut carry = 0;
+                    for (byte, add) in element.iter_mut().zip(by.to_le_bytes()) {
+                        let sum = u16::from(*byte) + u16::from(add) + carry;
+                        (*byte, carry) = (sum as u8, sum >> 8);
+                    }
+                }
                 Map::Scale(by) => {
                     if let Ok(bytes) = <[u8; 8]>::try_from(&*element) {
                         let value = i64::from_le_bytes(bytes);
@@ -421,7 +430,7 @@ struct Scattered {
 /// `Malformed` if the lengths do not fit together.
 pub fn scatter(index: Span, values: Span, fill: Vec<u8>, count: u64) -> Result<Span> {
     let width = fill.len() as u64;
-    if width == 0 || index.len() % 4 != 0 || (index.len() / 4).checked_mul(width) != Some(values.len()) {
+    if width == 0 || !index.len().is_multiple_of(4) || (index.len() / 4).checked_mul(width) != Some(values.len()) {
         return Err(Error::malformed("a sparse array whose positions and values differ in number"));
     }
     let len = count.checked_mul(width).ok_or_else(|| Error::malformed("a sparse array of more than 2^64 bytes"))?;
@@ -495,5 +504,125 @@ impl Derive for Scattered {
 
     fn inputs(&self) -> Vec<Span> {
         vec![self.index.clone(), self.values.clone()]
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::vineyard::Blob;
+    use proptest::prelude::*;
+
+    /// Literals need no store.
+    struct Nothing;
+
+    impl BlobSource for Nothing {
+        fn size(&self, key: BlobKey) -> Result<u64> {
+            Err(Error::stale(key.to_string()))
+        }
+        fn read(&self, key: BlobKey, _: u64, _: &mut [u8]) -> Result<()> {
+            Err(Error::stale(key.to_string()))
+        }
+        fn prepare(&self, _: &[BlobKey]) -> Result<()> {
+            Ok(())
+        }
+        fn verify(&self, _: &[BlobKey]) -> Result<()> {
+            Ok(())
+        }
+        fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
+            Ok(None)
+        }
+    }
+
+    /// The whole, after checking that a part of it reads the same.
+    fn read(span: &Span, cut: (prop::sample::Index, prop::sample::Index)) -> Vec<u8> {
+        let whole = span.to_vec(&Nothing).unwrap();
+        let (a, b) = (cut.0.index(whole.len() + 1), cut.1.index(whole.len() + 1));
+        let mut part = vec![0x55; a.abs_diff(b)];
+        span.read(&Nothing, a.min(b) as u64, &mut part).unwrap();
+        assert_eq!(part, whole[a.min(b)..a.max(b)]);
+        whole
+    }
+
+    fn bit(bytes: &[u8], i: usize) -> bool {
+        bytes[i / 8] >> (i % 8) & 1 == 1
+    }
+
+    proptest! {
+        #[test]
+        fn bitmaps_move(bytes in prop::collection::vec(any::<u8>(), 1..70), at: prop::sample::Index,
+            n: prop::sample::Index, cut: (prop::sample::Index, prop::sample::Index))
+        {
+            let first = at.index(bytes.len() * 8);
+            let count = n.index(bytes.len() * 8 - first + 1);
+            let moved = read(&bit_slice(&Span::literal(bytes.clone()), first as u64, count as u64).unwrap(), cut);
+            prop_assert_eq!(moved.len(), count.div_ceil(8));
+            for i in 0..count {
+                prop_assert_eq!(bit(&moved, i), bit(&bytes, first + i));
+            }
+        }
+
+        #[test]
+        fn elements_become_bits(values in prop::collection::vec(prop_oneof![Just(i64::MIN), Just(0), any::<i64>()], 1..90),
+            cut: (prop::sample::Index, prop::sample::Index))
+        {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let tests: [(Test, fn(i64) -> bool); 4] = [(Test::NotNat, |v| v != i64::MIN), (Test::NonZero, |v| v != 0),
+                (Test::Zero, |v| v == 0), (Test::NonNegative, |v| v >= 0)];
+            for (test, expected) in tests {
+                let packed = read(&bits(Span::literal(bytes.clone()), 8, test), cut);
+                for (i, value) in values.iter().enumerate() {
+                    prop_assert_eq!(bit(&packed, i), expected(*value));
+                }
+            }
+        }
+
+        #[test]
+        fn columns_of_a_matrix(rows in 1usize..40, columns in 1usize..9, width in 1usize..9, which: prop::sample::Index,
+            cut: (prop::sample::Index, prop::sample::Index))
+        {
+            let matrix: Vec<u8> = (0..rows * columns * width).map(|i| (i * 37 >> 3) as u8).collect();
+            let (stride, skip) = (columns * width, which.index(columns) * width);
+            let column = gather(&Span::literal(&matrix[skip..]), stride as u64, width as u64, rows as u64).unwrap();
+            let expected: Vec<u8> = matrix.chunks(stride).flat_map(|row| row[skip..skip + width].to_vec()).collect();
+            prop_assert_eq!(read(&column, cut), expected);
+        }
+
+        #[test]
+        fn elements_change(values in prop::collection::vec(any::<i32>(), 1..60), add: u32,
+            cut: (prop::sample::Index, prop::sample::Index))
+        {
+            let span = Span::literal(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+            let cases: [(Map, Box<dyn Fn(i32) -> i32>); 3] = [(Map::Swap, Box::new(i32::swap_bytes)),
+                (Map::ClearNegative, Box::new(|v| v.max(0))), (Map::Add(add.into()), Box::new(move |v| v.wrapping_add(add as i32)))];
+            for (change, expected) in cases {
+                let expected: Vec<u8> = values.iter().flat_map(|v| expected(*v).to_le_bytes()).collect();
+                prop_assert_eq!(read(&map(span.clone(), 4, change), cut), expected);
+            }
+        }
+
+        #[test]
+        fn sparse_becomes_dense(positions in prop::collection::btree_set(0i32..200, 0..30),
+            cut: (prop::sample::Index, prop::sample::Index))
+        {
+            let index = Span::literal(positions.iter().flat_map(|p| p.to_le_bytes()).collect::<Vec<u8>>());
+            let values = Span::literal(positions.iter().flat_map(|p| (*p as u16 + 7).to_le_bytes()).collect::<Vec<u8>>());
+            let dense = read(&scatter(index, values, vec![1, 0], 200).unwrap(), cut);
+            for (i, element) in dense.chunks(2).enumerate() {
+                let expected = if positions.contains(&(i as i32)) { i as u16 + 7 } else { 1 };
+                prop_assert_eq!(u16::from_le_bytes([element[0], element[1]]), expected);
+            }
+        }
+
+        #[test]
+        fn parts_join_and_repeat(parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..9), 0..9), times in 0u64..9,
+            cut: (prop::sample::Index, prop::sample::Index))
+        {
+            let spans = parts.iter().map(|p| Span::literal(p.as_slice()));
+            prop_assert_eq!(read(&join(spans).unwrap(), cut), parts.concat());
+            let pattern = vec![3, 1, 2];
+            prop_assert_eq!(read(&repeat(pattern.clone(), times).unwrap(), cut), pattern.repeat(times as usize));
+        }
     }
 }

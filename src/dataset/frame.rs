@@ -15,6 +15,7 @@ use crate::vineyard::{BlobSource, Meta};
 
 /// What a member that should be a column turned out to be.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // one for each column, for as long as a frame is decoded
 pub enum Cells {
     /// A column.
     Column(Column),
@@ -214,20 +215,23 @@ fn index_dtype(meta: &Meta, column: Column) -> Column {
     }
 }
 
-/// The levels of an index. `rows` is what the columns have, if any has.
-fn index_levels(meta: &Meta, rows: Option<u64>, source: &dyn BlobSource) -> Result<Vec<(Value, Column)>> {
-    let (label, cells) = match meta.base_type() {
-        "vineyard::Index" => (name(meta)?, values(&meta.member("value_")?, rows, source)?),
-        _ => (Value::Null, values(meta, rows, source)?),
-    };
-    let n = rows.or(cells.rows()).unwrap_or(0);
+/// An index's name and values, or those of whatever stands in its place.
+fn index_cells(meta: &Meta, rows: Option<u64>, source: &dyn BlobSource) -> Result<(Value, Cells)> {
+    match meta.base_type() {
+        "vineyard::Index" => Ok((name(meta)?, values(&meta.member("value_")?, rows, source)?)),
+        _ => Ok((Value::Null, values(meta, rows, source)?)),
+    }
+}
+
+/// The levels of an index of `rows` rows.
+fn index_levels(meta: &Meta, (label, cells): (Value, Cells), rows: u64) -> Result<Vec<(Value, Column)>> {
     match cells {
         Cells::Levels(levels) => {
             let names = label.as_array().filter(|names| names.len() == levels.len()).cloned();
             let names = names.unwrap_or_else(|| vec![Value::Null; levels.len()]);
             Ok(names.into_iter().zip(levels).collect())
         }
-        cells => Ok(vec![(label, index_dtype(meta, cells.into_column(n)?))]),
+        cells => Ok(vec![(label, index_dtype(meta, cells.into_column(rows)?))]),
     }
 }
 
@@ -255,13 +259,11 @@ pub fn data_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Frame> {
         // The rows are not known yet: a pickle of some other length is found out below.
         cells.push(values(member, None, source).context(|| format!("column {label}"))?);
     }
-    let rows = match &index {
-        None => cells.iter().find_map(Cells::rows),
-        Some(index) => {
-            let from_index = values(index_value(index)?.as_ref().unwrap_or(index), None, source)?.rows();
-            from_index.or_else(|| cells.iter().find_map(Cells::rows))
-        }
+    let index = match index {
+        Some(index) => Some((index_cells(&index, None, source)?, index)),
+        None => None,
     };
+    let rows = index.as_ref().and_then(|((_, cells), _)| cells.rows()).or_else(|| cells.iter().find_map(Cells::rows));
     // A frame of nothing but lost columns still shows their first cells.
     let rows = rows.unwrap_or(u64::from(!cells.is_empty()));
     let mut columns = Vec::new();
@@ -277,14 +279,10 @@ pub fn data_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Frame> {
         columns.push((label, column));
     }
     let index = match index {
-        Some(index) => index_levels(&index, Some(rows), source).context(|| format!("object {}: index", meta.id()))?,
+        Some((cells, index)) => index_levels(&index, cells, rows).context(|| format!("object {}: index", meta.id()))?,
         None => Vec::new(),
     };
     Ok(Frame { rows, columns, index })
-}
-
-fn index_value(index: &Meta) -> Result<Option<Meta>> {
-    if index.base_type() == "vineyard::Index" { index.member("value_").map(Some) } else { Ok(None) }
 }
 
 /// `vineyard::Series`: a frame of one column. A series without a name becomes column 0, as `to_frame` has it.
@@ -293,12 +291,16 @@ fn index_value(index: &Meta) -> Result<Option<Meta>> {
 /// `Malformed` if the members do not fit together.
 pub fn series(meta: &Meta, source: &dyn BlobSource) -> Result<Frame> {
     let cells = values(&meta.member("value_")?, None, source)?;
-    let rows = cells.rows();
     let index = match meta.optional_member("index_")? {
-        Some(index) => index_levels(&index, rows, source)?,
+        Some(index) => Some((index_cells(&index, cells.rows(), source)?, index)),
+        None => None,
+    };
+    let from_index = index.as_ref().and_then(|((_, cells), _)| cells.rows());
+    let rows = cells.rows().or(from_index).unwrap_or(1);
+    let index = match index {
+        Some((cells, index)) => index_levels(&index, cells, rows)?,
         None => Vec::new(),
     };
-    let rows = rows.or(index.first().map(|(_, level)| level.layout.len)).unwrap_or(1);
     let label = match name(meta)? {
         Value::Null => json!(0),
         label => label,
@@ -311,7 +313,9 @@ pub fn series(meta: &Meta, source: &dyn BlobSource) -> Result<Frame> {
 /// # Errors
 /// `Malformed` if the members do not fit together.
 pub fn index(meta: &Meta, source: &dyn BlobSource) -> Result<Frame> {
-    let mut columns = index_levels(meta, None, source)?;
+    let cells = index_cells(meta, None, source)?;
+    let rows = cells.1.rows().unwrap_or(1);
+    let mut columns = index_levels(meta, cells, rows)?;
     for (i, (label, _)) in columns.iter_mut().enumerate() {
         if label.is_null() {
             *label = json!(i);
@@ -341,7 +345,14 @@ pub fn global_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Table> {
             }
         }
     }
-    let whole = whole.ok_or_else(|| meta.error("has no parts"))?;
+    let mut whole = whole.ok_or_else(|| meta.error("has no parts"))?;
+    if whole.batches.len() > 1 {
+        for (i, field) in whole.schema.fields().iter().enumerate() {
+            let mut columns: Vec<_> = whole.batches.iter_mut().filter_map(|b| b.columns.get_mut(i)).collect();
+            super::materialize::unify_dictionaries(&mut columns, source)
+                .context(|| format!("object {}: column {:?}", meta.id(), field.name()))?;
+        }
+    }
     let metadata = pandas::with_rows(whole.schema.metadata(), whole.rows());
     let schema = Schema::new_with_metadata(whole.schema.fields().clone(), metadata);
     Ok(Table { schema: Arc::new(schema), batches: whole.batches })

@@ -5,6 +5,8 @@ use arrow_buffer::Buffer;
 use arrow_data::{ArrayData, ArrayDataBuilder};
 use arrow_schema::DataType;
 
+use super::derive;
+use super::span::Span;
 use super::table::ArrayLayout;
 use crate::error::{Error, Kind, Result};
 use crate::vineyard::BlobSource;
@@ -26,7 +28,7 @@ fn broken(layout: &ArrayLayout, error: arrow_schema::ArrowError) -> Error {
 }
 
 /// Memory for a span, aligned as Arrow's own.
-fn buffer(span: &super::Span, source: &dyn BlobSource) -> Result<Buffer> {
+fn buffer(span: &Span, source: &dyn BlobSource) -> Result<Buffer> {
     span.validate(source)?;
     let len = usize::try_from(span.len())
         .ok()
@@ -57,4 +59,80 @@ fn data(layout: &ArrayLayout, source: &dyn BlobSource) -> Result<ArrayData> {
         builder = builder.add_child_data(data(values, source)?);
     }
     builder.build().map_err(|e| broken(layout, e))
+}
+
+/// An array of this process as a layout of literal bytes, which are copied.
+///
+/// # Errors
+/// `Unsupported` for a window into a type that has none.
+pub fn literal(data: &ArrayData) -> Result<ArrayLayout> {
+    let has_validity = !matches!(data.data_type(), DataType::Null | DataType::Union(..) | DataType::RunEndEncoded(..));
+    let (offset, len) = (data.offset() as u64, data.len() as u64);
+    let mut layout = ArrayLayout::flat(data.data_type().clone(), offset + len, Some(0), Vec::new());
+    if has_validity {
+        layout.buffers.push(Span::EMPTY);
+    }
+    layout.buffers.extend(data.buffers().iter().map(|buffer| Span::literal(buffer.as_slice())));
+    let children = data.child_data().iter().map(literal).collect::<Result<Vec<_>>>()?;
+    match data.data_type() {
+        DataType::Dictionary(..) => layout.dictionary = children.into_iter().next().map(std::sync::Arc::new),
+        _ => layout.children = children,
+    }
+    let mut layout = layout.slice(offset, len)?;
+    layout.null_count = Some(if *data.data_type() == DataType::Null { len } else { data.null_count() as u64 });
+    if let (true, Some(nulls)) = (has_validity && data.null_count() > 0, data.nulls()) {
+        let bits = Span::literal(nulls.validity());
+        layout.buffers[0] = derive::bit_slice(&bits, nulls.offset() as u64, len)?;
+    }
+    Ok(layout)
+}
+
+/// Most bytes of dictionary values that are held to make one dictionary of several.
+const MAX_DICTIONARY: u64 = 64 << 20;
+
+/// Makes columns of several batches share one dictionary, as Arrow files want it: the first one if all are equal, else
+/// all values one after the other, with the keys moved up.
+///
+/// # Errors
+/// `Unsupported` if the keys have no room for that many values or dictionaries are nested or large.
+pub fn unify_dictionaries(columns: &mut [&mut ArrayLayout], source: &dyn BlobSource) -> Result<()> {
+    let refuse = |why: &str| Error::new(Kind::Unsupported, format!("dictionaries of several batches: {why}"));
+    let DataType::Dictionary(key, _) = columns.first().map_or(DataType::Null, |c| c.data_type.clone()) else {
+        return Ok(());
+    };
+    let mut bytes = 0u64;
+    let mut values = Vec::new();
+    for column in columns.iter() {
+        let Some(dictionary) = &column.dictionary else { return Err(refuse("one is missing")) };
+        bytes = dictionary.buffers.iter().fold(bytes, |sum, span| sum.saturating_add(span.len()));
+        if bytes > MAX_DICTIONARY || !dictionary.children.is_empty() {
+            return Err(refuse("they are large or nested"));
+        }
+        values.push(materialize(dictionary, source)?);
+    }
+    let first = columns.first().and_then(|c| c.dictionary.clone());
+    if values.windows(2).all(|pair| *pair[0] == *pair[1]) {
+        columns.iter_mut().for_each(|column| column.dictionary = first.clone());
+        return Ok(());
+    }
+    let width = super::table::fixed_width(&key).unwrap_or(1);
+    let sizes: Vec<u64> = values.iter().map(|v| v.len() as u64).collect();
+    let room = 1u64 << (8 * width.min(7) - u64::from(key.is_signed_integer()));
+    if sizes.iter().sum::<u64>() > room {
+        return Err(refuse("the keys are too narrow"));
+    }
+    let all: Vec<&dyn arrow_array::Array> = values.iter().map(|v| v.as_ref()).collect();
+    let whole = arrow::compute::concat(&all).map_err(|e| refuse("they do not fit together").with_source(e))?;
+    let whole = std::sync::Arc::new(literal(&whole.to_data())?);
+    let mut base = 0;
+    for (column, size) in columns.iter_mut().zip(sizes) {
+        if let Some(keys) = column.buffers.get_mut(1)
+            && base > 0
+        {
+            *keys = derive::map(keys.clone(), width, derive::Map::Add(base));
+        }
+        column.dictionary = Some(whole.clone());
+        base += size;
+    }
+    Ok(())
 }

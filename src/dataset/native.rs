@@ -102,7 +102,8 @@ fn frame_batch(meta: &Meta, schema: &Schema, source: &dyn BlobSource) -> Result<
     let count = meta.list_len("__values_")?;
     let index = meta.optional_member("index_")?;
     let fields = schema.fields();
-    if count + usize::from(index.is_some()) != fields.len() {
+    // An index that was a range is no column of the file.
+    if count != fields.len() && count + usize::from(index.is_some()) != fields.len() {
         return Err(meta.error(format!("has {count} columns and a schema of {}", fields.len())));
     }
     let mut columns = Vec::with_capacity(fields.len());
@@ -112,7 +113,7 @@ fn frame_batch(meta: &Meta, schema: &Schema, source: &dyn BlobSource) -> Result<
         let label = if next < count { Some(meta.json_text(&format!("__values_-key-{next}"))?) } else { None };
         let named = label.is_some_and(|label| match label {
             Value::String(text) => text == *field.name(),
-            other => other.to_string() == *field.name(),
+            other => other.as_i64().is_some_and(|label| field.name().parse() == Ok(label)),
         });
         let member = if named {
             next += 1;

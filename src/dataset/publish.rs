@@ -10,11 +10,14 @@ mod check;
 mod column;
 mod decode;
 mod frame;
+#[cfg(test)]
+mod hostile;
 mod inflate;
 mod ipc;
 mod join;
 mod native;
 mod npy;
+mod parquet_file;
 mod plan;
 mod recipe;
 mod store;
@@ -23,16 +26,18 @@ mod table;
 mod tests;
 
 use std::fs::File;
+use std::sync::Arc;
 
 pub use self::inflate::{Codec, Inflated};
 pub use self::npy::Transposed;
 use self::plan::{Draft, field};
 pub use self::plan::{Field, Outcome, Part, Plan, PlannedBlob, PlannedObject};
-pub use self::store::{Published, execute, publish};
+pub use self::store::{Published, execute, publish, realize};
 use super::attributes::{ATTRIBUTES_KEY, FileAttributes};
 use super::native::FILE;
 use super::recipe::{RECIPE, Written};
 use crate::error::{Error, Kind, Result};
+use crate::vineyard::Store;
 
 pub(super) use self::arrow_stream::schema as schema_message;
 pub(super) use self::column::width as type_width;
@@ -73,7 +78,7 @@ pub fn completeness(bytes: &[u8], view: Written) -> Completeness {
     match view {
         Written::Arrow | Written::Feather => {
             if bytes.starts_with(arrow_file::MAGIC) {
-                return done(bytes.len() > 12 && arrow_file::footer(bytes).is_ok());
+                return done(arrow_file::has_end(bytes));
             }
             match arrow_stream::head(bytes) {
                 arrow_stream::Head::Stream => done(arrow_stream::complete(bytes)),
@@ -132,6 +137,17 @@ pub struct Limits {
     pub inflated: u64,
 }
 
+impl Limits {
+    /// The limits of a store: what is free now.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn of(store: &dyn Store) -> Result<Self> {
+        let status = store.status()?;
+        Ok(Limits { inflated: status.memory_limit.saturating_sub(status.memory_usage) })
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Limits { inflated: 1 << 40 }
@@ -184,6 +200,7 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
     let bytes = staged.bytes;
     let size = bytes.len() as u64;
     let mut draft = Draft::default();
+    let mut decoding = None;
     let (outcome, typename, mut root, exact) = match view {
         Written::Arrow | Written::Feather => {
             let read = if bytes.starts_with(arrow_file::MAGIC) { arrow_file::read } else { arrow_stream::read };
@@ -211,13 +228,27 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
             draft.object("vineyard::PickleBuffer", root);
             return Ok(draft.finish(Outcome::Pickle));
         }
-        Written::Parquet => return Err(Error::malformed("Parquet")),
+        Written::Parquet => {
+            let decode = parquet_file::Decode::open(staged.file, size, limits.inflated)?;
+            let frame = match decode.collect()? {
+                Some(batches) => frame::frame(&mut draft, &batches, bytes)?,
+                None => None,
+            };
+            match frame {
+                Some(root) => (Outcome::Frame, "vineyard::DataFrame".into(), root, false),
+                None => {
+                    decoding = Some(Arc::new(decode));
+                    (Outcome::Table, "vineyard::Table".into(), Vec::new(), false)
+                }
+            }
+        }
         Written::Plain => return Ok(plain(staged, attrs)),
     };
     recipe::add(&mut draft, &mut root, view, size, exact);
     root.push(field(ATTRIBUTES_KEY, attrs.to_text()));
     draft.object(typename, root);
     let mut plan = draft.finish(outcome);
+    plan.decode = decoding;
     if !exact {
         plan.fallback = Some(Box::new(plain(staged, attrs)));
     }

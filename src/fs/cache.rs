@@ -238,10 +238,10 @@ impl ImageCache {
         let mut state = self.state();
         let views: Vec<View> = state.slots.keys().filter(|(id, _)| *id == from).map(|(_, view)| *view).collect();
         for view in views {
-            if matches!(state.slots.get(&(from, view)), Some(Slot::Ready { .. })) {
-                if let Some(slot) = state.slots.remove(&(from, view)) {
-                    state.slots.insert((to, view), slot);
-                }
+            if matches!(state.slots.get(&(from, view)), Some(Slot::Ready { .. }))
+                && let Some(slot) = state.slots.remove(&(from, view))
+            {
+                state.slots.insert((to, view), slot);
             }
         }
     }

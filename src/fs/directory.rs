@@ -90,10 +90,10 @@ impl FileSystem {
             entries.push((component, Item::Directory { name }));
         }
         for staged in staged {
-            if let Some(component) = staged.listed_component() {
-                if taken.insert(component.clone()) {
-                    entries.push((component, Item::Staged(staged)));
-                }
+            if let Some(component) = staged.listed_component()
+                && taken.insert(component.clone())
+            {
+                entries.push((component, Item::Staged(staged)));
             }
         }
         // Plain files first: a view gives way to the plain file of the same path.

@@ -25,6 +25,17 @@ pub struct HostFile {
     pub backing: Option<u32>,
 }
 
+/// A memory file that a former server of the same mount left behind, with its note on it.
+#[derive(Debug)]
+pub struct TaggedFile {
+    /// The note.
+    pub tag: String,
+    /// What the file is for.
+    pub area: Area,
+    /// The file.
+    pub file: HostFile,
+}
+
 /// Whether files can be served without this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serving {
@@ -45,6 +56,18 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// `Full` if the area has no room.
     fn create_file(&self, area: Area, size: u64) -> Result<HostFile>;
+
+    /// Notes what a memory file is (at most 256 bytes), for the server after this one; files without a note are
+    /// dropped when that one starts. A host that has no next server does nothing.
+    fn tag_file(&self, _key: u64, _tag: &str) {}
+
+    /// The files with notes that a former server left behind: to be taken over or released.
+    ///
+    /// # Errors
+    /// If the host does not answer.
+    fn tagged_files(&self) -> Result<Vec<TaggedFile>> {
+        Ok(Vec::new())
+    }
 
     /// Drops a memory file. Memory is freed when the last mapping of it is gone.
     fn release_file(&self, key: u64);

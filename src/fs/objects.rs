@@ -277,11 +277,11 @@ impl Objects {
     /// Remembers the size of a view that had to be encoded to be known.
     pub fn learn_size(&self, id: ObjectId, view: View, size: u64) {
         let mut known = self.known();
-        if let Some(summary) = known.summaries.get_mut(&id) {
-            if summary.view(view) == Some(None) {
-                let summary = Arc::make_mut(summary);
-                summary.sizes.iter_mut().filter(|(v, _)| *v == view).for_each(|(_, s)| *s = Some(size));
-            }
+        if let Some(summary) = known.summaries.get_mut(&id)
+            && summary.view(view) == Some(None)
+        {
+            let summary = Arc::make_mut(summary);
+            summary.sizes.iter_mut().filter(|(v, _)| *v == view).for_each(|(_, s)| *s = Some(size));
         }
     }
 }

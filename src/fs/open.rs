@@ -69,10 +69,11 @@ impl FileSystem {
 
     fn choose_mode(&self, view: &ViewNode, bytes_read: u64) -> Result<Mode> {
         // What was assembled, or written through this mount, needs no look at the object.
-        if self.host.serving() == Serving::Passthrough && self.options.serve != ServePolicy::Lazy {
-            if let Some(assembled) = self.cache.get(view.object, view.view) {
-                return Ok(Mode::Assembled(assembled));
-            }
+        if self.host.serving() == Serving::Passthrough
+            && self.options.serve != ServePolicy::Lazy
+            && let Some(assembled) = self.cache.get(view.object, view.view)
+        {
+            return Ok(Mode::Assembled(assembled));
         }
         let loaded = self.objects.load(&*self.store, view.object)?;
         let image = loaded.image(view.view, &*self.store).inspect_err(|error| {

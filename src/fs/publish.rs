@@ -122,20 +122,11 @@ impl FileSystem {
         input: &StagedBytes<'_>,
         settled: &dyn Fn() -> Result<bool>,
     ) -> Result<Option<(String, ObjectId)>> {
-        let room = self.store.status()?;
-        let limits = Limits { inflated: room.memory_limit.saturating_sub(room.memory_usage) };
-        let plan = publish::plan(input, format, attributes, limits)?;
-        for warning in &plan.warnings {
+        let plan = publish::plan(input, format, attributes, Limits::of(&*self.store)?)?;
+        let published = publish::realize(&*self.store, &plan, input)?;
+        for warning in &published.warnings {
             self.warn(format!("{:?}: {warning}", target.path()));
         }
-        let published = match (publish::execute(&*self.store, &plan, input), &plan.fallback) {
-            // Only decoding shows that compressed data is broken.
-            (Err(error), Some(plain)) if error.kind() == Kind::Malformed => {
-                self.warn(format!("{:?}: stored as it is: {error}", target.path()));
-                publish::execute(&*self.store, plain, input)?
-            }
-            (result, _) => result?,
-        };
         let native = published.outcome != publish::Outcome::File;
         let name = if native { target.dataset().to_owned() } else { target.plain.clone() };
         let named = match settled() {
@@ -165,11 +156,11 @@ impl FileSystem {
         self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
         // From here on the new value is in place; what is left to do must not make the save fail.
         for (former, id) in old {
-            if former != name {
-                if let Err(error) = self.store.drop_name(&former) {
-                    self.warn(format!("the name {former:?} could not be removed: {error}"));
-                    continue;
-                }
+            if former != name
+                && let Err(error) = self.store.drop_name(&former)
+            {
+                self.warn(format!("the name {former:?} could not be removed: {error}"));
+                continue;
             }
             if id != object {
                 self.delete_unnamed(id);

@@ -206,42 +206,55 @@ impl FileSystem {
     }
 
     fn rename_staged(&self, staged: &Arc<Staged>, to: Target, there: Option<Found>) -> Result<()> {
-        let (format, replaces) = {
+        let (from, replaces, former, clean) = {
             let state = staged.state();
-            (state.target.view.as_ref().map(|(_, view)| *view), state.replaces.clone())
+            (state.target.clone(), state.replaces.clone(), state.published.clone(), state.clean)
         };
-        let new_format = to.view.as_ref().map(|(_, view)| *view);
-        let old_directory = staged.state().target.directory.clone();
-        self.keep_directory(&old_directory);
-        if let Some(Found::Staged(other)) = &there {
-            if !Arc::ptr_eq(other, staged) {
-                // What it published is replaced with the name; what it did not publish ends here.
-                let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
-                self.staging.detach(other);
-                other.state().detached = true;
+        let same_format = from.view.as_ref().map(|(_, view)| *view) == to.view.as_ref().map(|(_, view)| *view);
+        let other = match there {
+            Some(Found::Staged(other)) if !Arc::ptr_eq(&other, staged) => Some(other),
+            _ => None,
+        };
+        self.keep_directory(&from.directory);
+        let moved = if same_format || former.is_none() {
+            self.move_staged(staged, to).and_then(|()| {
+                // A file that was closed before it was moved is published here, and its errors are this call's.
+                let idle = staged.state().writers.is_empty();
+                if idle { self.publish_settled(staged) } else { Ok(()) }
+            })
+        } else {
+            // Another extension: the bytes are looked at anew and published under the new name.
+            self.staging.move_to(staged, to);
+            {
+                let mut state = staged.state();
+                state.published = None;
+                state.clean = None;
             }
+            self.publish_settled(staged)
+        };
+        if let Err(error) = moved {
+            // Nothing moved: both files are where they were, and as they were.
+            self.staging.move_to(staged, from);
+            if !same_format {
+                let mut state = staged.state();
+                (state.published, state.clean, state.failed) = (former, clean, None);
+            }
+            if let Some(other) = other {
+                let target = other.state().target.clone();
+                self.staging.move_to(&other, target);
+            }
+            return Err(error);
+        }
+        if let Some(other) = other {
+            // What it published was replaced with the name; what it did not publish ends here.
+            other.state().detached = true;
         }
         if let Some(view) = replaces {
             // The version under the old path goes with the path.
             self.remove_dataset(&view)?;
             staged.state().replaces = None;
         }
-        if format == new_format || staged.published().is_none() {
-            self.move_staged(staged, to)?;
-            // A file that was closed before it was moved is published here, and its errors are this call's.
-            let idle = staged.state().writers.is_empty();
-            return if idle { self.publish_settled(staged) } else { Ok(()) };
-        }
-        // Another extension: the bytes are looked at anew and published under the new name, then the old one goes.
-        let former = staged.published();
-        self.staging.move_to(staged, to);
-        {
-            let mut state = staged.state();
-            state.published = None;
-            state.clean = None;
-        }
-        self.publish_settled(staged)?;
-        if let Some((name, object)) = former {
+        if let Some((name, object)) = former.filter(|_| !same_format) {
             let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
             if self.object_of(&name)? == Some(object) {
                 self.store.drop_name(&name)?;
@@ -342,10 +355,12 @@ impl FileSystem {
         let node = self.inodes.get(ino).map(|inode| inode.node.clone());
         self.inodes.forget(ino, count);
         // A published file that the kernel forgot is found through the store from now on.
-        if let Some(Node::Staged(staged)) = node {
-            if self.inodes.get(ino).is_none() && staged.published().is_some() && !staged.is_dirty().unwrap_or(true) {
-                self.staging.detach(&staged);
-            }
+        if let Some(Node::Staged(staged)) = node
+            && self.inodes.get(ino).is_none()
+            && staged.published().is_some()
+            && !staged.is_dirty().unwrap_or(true)
+        {
+            self.staging.detach(&staged);
         }
     }
 

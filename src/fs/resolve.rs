@@ -101,10 +101,10 @@ impl FileSystem {
         if self.staging.has_directory(&target.plain) {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
-        if let Some((hash, rest)) = name::split_hash(&target.component) {
-            if let Some(found) = self.resolve_hashed(target, hash, rest)? {
-                return Ok(Some(found));
-            }
+        if let Some((hash, rest)) = name::split_hash(&target.component)
+            && let Some(found) = self.resolve_hashed(target, hash, rest)?
+        {
+            return Ok(Some(found));
         }
         let mut answers = self.store.names(&target.queries())?.into_iter();
         let plain = answers.next().unwrap_or_default();
@@ -113,13 +113,13 @@ impl FileSystem {
         if !below.is_empty() {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
-        if let Some((name, object)) = plain.into_iter().next() {
-            if let Some(summary) = self.objects.summary(&*self.store, object)? {
-                // A name that carries the extension of one of its views is that view; any other is the listed one.
-                let named = target.view.as_ref().map(|(_, view)| *view).filter(|view| summary.view(*view).is_some());
-                let view = if summary.view(View::Raw).is_some() { View::Raw } else { named.unwrap_or(summary.listed) };
-                return Ok(Some(Found::View(target.view_node(name, object, view, summary))));
-            }
+        if let Some((name, object)) = plain.into_iter().next()
+            && let Some(summary) = self.objects.summary(&*self.store, object)?
+        {
+            // A name that carries the extension of one of its views is that view; any other is the listed one.
+            let named = target.view.as_ref().map(|(_, view)| *view).filter(|view| summary.view(*view).is_some());
+            let view = if summary.view(View::Raw).is_some() { View::Raw } else { named.unwrap_or(summary.listed) };
+            return Ok(Some(Found::View(target.view_node(name, object, view, summary))));
         }
         let Some((_, view)) = target.view else { return Ok(None) };
         let Some((name, object)) = dataset.into_iter().next() else { return Ok(None) };

@@ -375,6 +375,22 @@ fn rename_moves_names_and_publishes_by_the_new_extension() {
 }
 
 #[test]
+fn a_rename_that_cannot_publish_moves_nothing() {
+    let bed = bed();
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    bed.save("new.tmp", &table_file(&[2])).unwrap();
+    bed.store.fail_next(Op::CreateBlobs, 1, Kind::Full);
+    let (from, to) = (OsStr::new("new.tmp"), OsStr::new("t.arrow"));
+    assert_eq!(bed.fs.rename(ROOT, from, ROOT, to, 0, ME).unwrap_err().kind(), Kind::Full);
+    assert_eq!(bed.list(""), ["new.tmp", "t.arrow"]);
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [1]);
+    assert_eq!(bed.load("new.tmp").unwrap(), table_file(&[2]));
+    bed.fs.rename(ROOT, from, ROOT, to, 0, ME).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+    assert_eq!(bed.list(""), ["t.arrow"]);
+}
+
+#[test]
 fn directories_come_and_go() {
     let bed = bed();
     let mkdir = |path: &str| {

@@ -334,10 +334,8 @@ impl FileSystem {
         };
         let mut state = staged.state();
         state.opens = state.opens.saturating_sub(1);
-        if writer {
-            if let Some(at) = state.writers.iter().position(|p| *p == pid) {
-                state.writers.swap_remove(at);
-            }
+        if writer && let Some(at) = state.writers.iter().position(|p| *p == pid) {
+            state.writers.swap_remove(at);
         }
         let last_writer = writer && state.writers.is_empty();
         let detached = state.detached;
@@ -385,10 +383,11 @@ impl FileSystem {
             // A mapping may outlive every handle: what is served from now on is made from the store.
             Some(_) => self.staging.detach(staged),
             // Truncated and closed with nothing written: the old version stays.
-            None if nothing_written && staged.state().replaces.is_some() => {
-                if staged.stamp().is_ok_and(|stamp| stamp.size == 0) {
-                    self.staging.detach(staged);
-                }
+            None if nothing_written
+                && staged.state().replaces.is_some()
+                && staged.stamp().is_ok_and(|stamp| stamp.size == 0) =>
+            {
+                self.staging.detach(staged);
             }
             None => {}
         }

@@ -101,7 +101,7 @@ impl Adapter {
                 work(&shared)
             };
             let took = start.elapsed();
-            shared.stats.record(op, took, result.is_err());
+            shared.stats.record(op, took, result.as_ref().is_err_and(is_failure));
             match result {
                 Ok(answer) => {
                     tracing::trace!(id, op = op.name(), ?took, "done");
@@ -127,6 +127,12 @@ impl Shared {
             _ => tracing::trace!(id, op = op.name(), what, error = %error, "refused"),
         }
     }
+}
+
+/// Whether an error is one that `status` counts: a name or attribute that does not exist, or a name that leads
+/// elsewhere by now, is a usual answer.
+fn is_failure(error: &Error) -> bool {
+    !matches!(error.errno(), libc::ENOENT | libc::ENODATA | libc::ESTALE)
 }
 
 fn caller(request: &Request) -> Caller {
@@ -473,7 +479,7 @@ impl Filesystem for Adapter {
             let mut add =
                 |entry: DirEntry| reply.add(INodeNo(entry.ino), entry.next, file_type(entry.kind), &entry.name);
             let result = shared.fs.readdir(ino.0, fh.0, offset, false, &mut add);
-            shared.stats.record(Op::Readdir, start.elapsed(), result.is_err());
+            shared.stats.record(Op::Readdir, start.elapsed(), result.as_ref().is_err_and(is_failure));
             match result {
                 Ok(()) => reply.ok(),
                 Err(error) => {
@@ -489,7 +495,7 @@ impl Filesystem for Adapter {
         self.shared.workers.run(move |_late| {
             let mut listing = Listing::new(reply, id);
             let result = shared.fs.readdir(ino.0, fh.0, offset, true, &mut |entry| listing.add(&entry));
-            shared.stats.record(Op::Readdir, start.elapsed(), result.is_err());
+            shared.stats.record(Op::Readdir, start.elapsed(), result.as_ref().is_err_and(is_failure));
             match result {
                 Ok(()) => listing.send(|parts: &[IoSlice<'_>]| nix::sys::uio::writev(&shared.device, parts).map(drop)),
                 Err(error) => {

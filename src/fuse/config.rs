@@ -73,8 +73,6 @@ pub struct Launch {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<std::ffi::OsString>,
-    /// Environment variables that it gets beside those of the command.
-    pub env: Vec<(std::ffi::OsString, std::ffi::OsString)>,
     /// File that its output goes to.
     pub log: PathBuf,
 }

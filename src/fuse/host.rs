@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use super::protocol::{self, Hello, KeptFile, Reply, Request};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fs::host::TaggedFile;
 use crate::fs::{Area, Host, HostFile, Serving};
 
 /// Something that the kernel must forget.
@@ -166,6 +167,18 @@ impl Host for KeeperHost {
         self.link
             .host_file(&Request::CreateFile { area, size })
             .context(|| format!("no memory file of {size} bytes for {area:?}"))
+    }
+
+    fn tag_file(&self, key: u64, tag: &str) {
+        if let Err(error) = self.link.tell(&Request::TagFile { key, tag: tag.to_owned() }) {
+            tracing::warn!("memory file {key} gets no note: {error}");
+        }
+    }
+
+    fn tagged_files(&self) -> Result<Vec<TaggedFile>> {
+        let files = self.link.files()?.into_iter();
+        let tagged = files.filter_map(|file| Some((file.tag.clone()?, file)));
+        tagged.map(|(tag, kept)| Ok(TaggedFile { tag, area: kept.area, file: self.link.file(kept.key)? })).collect()
     }
 
     fn release_file(&self, key: u64) {

@@ -33,8 +33,9 @@ const BACK_OFF: [Duration; 5] = [
     Duration::from_secs(2),
     Duration::from_secs(5),
 ];
-/// A server that lived this long starts the pauses from the beginning.
-const HEALTHY: Duration = Duration::from_secs(60);
+/// A server that served this long starts the pauses from the beginning: it did not die of a request that comes again
+/// to each server.
+const HEALTHY: Duration = Duration::from_millis(500);
 /// How long a server may take to end after the mount has gone.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -397,6 +398,7 @@ impl Keeper {
                 let fuse = self.no_passthrough.is_none().then(|| self.mounted.fuse.as_fd());
                 self.files.create(area, size, fuse).map(|(kept, fd)| (Reply::File(kept), Some(fd)))
             }
+            Request::TagFile { key, tag } => self.files.tag(key, tag).map(|()| (Reply::Done, None)),
             Request::ReleaseFile { key } => {
                 self.files.release(key, self.mounted.fuse.as_fd());
                 Ok((Reply::Done, None))

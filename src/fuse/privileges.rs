@@ -61,6 +61,12 @@ pub fn drop_all() -> Result<()> {
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1).context(|| "cannot refuse new privileges".into())
 }
 
+/// Gives this process, which was started through `/proc/self/exe`, its name back.
+pub fn take_name() {
+    // SAFETY: the name is a terminated string of at most 16 bytes, which the call copies.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"vineyard-fs".as_ptr()) };
+}
+
 /// Ends this process with its parent, which must be `parent`. A change of user resets this, so it comes last.
 ///
 /// # Errors

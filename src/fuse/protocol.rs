@@ -16,7 +16,9 @@ use crate::fs::Area;
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most files in one answer to [`Request::Files`].
-pub const FILES_PER_MESSAGE: usize = 500;
+pub const FILES_PER_MESSAGE: usize = 100;
+/// Longest tag of a file in bytes.
+pub const MAX_TAG: usize = 256;
 
 /// What a server asks its keeper.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,6 +49,13 @@ pub enum Request {
         area: Area,
         /// Its size in bytes; 0 if it will grow.
         size: u64,
+    },
+    /// Notes what a kept file is, for the next server. Files without a note are dropped when that one starts.
+    TagFile {
+        /// Its key.
+        key: u64,
+        /// What it is; at most [`MAX_TAG`] bytes.
+        tag: String,
     },
     /// Drops a kept file and its registration with the kernel. Not an error if it is unknown.
     ReleaseFile {
@@ -111,6 +120,8 @@ pub struct KeptFile {
     pub size: u64,
     /// Id under which the kernel knows it.
     pub backing: Option<u32>,
+    /// What a server said it is.
+    pub tag: Option<String>,
 }
 
 /// What a server needs to know at its start, whether it is the first one or not.
@@ -213,7 +224,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"inside").unwrap();
         file.rewind().unwrap();
-        let kept = KeptFile { key: 7, area: Area::Image, size: 6, backing: Some(3) };
+        let kept = KeptFile { key: 7, area: Area::Image, size: 6, backing: Some(3), tag: None };
         send(a.as_fd(), &Reply::File(kept.clone()), Some(file.as_fd()), true).unwrap();
         send(a.as_fd(), &Reply::Done, None, true).unwrap();
         let (message, fd) = receive::<Reply>(b.as_fd()).unwrap().unwrap();

@@ -47,6 +47,7 @@ pub struct Inherited {
 
 /// Runs a server until the mount is gone.
 pub fn main(inherited: Inherited) -> ExitCode {
+    privileges::take_name();
     let control = match take(inherited.control) {
         Ok(control) => control,
         Err(error) => {
@@ -87,6 +88,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let listener = UnixListener::from(take(inherited.status)?);
     prepare_process(&hello)?;
 
+    release_unknown_files(link)?;
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
     let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
     let loops = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
@@ -111,6 +113,15 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     }
     drop(fuse);
     session.run().context(|| "the connection to the kernel".into())
+}
+
+/// Gives back the memory files of a former server that it left no note on: nobody can know what they are. Open
+/// descriptors and mappings of them go on.
+fn release_unknown_files(link: &KeeperLink) -> Result<()> {
+    for file in link.files()?.iter().filter(|file| file.tag.is_none()) {
+        link.tell(&Request::ReleaseFile { key: file.key })?;
+    }
+    Ok(())
 }
 
 fn set_keeper_deadline(control: RawFd) -> Result<()> {

@@ -29,7 +29,7 @@ fn write(dir: &Path, number: usize, schema: &Arc<Schema>, batches: &[RecordBatch
     let mut writer = StreamWriter::try_new(std::fs::File::create(&path).unwrap(), schema).unwrap();
     batches.iter().for_each(|batch| writer.write(batch).unwrap());
     writer.finish().unwrap();
-    show(&path, schema, batches, number % 2 == 0);
+    show(&path, schema, batches, number.is_multiple_of(2));
 }
 
 /// Writes the views of a table beside it.
@@ -99,4 +99,43 @@ fn other_readers_see_equal_tables() {
     let text = run(&python, "check", dir.path());
     assert!(text.contains(&format!("checked {number} arrow")), "{text}");
     println!("{text}");
+}
+
+/// `IMAGE_DIR=/a/tmpfs cargo test --release measure_images -- --ignored --nocapture`; leaves the files there.
+#[test]
+#[ignore = "a measurement"]
+fn measure_images() {
+    use std::time::Instant;
+    let memory = Memory::default();
+    let numbers: Vec<Field> = (0..10).map(|i| Field::new(format!("c{i}"), DataType::Float64, true)).collect();
+    let words = vec![Field::new("s", DataType::LargeUtf8, false), Field::new("n", DataType::LargeUtf8, true)];
+    for (name, fields, rows) in [("numbers", numbers, 6_000_000), ("words", words, 4_000_000)] {
+        let schema = Arc::new(Schema::new(fields));
+        let some = batches(&schema, &[rows], 9);
+        let mut table = table(schema, &some, &memory, true);
+        if name == "numbers" {
+            // All valid, as most columns are.
+            for column in &mut table.batches[0].columns {
+                column.null_count = Some(0);
+            }
+        }
+        drop(some);
+        let start = Instant::now();
+        for _ in 0..1000 {
+            std::hint::black_box(arrow::image(&table, Counts::Skip).unwrap().size());
+        }
+        println!("{name}: Arrow layout {:?}", start.elapsed() / 1000);
+        let start = Instant::now();
+        println!("{name}: Parquet size {:?} in {:?}", parquet::size(&table).unwrap(), start.elapsed());
+        let start = Instant::now();
+        let image = parquet::image(&table, Counts::From(&memory)).unwrap();
+        let literal: u64 = image.extents().iter().filter(|e| e.span.blobs(0..1).is_empty()).map(|e| e.span.len()).sum();
+        println!("{name}: Parquet image of {} bytes, {literal} literal, in {:?}", image.size(), start.elapsed());
+        if let Ok(dir) = std::env::var("IMAGE_DIR") {
+            for (image, extension) in [(&image, "parquet"), (&arrow::image(&table, Counts::Skip).unwrap(), "arrow")] {
+                let file = std::fs::File::create_new(format!("{dir}/{name}.{extension}")).unwrap();
+                super::assemble(image, &memory, &file, 2).unwrap();
+            }
+        }
+    }
 }

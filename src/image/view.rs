@@ -148,3 +148,77 @@ pub fn size(dataset: &Dataset, view: View) -> Result<Option<u64>> {
         _ => Ok(Some(build(dataset, view, Counts::Skip)?.size())),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_schema::{DataType, Field, Schema};
+
+    use super::super::testing::{Memory, batches, bytes, table};
+    use super::*;
+    use crate::dataset::Tensor;
+
+    fn tensor(descr: &str, table: Option<Table>) -> Dataset {
+        let data = Span::literal([1; 24].as_slice());
+        Dataset::Tensor(Tensor { descr: descr.into(), item_size: 8, shape: vec![3], fortran: false, data, table })
+    }
+
+    fn example(data_type: DataType) -> Table {
+        let schema = Arc::new(Schema::new(vec![Field::new("c", data_type, false)]));
+        let batches = batches(&schema, &[3], 1);
+        table(schema, &batches, &Memory::default(), true)
+    }
+
+    #[test]
+    fn extensions_lead_to_views_and_back() {
+        for view in View::ALL {
+            match view.extension() {
+                Some(extension) => assert_eq!(View::from_extension(extension), Some(view)),
+                None => assert_eq!(view, View::Raw),
+            }
+        }
+        assert_eq!(View::from_extension("pickle"), Some(View::Pickle));
+        for other in ["", "ARROW", "csv", "arrow.tmp"] {
+            assert_eq!(View::from_extension(other), None);
+        }
+    }
+
+    #[test]
+    fn the_listed_view_is_one_that_the_dataset_has() {
+        let bytes = Span::literal([1, 2, 3].as_slice());
+        let numbers = example(DataType::Float64);
+        let intervals = example(DataType::Interval(arrow_schema::IntervalUnit::DayTime));
+        for (dataset, views) in [
+            (Dataset::Table(numbers.clone()), &[View::Arrow, View::Feather, View::Parquet][..]),
+            (Dataset::Table(intervals), &[View::Arrow, View::Feather]),
+            (tensor("<f8", Some(numbers.clone())), &[View::Npy, View::Arrow, View::Feather, View::Parquet]),
+            (tensor("<f8", None), &[View::Npy]),
+            (tensor("str", Some(numbers)), &[View::Arrow, View::Feather, View::Parquet]),
+            (Dataset::Pickle(bytes.clone()), &[View::Pickle]),
+            (Dataset::Json(serde_json::json!([1])), &[View::Json]),
+            (Dataset::Blob(bytes.clone()), &[View::Raw]),
+            (Dataset::File(bytes), &[View::Raw]),
+        ] {
+            assert_eq!(views_of(&dataset), views);
+            assert_eq!(listed_view(&dataset), views[0]);
+            for view in View::ALL {
+                let built = build(&dataset, view, Counts::Skip);
+                if views.contains(&view) {
+                    assert_eq!(size(&dataset, view).unwrap(), Some(built.unwrap().size()), "{view:?}");
+                } else {
+                    assert!(built.is_err(), "{view:?}");
+                    assert!(size(&dataset, view).is_err(), "{view:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn json_is_a_line_of_text() {
+        let dataset = Dataset::Json(serde_json::json!({"b": [1, 2.5, null], "a": "é"}));
+        let image = build(&dataset, View::Json, Counts::Skip).unwrap();
+        assert_eq!(bytes(&image, &Memory::default()), "{\"b\":[1,2.5,null],\"a\":\"é\"}\n".as_bytes());
+    }
+}

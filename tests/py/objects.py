@@ -181,6 +181,9 @@ def values():
     wide_kinds = kinds.set_column(4, "map", pa.array([[{"key": "k", "value": 1}], None, []], pa.large_list(
         pa.field("entries", pa.struct([pa.field("key", pa.string(), False), pa.field("value", pa.int64())]), False))))
     add("table_pickled_kinds", kinds, wide_kinds)
+    words = lambda *w: pa.table({"d": pa.array(w).dictionary_encode(), "i": list(range(len(w)))})
+    add("table_dictionaries", pa.concat_tables([words("a", "b", None), words("b", "c")]),
+        pa.concat_tables([words("a", "b", None), words("b", "c")]).unify_dictionaries())
     add("table_no_rows", table.slice(0, 0), widen(table.slice(0, 0)))
     pandas_table = pa.Table.from_pandas(pd.DataFrame({"a": [1, 2], "s": ["x", None]}, index=[4, 7]))
     add("table_from_pandas", pandas_table, pandas_table, pandas_table.to_pandas())

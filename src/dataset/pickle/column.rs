@@ -91,7 +91,7 @@ pub fn column(loaded: &Loaded, at: Ref, depth: usize, source: &dyn BlobSource) -
     }
     let Some(call) = loaded.called(at) else { return unknown("a pickled value that is no array") };
     if call.module.starts_with("pyarrow") {
-        return pyarrow::column(loaded, at, source);
+        return pyarrow::column(loaded, at);
     }
     if !call.module.starts_with("pandas") {
         return unknown(format!("a pickled {:.60}.{:.60}", call.module, call.name));
@@ -107,7 +107,7 @@ pub fn column(loaded: &Loaded, at: Ref, depth: usize, source: &dyn BlobSource) -
         "ArrowStringArray" | "ArrowExtensionArray" | "ArrowStringArrayNumpySemantics" => {
             let array = call.state.and_then(|s| loaded.entry(s, "_pa_array").or(loaded.entry(s, "_data")));
             let Some(array) = array else { return unknown("an Arrow array without values") };
-            let column = pyarrow::column(loaded, array, source)?;
+            let column = pyarrow::column(loaded, array)?;
             Ok(match call.name {
                 "ArrowExtensionArray" => column,
                 // The second argument of the dtype is the missing value: NaN means pandas 3's `str`.

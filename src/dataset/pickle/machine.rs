@@ -383,7 +383,7 @@ impl Machine<'_> {
 
     fn set_items(&mut self, items: Vec<Ref>) -> Result<(), Stop> {
         match self.top()? {
-            Value::Dict(pairs) if items.len() % 2 == 0 => {
+            Value::Dict(pairs) if items.len().is_multiple_of(2) => {
                 pairs.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
                 Ok(())
             }

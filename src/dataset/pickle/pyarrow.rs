@@ -11,40 +11,23 @@ use crate::dataset::Span;
 use crate::dataset::column::Column;
 use crate::dataset::table::ArrayLayout;
 use crate::error::Error;
-use crate::vineyard::BlobSource;
 
 /// An array, or a chunked array of one chunk.
-pub fn column(loaded: &Loaded, at: Ref, source: &dyn BlobSource) -> Result<Column, Stop> {
+pub fn column(loaded: &Loaded, at: Ref) -> Result<Column, Stop> {
     let Some(call) = loaded.called(at) else { return unknown("a pickled value that is no array") };
     match (call.name, call.args) {
         ("chunked_array", [chunks, data_type]) => match loaded.items(*chunks) {
-            Some(&[chunk]) => column(loaded, chunk, source),
+            Some(&[chunk]) => column(loaded, chunk),
             Some([]) => {
                 let data_type = type_of(loaded, *data_type, 0)?;
                 let empty = arrow_data::ArrayData::new_empty(&data_type);
-                Ok(Column::new(literal(&empty)?))
+                Ok(Column::new(crate::dataset::materialize::literal(&empty)?))
             }
             _ => unknown("a pickled chunked array of several chunks"),
         },
         ("_restore_array", [data]) => Ok(Column::new(restore(loaded, *data, 0)?)),
         (name, _) => unknown(format!("a pickled pyarrow {name:.60}")),
     }
-}
-
-/// An array without elements.
-fn literal(data: &arrow_data::ArrayData) -> Result<ArrayLayout, Stop> {
-    let mut layout = ArrayLayout::flat(data.data_type().clone(), 0, Some(0), Vec::new());
-    match data.data_type() {
-        DataType::Null | DataType::Union(..) | DataType::RunEndEncoded(..) => {}
-        _ => layout.buffers.push(Span::EMPTY),
-    }
-    layout.buffers.extend(data.buffers().iter().map(|buffer| Span::literal(buffer.as_slice())));
-    let children = data.child_data().iter().map(literal).collect::<Result<Vec<_>, Stop>>()?;
-    match data.data_type() {
-        DataType::Dictionary(..) => layout.dictionary = children.into_iter().next().map(Arc::new),
-        _ => layout.children = children,
-    }
-    Ok(layout)
 }
 
 /// `(type, length, null count, offset, buffers, children, dictionary)`.

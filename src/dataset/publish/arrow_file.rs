@@ -36,11 +36,13 @@ pub(super) fn read(staged: &[u8], budget: u64) -> Result<Batches> {
     Ok(Batches { schema: layout.schema.clone(), batches, exact: !compressed })
 }
 
-/// The footer, and where it starts.
-///
-/// # Errors
-/// `Malformed` if the file does not end as one does.
-pub(super) fn footer(staged: &[u8]) -> Result<(Footer<'_>, u64)> {
+/// True if the file ends as one does, whatever its footer says.
+pub(super) fn has_end(staged: &[u8]) -> bool {
+    footer_bytes(staged).is_ok()
+}
+
+/// The footer's flatbuffer, and where it starts.
+fn footer_bytes(staged: &[u8]) -> Result<(&[u8], usize)> {
     let broken = || Error::malformed("no Arrow footer at the end");
     // At the start: the magic and two bytes of padding; at the end: the footer, its length and the magic.
     let rest =
@@ -48,8 +50,17 @@ pub(super) fn footer(staged: &[u8]) -> Result<(Footer<'_>, u64)> {
     let (rest, length) = rest.split_last_chunk::<4>().ok_or_else(broken)?;
     let length = usize::try_from(i32::from_le_bytes(*length)).map_err(|_| broken())?;
     let start = rest.len().checked_sub(length).filter(|&start| start >= 8).ok_or_else(broken)?;
-    let options = flatbuffers::VerifierOptions { max_tables: tables(length), ..Default::default() };
-    let footer = arrow_ipc::root_as_footer_with_opts(&options, &rest[start..]).map_err(ipc::arrow)?;
+    Ok((&rest[start..], start))
+}
+
+/// The footer, and where it starts.
+///
+/// # Errors
+/// `Malformed` if the file does not end as one does.
+fn footer(staged: &[u8]) -> Result<(Footer<'_>, u64)> {
+    let (bytes, start) = footer_bytes(staged)?;
+    let options = flatbuffers::VerifierOptions { max_tables: tables(bytes.len()), ..Default::default() };
+    let footer = arrow_ipc::root_as_footer_with_opts(&options, bytes).map_err(ipc::arrow)?;
     Ok((footer, start as u64))
 }
 

@@ -20,8 +20,13 @@ use crate::error::Result;
 struct Pandas {
     /// Column labels as JSON text, by place in the schema; `None` for the index.
     labels: Vec<Option<Value>>,
-    /// Place and name of the index column; `None` for row numbers from 0.
-    index: Option<(usize, Value)>,
+    /// Place of the index column.
+    index: Option<usize>,
+    /// Name of the index, whether it is a column or a range.
+    index_name: Value,
+    /// First value and step of an index that is a range; `None` for row numbers from 0 without a name, which vineyard
+    /// says by having no index.
+    range: Option<(i64, i64)>,
     /// pandas' type of each column of the schema.
     types: Vec<(String, String)>,
 }
@@ -44,23 +49,22 @@ fn pandas(schema: &Schema, rows: u64) -> Option<Pandas> {
     };
     let columns = value.get("columns")?.as_array()?;
     let [index] = value.get("index_columns")?.as_array()?.as_slice() else { return None };
+    let mut range = None;
+    let mut range_name = Value::Null;
     let index_name = match index {
         Value::String(name) => Some(name.as_str()),
-        range => {
-            // Only the default index: vineyard would keep any other as a list of numbers.
-            let number = |key: &str| range.get(key).and_then(Value::as_i64);
-            let default = range.get("kind").and_then(Value::as_str) == Some("range")
-                && range.get("name").is_none_or(Value::is_null)
-                && number("start") == Some(0)
-                && number("step") == Some(1)
-                && number("stop").and_then(|n| u64::try_from(n).ok()) == Some(rows);
-            if !default {
+        described => {
+            let number = |key: &str| described.get(key).and_then(Value::as_i64);
+            let (start, stop, step) = (number("start")?, number("stop")?, number("step")?);
+            range_name = described.get("name").cloned().unwrap_or(Value::Null);
+            if described.get("kind").and_then(Value::as_str) != Some("range") || range_len(start, stop, step)? != rows {
                 return None;
             }
+            range = Some((start, step)).filter(|r| *r != (0, 1) || !range_name.is_null());
             None
         }
     };
-    let mut read = Pandas { labels: Vec::new(), index: None, types: Vec::new() };
+    let mut read = Pandas { labels: Vec::new(), index: None, index_name: range_name, range, types: Vec::new() };
     for (i, field) in schema.fields().iter().enumerate() {
         let mut described =
             columns.iter().filter(|c| c.get("field_name").and_then(Value::as_str) == Some(field.name()));
@@ -68,7 +72,8 @@ fn pandas(schema: &Schema, rows: u64) -> Option<Pandas> {
         let text = |key: &str| column.get(key).and_then(Value::as_str).map(str::to_owned);
         read.types.push((text("pandas_type")?, text("numpy_type")?));
         if index_name == Some(field.name()) {
-            read.index = Some((i, column.get("name").cloned().unwrap_or(Value::Null)));
+            read.index = Some(i);
+            read.index_name = column.get("name").cloned().unwrap_or(Value::Null);
             read.labels.push(None);
             continue;
         }
@@ -83,6 +88,17 @@ fn pandas(schema: &Schema, rows: u64) -> Option<Pandas> {
     read.labels.iter().any(Option::is_some).then_some(read)
 }
 
+/// Number of values of a range as Python has it.
+fn range_len(start: i64, stop: i64, step: i64) -> Option<u64> {
+    let (start, stop, step) = (i128::from(start), i128::from(stop), i128::from(step));
+    let distance = if step > 0 { stop - start } else { start - stop };
+    if step == 0 {
+        return None;
+    }
+    let count = (distance.max(0) + step.abs() - 1) / step.abs();
+    u64::try_from(count).ok()
+}
+
 /// How a column becomes a tensor.
 struct Cells {
     /// Parameter of `vineyard::Tensor`.
@@ -94,9 +110,9 @@ struct Cells {
 }
 
 /// The tensor type of a column, by its Arrow type and numpy's.
-fn cells(column: &Column, numpy_type: &str, pandas_type: &str, index: bool) -> Option<Cells> {
+fn cells(data_type: &DataType, numpy_type: &str, pandas_type: &str, index: bool) -> Option<Cells> {
     use DataType::*;
-    let descr = match &column.data_type {
+    let descr = match data_type {
         Boolean if !index => "|b1",
         Int8 => "|i1",
         Int16 => "<i2",
@@ -140,31 +156,35 @@ fn nan_under_nulls(column: &Column, staged: &[u8]) -> Result<bool> {
     Ok(values.chunks_exact(width as usize).enumerate().all(|(i, value)| check::bit(&bitmap, i) || is_nan(value)))
 }
 
+/// Most rows of a frame: what is computed for one (an index that was a range, bytes of booleans) stays within a few GiB.
+const MAX_ROWS: u64 = 1 << 28;
+
+/// The frame and the tensor types of its columns, if the schema alone does not rule it out.
+fn candidate(schema: &Schema, rows: u64) -> Option<(Pandas, Vec<Cells>)> {
+    let pandas = pandas(schema, rows).filter(|_| rows <= MAX_ROWS)?;
+    let mut kinds = Vec::with_capacity(schema.fields().len());
+    for (i, (field, (pandas_type, numpy_type))) in schema.fields().iter().zip(&pandas.types).enumerate() {
+        let is_index = pandas.labels.get(i).is_some_and(Option::is_none);
+        kinds.push(cells(field.data_type(), numpy_type, pandas_type, is_index)?);
+    }
+    Some((pandas, kinds))
+}
+
+/// True if the table may be a frame, by its schema.
+pub(super) fn may_be(schema: &Schema, rows: u64) -> bool {
+    candidate(schema, rows).is_some()
+}
+
 /// The root's keys of a `vineyard::DataFrame`, or `None` if the table is no frame, or none that vineyard holds exactly.
 pub(super) fn frame(draft: &mut Draft, batches: &Batches, staged: &[u8]) -> Result<Option<Vec<(String, Field)>>> {
     let rows = batches.batches.iter().map(|(rows, _)| rows).sum();
     let schema = &batches.schema;
-    let Some(pandas) = pandas(schema, rows) else { return Ok(None) };
-    // Decide by types before anything is joined.
-    let empty: Vec<Column>;
-    let sample = match batches.batches.first() {
-        Some((_, columns)) => columns,
-        None => {
-            empty = schema.fields().iter().map(|f| Column::empty(f.data_type())).collect();
-            &empty
-        }
-    };
-    let mut kinds = Vec::with_capacity(sample.len());
-    for (i, (column, (pandas_type, numpy_type))) in sample.iter().zip(&pandas.types).enumerate() {
-        let is_index = pandas.labels.get(i).is_some_and(Option::is_none);
-        match cells(column, numpy_type, pandas_type, is_index) {
-            Some(kind) => kinds.push(kind),
-            None => return Ok(None),
-        }
-    }
+    let Some((pandas, kinds)) = candidate(schema, rows) else { return Ok(None) };
     let joined;
+    let empty: Vec<Column>;
     let columns = if batches.batches.is_empty() {
-        sample
+        empty = schema.fields().iter().map(|f| Column::empty(f.data_type())).collect();
+        &empty
     } else {
         match join_batches(&batches.batches, staged)? {
             Some(columns) => {
@@ -216,23 +236,33 @@ fn build(
                 root.push((format!("__values_-value-{number}"), tensor));
                 labels.push(label.clone());
             }
-            None => {
-                let name = pandas.index.as_ref().map_or(Value::Null, |(_, name)| name.clone());
-                let value_type = if kind.strings { "object" } else { kind.value_type.as_str() };
-                let index = vec![
-                    field("name", name.to_string()),
-                    field("value_type_", value_type),
-                    ("value_".into(), tensor),
-                    field("nbytes", 0),
-                ];
-                let index = draft.object("vineyard::Index", index);
-                root.push(("index_".into(), index));
-            }
+            None => add_index(draft, &mut root, &pandas.index_name, kind, tensor),
         }
+    }
+    if let Some((start, step)) = pandas.range {
+        let (parameter, value_type) = ("int64".to_owned(), "int64".to_owned());
+        let kind = Cells { parameter, value_type, descr: "<i8".into(), strings: false };
+        let values = (0..rows as i64).flat_map(|i| (start + i * step).to_le_bytes()).collect();
+        let column =
+            Column { len: rows, buffers: vec![vec![], vec![Part::owned(values)]], ..Column::empty(&DataType::Int64) };
+        let tensor = tensor(draft, &column, &kind, rows, staged)?;
+        add_index(draft, &mut root, &pandas.index_name, &kind, tensor);
     }
     root.push(field("__values_-size", labels.len()));
     root.push(field("columns_", Value::Array(labels).to_string()));
     Ok(root)
+}
+
+fn add_index(draft: &mut Draft, root: &mut Vec<(String, Field)>, name: &Value, kind: &Cells, tensor: Field) {
+    let value_type = if kind.strings { "object" } else { kind.value_type.as_str() };
+    let index = vec![
+        field("name", name.to_string()),
+        field("value_type_", value_type),
+        ("value_".into(), tensor),
+        field("nbytes", 0),
+    ];
+    let index = draft.object("vineyard::Index", index);
+    root.push(("index_".into(), index));
 }
 
 fn tensor(draft: &mut Draft, column: &Column, kind: &Cells, rows: u64, staged: &[u8]) -> Result<Field> {

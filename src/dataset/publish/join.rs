@@ -204,11 +204,11 @@ pub(super) fn merge_batches(
 pub(super) fn join_batches(batches: &[(u64, Vec<Column>)], staged: &[u8]) -> Result<Option<Vec<Column>>> {
     let Some((_, first)) = batches.first() else { return Ok(None) };
     let mut columns = Vec::with_capacity(first.len());
-    for i in 0..first.len() {
+    for (i, sample) in first.iter().enumerate() {
         let parts: Option<Vec<&Column>> = batches.iter().map(|(_, columns)| columns.get(i)).collect();
         let Some(parts) = parts else { return Ok(None) };
         // One dictionary for all batches: the keys are joined like any fixed-width values.
-        let column = match (&first[i].data_type, &first[i].dictionary) {
+        let column = match (&sample.data_type, &sample.dictionary) {
             (DataType::Dictionary(key, _), Some(values))
                 if parts.iter().all(|c| c.dictionary.as_ref().is_some_and(|d| Arc::ptr_eq(d, values))) =>
             {
@@ -218,7 +218,7 @@ pub(super) fn join_batches(batches: &[(u64, Vec<Column>)], staged: &[u8]) -> Res
                     .collect();
                 let joined = join(&keys.iter().collect::<Vec<_>>(), staged)?;
                 joined.map(|joined| Column {
-                    data_type: first[i].data_type.clone(),
+                    data_type: sample.data_type.clone(),
                     dictionary: Some(values.clone()),
                     ..joined
                 })

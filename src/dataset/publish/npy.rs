@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use serde_json::Value;
 
-use super::plan::{Draft, Field, Part, field};
+use super::plan::{Draft, Fields, Part, field};
 use crate::error::{Error, Result};
 
 /// First bytes of a file.
@@ -86,7 +86,7 @@ impl Header {
 }
 
 /// What a tensor's keys are, and whether its blob holds the file's elements as they lie there.
-pub(super) fn tensor(draft: &mut Draft, staged: &[u8]) -> Result<(String, Vec<(String, Field)>, bool)> {
+pub(super) fn tensor(draft: &mut Draft, staged: &[u8]) -> Result<(String, Fields, bool)> {
     let header = match header(staged) {
         Ok(header) => header,
         Err(Missing::Short) => return Err(Error::malformed("a .npy header that is cut")),

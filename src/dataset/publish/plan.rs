@@ -12,7 +12,9 @@ use serde_json::Value;
 
 use super::column::Column;
 use super::inflate::Inflated;
+use super::parquet_file::Decode;
 use crate::error::{Error, Kind, Result};
+use crate::vineyard::ObjectId;
 
 /// Consecutive bytes of a blob, and how to get them.
 #[derive(Clone, Debug)]
@@ -121,6 +123,8 @@ pub enum Field {
     Blob(usize),
     /// Another object, by its place in [`Plan::objects`], which is before this one's.
     Object(usize),
+    /// An object that exists in the store.
+    Existing(ObjectId),
 }
 
 impl<T: Into<Value>> From<T> for Field {
@@ -166,6 +170,8 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// What to store if the data turns out to be broken while it is copied; only compressed and encoded data can.
     pub fallback: Option<Box<Plan>>,
+    /// A Parquet file to be decoded while its columns are stored; the root gets its partitions then.
+    pub(super) decode: Option<Arc<Decode>>,
 }
 
 impl Plan {
@@ -231,9 +237,12 @@ impl Draft {
 
     /// The plan; the object that was added last is its root.
     pub(super) fn finish(self, outcome: Outcome) -> Plan {
-        Plan { outcome, blobs: self.blobs, objects: self.objects, warnings: Vec::new(), fallback: None }
+        Plan { outcome, blobs: self.blobs, objects: self.objects, warnings: Vec::new(), fallback: None, decode: None }
     }
 }
+
+/// Keys and values of an object in the making.
+pub(super) type Fields = Vec<(String, Field)>;
 
 /// Shorthand for one key and value.
 pub(super) fn field(key: impl Into<String>, value: impl Into<Field>) -> (String, Field) {

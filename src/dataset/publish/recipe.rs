@@ -1,6 +1,6 @@
 //! The recipe of a written file: which of its bytes are column data, and the rest.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ops::Range;
 
 use serde_json::json;
@@ -10,6 +10,9 @@ use crate::dataset::recipe::{KEPT, KIND_LITERAL, KIND_NARROW, KIND_SHIFTED, LITE
 
 /// Bytes of a column below this length are kept once more with the rest: cheaper than an extent of their own.
 const SMALL: u64 = 64;
+
+/// Most extents of column data, as they are part of the metadata. Files with more keep their smallest ones twice.
+const MAX_CLAIMS: usize = 50_000;
 
 /// Adds the recipe of a file of `size` bytes to the root's keys. With `exact` the file is put together from the blobs
 /// and a blob of the remaining bytes; otherwise all its bytes are kept.
@@ -83,6 +86,10 @@ fn claims(draft: &Draft, root: &[(String, Field)]) -> Vec<Claim> {
             offset += part.len();
         }
     }
+    if claims.len() > MAX_CLAIMS {
+        claims.sort_unstable_by_key(|claim| std::cmp::Reverse(claim.at.end - claim.at.start));
+        claims.truncate(MAX_CLAIMS);
+    }
     claims.sort_by_key(|claim| (claim.at.start, std::cmp::Reverse(claim.at.end)));
     claims
 }
@@ -93,21 +100,17 @@ fn order(objects: &[PlannedObject], root: &[(String, Field)]) -> Vec<usize> {
         objects: &[PlannedObject],
         mut fields: Vec<&(String, Field)>,
         met: &mut HashSet<usize>,
-        numbers: &mut HashMap<usize, usize>,
+        seen: &mut HashSet<usize>,
         out: &mut Vec<usize>,
     ) {
         fields.sort_unstable_by_key(|(key, _)| key);
         for (_, field) in fields {
             match field {
-                Field::Blob(index) => {
-                    if numbers.insert(*index, out.len()).is_none() {
-                        out.push(*index);
-                    }
-                }
+                Field::Blob(index) if seen.insert(*index) => out.push(*index),
                 // A shared object has nothing new the second time.
                 Field::Object(index) if met.insert(*index) => {
                     if let Some(object) = objects.get(*index) {
-                        walk(objects, object.fields.iter().collect(), met, numbers, out);
+                        walk(objects, object.fields.iter().collect(), met, seen, out);
                     }
                 }
                 _ => {}
@@ -116,6 +119,6 @@ fn order(objects: &[PlannedObject], root: &[(String, Field)]) -> Vec<usize> {
     }
     let mut out = Vec::new();
     let own = root.iter().filter(|(key, _)| !key.starts_with(PREFIX)).collect();
-    walk(objects, own, &mut HashSet::new(), &mut HashMap::new(), &mut out);
+    walk(objects, own, &mut HashSet::new(), &mut HashSet::new(), &mut out);
     out
 }

@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Map, Value, json};
 
 use super::Staged;
 use super::check::{self, Offset};
-use super::plan::{Field, Outcome, Part, Plan, PlannedObject};
+use super::plan::{Draft, Field, Outcome, Part, Plan, PlannedBlob, PlannedObject};
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::store::NewBlob;
 use crate::vineyard::{ObjectId, Store};
@@ -40,18 +40,45 @@ pub struct Published {
 /// `Full` if the store has no room, `Malformed` if compressed data turns out to be broken (see [`Plan::fallback`]), and
 /// what the store answers.
 pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Published> {
-    let mut made = Made { store, blobs: Vec::new(), objects: Vec::new(), keep: false };
-    let sizes: Vec<u64> = plan.blobs.iter().map(|blob| blob.size()).collect();
-    let blobs = store.create_blobs(&sizes).context(|| format!("room for {} bytes", plan.size()))?;
-    made.blobs.extend(blobs.iter().map(|blob| blob.id).filter(|id| id.is_stored_blob()));
-    fill(plan, &blobs, staged)?;
-    store.seal_blobs(&made.blobs).context(|| "sealing blobs".into())?;
-    let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
-    let root = create(&mut made, &plan.objects, &ids)?;
+    let made = Made { store, blobs: Mutex::default(), objects: Mutex::default(), keep: AtomicBool::new(false) };
+    let blobs = made.blobs(&plan.blobs, staged)?;
+    let ids = match (&plan.decode, plan.objects.last()) {
+        (Some(decode), Some(root)) => {
+            let add = |draft: &Draft| {
+                let blobs = made.blobs(&draft.blobs, staged)?;
+                made.objects(&draft.objects, &blobs)
+            };
+            made.objects(&decode.run(root, &add)?, &blobs)?
+        }
+        _ => made.objects(&plan.objects, &blobs)?,
+    };
+    let root = *ids.last().ok_or_else(|| Error::new(Kind::Internal, "a plan without objects"))?;
     store.persist(root).context(|| "persisting the object".into())?;
-    made.keep = true;
-    let blobs = std::mem::take(&mut made.blobs);
+    made.keep.store(true, Ordering::Relaxed);
+    let blobs = std::mem::take(&mut *lock(&made.blobs));
     Ok(Published { id: root, blobs, outcome: plan.outcome, warnings: plan.warnings.clone() })
+}
+
+/// As [`execute`]; where the content turns out broken only while it is decoded, in the plan's next form, at last as a
+/// plain file. [`Published::outcome`] says which.
+///
+/// # Errors
+/// As [`execute`].
+pub fn realize(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Published> {
+    let mut published = execute(store, plan, staged);
+    let mut fallback = &plan.fallback;
+    let mut warnings = Vec::new();
+    while let (Err(error), Some(next)) = (&published, fallback) {
+        if error.kind() != Kind::Malformed {
+            break;
+        }
+        warnings.push(format!("stored in another form: {error}"));
+        published = execute(store, next, staged);
+        fallback = &next.fallback;
+    }
+    let mut published = published?;
+    published.warnings.extend(warnings);
+    Ok(published)
 }
 
 /// [`execute`], then points a name at the object, then deletes the object `replaced`.
@@ -68,14 +95,7 @@ pub fn publish(
     staged: &Staged<'_>,
     replaced: Option<ObjectId>,
 ) -> Result<Published> {
-    let mut published = match (execute(store, plan, staged), &plan.fallback) {
-        (Err(error), Some(fallback)) if error.kind() == Kind::Malformed => {
-            let mut published = execute(store, fallback, staged)?;
-            published.warnings.push(format!("stored as it is: {error}"));
-            published
-        }
-        (result, _) => result?,
-    };
+    let mut published = realize(store, plan, staged)?;
     let name = name(published.outcome);
     if let Err(error) = store.put_name(&name, published.id) {
         if let Err(left) = store.delete(&[published.id]) {
@@ -94,55 +114,82 @@ pub fn publish(
 /// What exists in the store so far; taken back on drop.
 struct Made<'a> {
     store: &'a dyn Store,
-    blobs: Vec<ObjectId>,
-    objects: Vec<ObjectId>,
-    keep: bool,
+    blobs: Mutex<Vec<ObjectId>>,
+    objects: Mutex<Vec<ObjectId>>,
+    keep: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Made<'_> {
+    /// Creates, fills and seals blobs.
+    fn blobs(&self, planned: &[PlannedBlob], staged: &Staged<'_>) -> Result<Vec<ObjectId>> {
+        if planned.is_empty() {
+            return Ok(Vec::new());
+        }
+        let sizes: Vec<u64> = planned.iter().map(PlannedBlob::size).collect();
+        let blobs =
+            self.store.create_blobs(&sizes).context(|| format!("room for {} bytes", sizes.iter().sum::<u64>()))?;
+        let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
+        let stored: Vec<ObjectId> = ids.iter().copied().filter(|id| id.is_stored_blob()).collect();
+        lock(&self.blobs).extend(&stored);
+        if ids.len() != planned.len() {
+            return Err(Error::malformed(format!("the store made {} blobs of {}", ids.len(), planned.len())));
+        }
+        fill(planned, &blobs, staged)?;
+        self.store.seal_blobs(&stored).context(|| "sealing blobs".into())?;
+        Ok(ids)
+    }
+
+    /// Creates objects, members first, one request for each level. Returns their ids in the given order.
+    fn objects(&self, objects: &[PlannedObject], blobs: &[ObjectId]) -> Result<Vec<ObjectId>> {
+        let broken = || Error::new(Kind::Internal, "a plan whose objects do not follow their members");
+        let mut levels: Vec<Vec<usize>> = Vec::new();
+        let mut level_of = Vec::with_capacity(objects.len());
+        for (i, object) in objects.iter().enumerate() {
+            let mut level = 0;
+            for (_, field) in &object.fields {
+                if let Field::Object(member) = field {
+                    level = level.max(1 + *level_of.get(*member).ok_or_else(broken)?);
+                }
+            }
+            level_of.push(level);
+            if levels.len() <= level {
+                levels.resize_with(level + 1, Vec::new);
+            }
+            levels[level].push(i);
+        }
+        let mut ids: HashMap<usize, ObjectId> = HashMap::with_capacity(objects.len());
+        for level in levels {
+            let contents = level.iter().map(|&i| content(&objects[i], &ids, blobs)).collect::<Option<Vec<Value>>>();
+            let created =
+                self.store.create_objects(contents.ok_or_else(broken)?).context(|| "creating objects".into())?;
+            lock(&self.objects).extend(created.iter().map(|c| c.id));
+            if created.len() != level.len() {
+                return Err(Error::malformed(format!("the store made {} objects of {}", created.len(), level.len())));
+            }
+            ids.extend(level.into_iter().zip(created.iter().map(|c| c.id)));
+        }
+        (0..objects.len()).map(|i| ids.get(&i).copied().ok_or_else(broken)).collect()
+    }
 }
 
 impl Drop for Made<'_> {
     fn drop(&mut self) {
-        if self.keep {
+        if self.keep.load(Ordering::Relaxed) {
             return;
         }
+        let (mut objects, blobs) = (std::mem::take(&mut *lock(&self.objects)), std::mem::take(&mut *lock(&self.blobs)));
         // Parents were made last: deleting them first frees their members.
-        self.objects.reverse();
-        let deleted = if self.objects.is_empty() { Ok(()) } else { self.store.delete(&self.objects) };
-        let dropped = if self.blobs.is_empty() { Ok(()) } else { self.store.drop_blobs(&self.blobs) };
+        objects.reverse();
+        let deleted = if objects.is_empty() { Ok(()) } else { self.store.delete(&objects) };
+        let dropped = if blobs.is_empty() { Ok(()) } else { self.store.drop_blobs(&blobs) };
         for error in [deleted, dropped].into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, blobs = self.blobs.len(), "what a failed publish made could not be removed");
+            tracing::warn!(%error, blobs = blobs.len(), "what a failed publish made could not be removed");
         }
     }
-}
-
-/// Creates objects, members first, one request for each level. Returns the last one's id.
-fn create(made: &mut Made<'_>, objects: &[PlannedObject], blobs: &[ObjectId]) -> Result<ObjectId> {
-    let broken = || Error::new(Kind::Internal, "a plan whose objects do not follow their members");
-    let mut levels: Vec<Vec<usize>> = Vec::new();
-    let mut level_of = Vec::with_capacity(objects.len());
-    for (i, object) in objects.iter().enumerate() {
-        let mut level = 0;
-        for (_, field) in &object.fields {
-            if let Field::Object(member) = field {
-                level = level.max(1 + *level_of.get(*member).ok_or_else(broken)?);
-            }
-        }
-        level_of.push(level);
-        if levels.len() <= level {
-            levels.resize_with(level + 1, Vec::new);
-        }
-        levels[level].push(i);
-    }
-    let mut ids: HashMap<usize, ObjectId> = HashMap::with_capacity(objects.len());
-    for level in levels {
-        let contents = level.iter().map(|&i| content(&objects[i], &ids, blobs)).collect::<Option<Vec<Value>>>();
-        let created = made.store.create_objects(contents.ok_or_else(broken)?).context(|| "creating objects".into())?;
-        made.objects.extend(created.iter().map(|c| c.id));
-        if created.len() != level.len() {
-            return Err(Error::malformed(format!("the store made {} objects of {}", created.len(), level.len())));
-        }
-        ids.extend(level.into_iter().zip(created.iter().map(|c| c.id)));
-    }
-    objects.len().checked_sub(1).and_then(|root| ids.get(&root)).copied().ok_or_else(broken)
 }
 
 fn content(object: &PlannedObject, ids: &HashMap<usize, ObjectId>, blobs: &[ObjectId]) -> Option<Value> {
@@ -155,6 +202,7 @@ fn content(object: &PlannedObject, ids: &HashMap<usize, ObjectId>, blobs: &[Obje
             Field::Empty => blob(ObjectId::EMPTY_BLOB),
             Field::Blob(index) => blob(*blobs.get(*index)?),
             Field::Object(index) => json!({"id": ids.get(index)?.to_string()}),
+            Field::Existing(id) => json!({"id": id.to_string()}),
         };
         map.insert(key.clone(), value);
     }
@@ -174,9 +222,9 @@ struct Job<'a> {
 ///
 /// `pwrite` on the store's descriptor: for pages that this process never touched it is more than twice as fast as a copy
 /// into a mapping, which would fault each of them in.
-pub(super) fn fill(plan: &Plan, blobs: &[NewBlob], staged: &Staged<'_>) -> Result<()> {
+fn fill(planned: &[PlannedBlob], blobs: &[NewBlob], staged: &Staged<'_>) -> Result<()> {
     let mut jobs = Vec::new();
-    for (i, blob) in plan.blobs.iter().enumerate() {
+    for (i, blob) in planned.iter().enumerate() {
         let mut position = 0;
         for part in &blob.parts {
             let whole = part.len();
@@ -198,7 +246,8 @@ pub(super) fn fill(plan: &Plan, blobs: &[NewBlob], staged: &Staged<'_>) -> Resul
     // The longest that cannot be cut go first.
     jobs.sort_by_key(|job| std::cmp::Reverse(if job.to - job.from > PIECE { job.to - job.from } else { 0 }));
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let threads = if plan.size() < ONE_THREAD { 1 } else { cores.min(MAX_THREADS).min(jobs.len()) };
+    let size: u64 = planned.iter().map(PlannedBlob::size).sum();
+    let threads = if size < ONE_THREAD { 1 } else { cores.min(MAX_THREADS).min(jobs.len()) };
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let error = Mutex::new(None);

@@ -20,16 +20,16 @@ pub(super) struct Batches {
     pub(super) exact: bool,
 }
 
-/// Rows that a batch has at least, after merging, if the file has so many. pandas writes 65,536 at a time; Hugging Face
-/// 1000, which as objects of their own would cost more than their data.
-const MIN_ROWS: u64 = 1 << 16;
+/// Rows that a batch has at least, after merging, if the file has so many: readers still find several to work on at once.
+/// pandas writes 65,536 at a time, Hugging Face 1000; each would be an object for each column, with up to three blobs.
+const MIN_ROWS: u64 = 1 << 18;
 
 impl Batches {
     /// Merges batches if they are small, to have fewer objects.
     pub(super) fn merge_small(&mut self, staged: &[u8]) -> Result<()> {
         let rows: u64 = self.batches.iter().map(|(rows, _)| rows).sum();
         let count = self.batches.len() as u64;
-        if count > 4 && rows / count < MIN_ROWS / 4 {
+        if count > 4 && rows / count < MIN_ROWS / 2 {
             self.batches = super::join::merge_batches(std::mem::take(&mut self.batches), MIN_ROWS, staged)?;
         }
         Ok(())
@@ -82,18 +82,22 @@ pub(super) fn root(
 
 /// Adds a `vineyard::RecordBatch`.
 pub(super) fn record_batch(draft: &mut Draft, schema: &Field, rows: u64, columns: &[Column]) -> Result<Field> {
+    let size = columns.iter().map(Column::size).sum::<u64>();
+    let arrays = columns.iter().map(|column| native::array(draft, column)).collect::<Result<Vec<Field>>>()?;
+    Ok(record_batch_of(draft, schema, rows, size, arrays))
+}
+
+/// Adds a `vineyard::RecordBatch` over arrays that are there.
+pub(super) fn record_batch_of(draft: &mut Draft, schema: &Field, rows: u64, size: u64, arrays: Vec<Field>) -> Field {
     let mut fields = vec![
         field("row_num_", rows),
-        field("column_num_", columns.len()),
-        field("nbytes", columns.iter().map(Column::size).sum::<u64>()),
-        field("__columns_-size", columns.len()),
+        field("column_num_", arrays.len()),
+        field("nbytes", size),
+        field("__columns_-size", arrays.len()),
         ("schema_".into(), schema.clone()),
     ];
-    for (i, column) in columns.iter().enumerate() {
-        let array = native::array(draft, column)?;
-        fields.push((format!("__columns_-{i}"), array));
-    }
-    Ok(draft.object("vineyard::RecordBatch", fields))
+    fields.extend(arrays.into_iter().enumerate().map(|(i, array)| (format!("__columns_-{i}"), array)));
+    draft.object("vineyard::RecordBatch", fields)
 }
 
 /// Adds a `vineyard::SchemaProxy`.

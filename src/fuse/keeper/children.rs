@@ -1,6 +1,7 @@
 //! The processes that a keeper starts: servers, and a private vineyardd.
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -106,10 +107,10 @@ impl Store {
     /// If it does not listen in time, with the end of its log.
     pub fn start(launch: Option<&Launch>, socket: &Path) -> Result<Self> {
         let Some(launch) = launch else { return Ok(Store::default()) };
-        let log = std::fs::File::options().create(true).append(true).open(&launch.log);
+        let log = std::fs::File::options().create(true).append(true).mode(0o600).open(&launch.log);
         let log = log.context(|| format!("cannot write the log {:?}", launch.log))?;
         let mut command = Command::new(&launch.program);
-        command.args(&launch.args).envs(launch.env.iter().map(|(key, value)| (key, value)));
+        command.args(&launch.args);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         // SAFETY: see `in_child`.
         unsafe { command.pre_exec(|| in_child(&[], Some(Signal::SIGTERM))) };
@@ -228,8 +229,7 @@ mod tests {
     #[test]
     fn a_store_that_does_not_start_is_told() {
         let folder = tempfile::tempdir().unwrap();
-        let launch =
-            Launch { program: "/bin/false".into(), args: Vec::new(), env: Vec::new(), log: folder.path().join("log") };
+        let launch = Launch { program: "/bin/false".into(), args: Vec::new(), log: folder.path().join("log") };
         let error = Store::start(Some(&launch), &folder.path().join("s")).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("it ended"), "{error}");
         assert!(!Store::start(None, Path::new("/")).unwrap().is_private());

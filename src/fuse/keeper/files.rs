@@ -5,11 +5,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use serde_json::{Value, json};
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::fs::Area;
 use crate::fuse::area::Maker;
 use crate::fuse::config::MountConfig;
-use crate::fuse::protocol::KeptFile;
+use crate::fuse::protocol::{KeptFile, MAX_TAG};
 
 /// Most bytes of all texts together.
 const STATE_LIMIT: usize = 64 << 20;
@@ -71,7 +71,7 @@ impl Files {
         let ours = file.try_clone()?;
         let backing = fuse.map(|fuse| register(fuse, &file)).transpose()?;
         self.last_key += 1;
-        let what = KeptFile { key: self.last_key, area, size, backing };
+        let what = KeptFile { key: self.last_key, area, size, backing, tag: None };
         self.kept.insert(what.key, Kept { file: ours, what: what.clone() });
         Ok((what, file))
     }
@@ -83,6 +83,19 @@ impl Files {
     pub fn get(&self, key: u64) -> Result<(KeptFile, OwnedFd)> {
         let kept = self.kept.get(&key).ok_or_else(|| Error::not_found(format!("memory file {key}")))?;
         Ok((kept.what.clone(), kept.file.try_clone()?))
+    }
+
+    /// Notes what a file is.
+    ///
+    /// # Errors
+    /// `NotFound` if it was released, `TooLarge` for a long note.
+    pub fn tag(&mut self, key: u64, tag: String) -> Result<()> {
+        if tag.len() > MAX_TAG {
+            return Err(Error::new(Kind::TooLarge, format!("a note of {} bytes on a memory file", tag.len())));
+        }
+        let kept = self.kept.get_mut(&key).ok_or_else(|| Error::not_found(format!("memory file {key}")))?;
+        kept.what.tag = Some(tag);
+        Ok(())
     }
 
     /// At most `most` files with keys above `after`.
@@ -138,16 +151,12 @@ impl Files {
 }
 
 fn register(fuse: BorrowedFd<'_>, file: &OwnedFd) -> Result<u32> {
-    fuser::BackingId::create_raw(fuse, file)
-        .map_err(Error::from)
-        .map_err(|error| match error.kind() {
-            Kind::Os(libc::EPERM) => Error::new(
-                Kind::NotPermitted,
-                "needs CAP_SYS_ADMIN in the initial user namespace: run as root on the host",
-            ),
-            _ => error,
-        })
-        .context(|| "the kernel takes no backing file".into())
+    fuser::BackingId::create_raw(fuse, file).map_err(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            Error::new(Kind::NotPermitted, "needs CAP_SYS_ADMIN in the initial user namespace: run as root on the host")
+        }
+        _ => Error::from(error),
+    })
 }
 
 fn close(fuse: BorrowedFd<'_>, id: u32) {
@@ -185,6 +194,10 @@ mod tests {
         assert_eq!(first.iter().map(|f| f.key).collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!(files.list(3, 3).len(), 2);
         assert!(files.list(u64::MAX, 3).is_empty());
+        files.tag(3, "view 7".into()).unwrap();
+        assert_eq!(files.get(3).unwrap().0.tag.as_deref(), Some("view 7"));
+        assert_eq!(files.tag(9, "x".into()).unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(files.tag(3, "x".repeat(MAX_TAG + 1)).unwrap_err().kind(), Kind::TooLarge);
         let null = std::fs::File::open("/dev/null").unwrap();
         files.release(2, null.as_fd());
         files.release(2, null.as_fd());

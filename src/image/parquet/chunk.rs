@@ -201,7 +201,11 @@ impl<'a> Writer<'a> {
     /// The chunks of one column in one group.
     fn column(&self, column: usize, group: usize) -> Result<Vec<Chunk>> {
         let field = &self.layout.stored.fields()[column];
-        self.chunks(column, &self.groups[group]).context(|| format!("column {:.200?}", field.name()))
+        // The `parquet` crate panics on some combinations of types; one view must not take the others with it.
+        let chunks = || self.chunks(column, &self.groups[group]);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(chunks))
+            .unwrap_or_else(|_| Err(Error::new(Kind::Internal, "encoding it as Parquet panicked")))
+            .context(|| format!("column {:.200?}", field.name()))
     }
 
     fn chunks(&self, column: usize, group: &Group) -> Result<Vec<Chunk>> {

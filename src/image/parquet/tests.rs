@@ -169,3 +169,22 @@ fn offsets_that_lie_are_refused() {
     gone.batches[0].columns[0].buffers[1] = Memory::default().add(&[0; 40]);
     assert_eq!(image(&gone, Counts::From(&Memory::default())).unwrap_err().kind(), Kind::Stale);
 }
+
+#[test]
+fn pages_of_wide_values_stay_small() {
+    use crate::dataset::{ArrayLayout, Batch};
+    let data_type = DataType::FixedSizeBinary(1 << 20);
+    let column = ArrayLayout {
+        data_type: data_type.clone(),
+        len: 200,
+        null_count: Some(0),
+        buffers: vec![Span::EMPTY, Span::Zeros(200 << 20)],
+        children: Vec::new(),
+        dictionary: None,
+    };
+    let schema = Arc::new(Schema::new(vec![Field::new("c", data_type, true)]));
+    let image =
+        image(&Table { schema, batches: vec![Batch { rows: 200, columns: vec![column] }] }, Counts::Skip).unwrap();
+    let pages: Vec<u64> = image.extents().iter().map(|extent| extent.span.len()).filter(|len| *len > 1 << 20).collect();
+    assert_eq!(pages, [64 << 20, 64 << 20, 64 << 20, 8 << 20]);
+}

@@ -60,15 +60,10 @@ fn stored(data_type: &DataType) -> Result<DataType> {
         DataType::Union(..) | DataType::RunEndEncoded(..) | DataType::Interval(_) => {
             return Err(Error::new(Kind::Unsupported, format!("Parquet has no type for {data_type}")));
         }
-        // The converter takes scales that are no number of digits and panics on them, or writes what none can read.
-        DataType::Decimal32(precision, scale)
-        | DataType::Decimal64(precision, scale)
-        | DataType::Decimal128(precision, scale)
-        | DataType::Decimal256(precision, scale)
-            if *scale < 0 || i16::from(*scale) > i16::from(*precision) || *precision == 0 =>
-        {
-            return Err(Error::new(Kind::Unsupported, format!("Parquet has no type for {data_type}")));
-        }
+        DataType::Decimal32(precision, scale) => decimal(data_type, *precision, *scale, 9)?,
+        DataType::Decimal64(precision, scale) => decimal(data_type, *precision, *scale, 18)?,
+        DataType::Decimal128(precision, scale) => decimal(data_type, *precision, *scale, 38)?,
+        DataType::Decimal256(precision, scale) => decimal(data_type, *precision, *scale, 76)?,
         DataType::FixedSizeBinary(0) => {
             return Err(Error::new(Kind::Unsupported, "Parquet has no values of no bytes"));
         }
@@ -88,4 +83,12 @@ fn stored(data_type: &DataType) -> Result<DataType> {
         },
         other => other.clone(),
     })
+}
+
+/// Parquet's decimals have no digits left of their precision or right of it.
+fn decimal(data_type: &DataType, precision: u8, scale: i8, most: u8) -> Result<DataType> {
+    match u8::try_from(scale) {
+        Ok(scale) if (1..=most).contains(&precision) && scale <= precision => Ok(data_type.clone()),
+        _ => Err(Error::new(Kind::Unsupported, format!("Parquet has no type for {data_type}"))),
+    }
 }

@@ -1,0 +1,159 @@
+//! Files that break their format's rules: cut, with wrong bits, with lying lengths.
+#![allow(clippy::unwrap_used)]
+
+use super::tests::*;
+use super::*;
+use crate::dataset::{self, Dataset};
+use crate::vineyard::Store;
+use crate::vineyard::fake::FakeStore;
+
+/// Publishes the bytes whatever they are. Nothing panics, what is stored can be decoded and read, and what fails leaves
+/// nothing behind.
+fn survive(store: &FakeStore, temp: &Temp, view: Written) -> Option<Outcome> {
+    let limits = Limits { inflated: 64 << 20 };
+    let plan = match plan(&temp.staged(), view, &attrs(), limits) {
+        Ok(plan) => plan,
+        Err(error) => {
+            assert_eq!(error.kind(), Kind::Invalid, "{error}");
+            return None;
+        }
+    };
+    let published = match publish(store, &|_| "x".into(), &plan, &temp.staged(), None) {
+        Ok(published) => published,
+        Err(error) => {
+            assert_eq!(error.kind(), Kind::Full, "{error}");
+            assert_eq!((store.blob_count(), store.object_count()), (0, 0));
+            return None;
+        }
+    };
+    let meta = meta_of(store, published.id);
+    match dataset::decode(&meta, store).unwrap() {
+        Dataset::Table(table) => {
+            for column in table.batches.iter().flat_map(|b| &b.columns) {
+                dataset::check(column, store).unwrap();
+                dataset::materialize(column, store).unwrap();
+            }
+        }
+        Dataset::File(span) => assert_eq!(span.to_vec(store).unwrap(), temp.staged().bytes),
+        _ => {}
+    }
+    if published.outcome != Outcome::File {
+        assert_eq!(bytes_back(store, &meta), temp.staged().bytes);
+    }
+    store.delete(&[published.id]).unwrap();
+    assert_eq!((store.blob_count(), store.object_count()), (0, 0));
+    Some(published.outcome)
+}
+
+fn samples() -> Vec<(Vec<u8>, Written)> {
+    let batch = all_types(40);
+    let frame = pandas_table(40, true);
+    let plain = arrow_ipc::writer::IpcWriteOptions::default;
+    let packed = |codec| plain().try_with_compression(Some(codec)).unwrap();
+    vec![
+        (arrow_bytes(&[batch.slice(0, 20), batch.slice(20, 20)], plain()), Written::Arrow),
+        (arrow_bytes(std::slice::from_ref(&batch), packed(arrow_ipc::CompressionType::LZ4_FRAME)), Written::Feather),
+        (arrow_bytes(std::slice::from_ref(&frame), packed(arrow_ipc::CompressionType::ZSTD)), Written::Feather),
+        (arrow_bytes(std::slice::from_ref(&frame), plain()), Written::Feather),
+        (stream_bytes(&batch), Written::Arrow),
+        (parquet_bytes(&frame, Default::default()), Written::Parquet),
+        (parquet_bytes(&batch.project(&[0, 5, 6, 7, 14, 16]).unwrap(), Default::default()), Written::Parquet),
+        (
+            b"\x93NUMPY\x01\x00\x3b\x00{'descr': '<i2', 'fortran_order': True, 'shape': (2, 3), } 123456789012"
+                .to_vec(),
+            Written::Npy,
+        ),
+    ]
+}
+
+#[test]
+fn cut_files_are_incomplete_or_plain() {
+    let store = FakeStore::new(32 << 20);
+    for (bytes, view) in samples() {
+        assert!(survive(&store, &Temp::new(bytes.clone()), view).is_some_and(|o| o != Outcome::File), "{view:?}");
+        for cut in (0..bytes.len()).step_by(61) {
+            let temp = Temp::new(bytes[..cut].to_vec());
+            let stream = bytes.starts_with(&[0xff; 4]);
+            // A stream that is cut between messages is a whole stream.
+            let outcome = survive(&store, &temp, view);
+            assert!(stream || matches!(outcome, None | Some(Outcome::File)), "{view:?} cut at {cut}: {outcome:?}");
+        }
+    }
+}
+
+#[test]
+fn wrong_bytes_do_no_harm() {
+    let store = FakeStore::new(32 << 20);
+    let mut random = 0x2545_f491_4f6c_dd1du64;
+    let mut next = move || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random
+    };
+    for (bytes, view) in samples() {
+        for round in 0..400 {
+            let mut bad = bytes.clone();
+            for _ in 0..=round % 3 {
+                let at = (next() % bad.len() as u64) as usize;
+                // Headers and footers are where lies matter.
+                let at = match round % 4 {
+                    0 => at,
+                    1 => bad.len() - 1 - at % (bad.len() / 4),
+                    _ => at % (bad.len() / 2),
+                };
+                match next() % 3 {
+                    0 => bad[at] ^= 1 << (next() % 8),
+                    1 => bad[at] = 0xff,
+                    _ => {
+                        let end = (at + 8).min(bad.len());
+                        let word = [i64::MAX, -1, 1 << 40, 0][(next() % 4) as usize].to_le_bytes();
+                        bad[at..end].copy_from_slice(&word[..end - at]);
+                    }
+                }
+            }
+            survive(&store, &Temp::new(bad), view);
+        }
+    }
+}
+
+#[test]
+fn bombs_become_plain_files() {
+    // 512 MiB of zeros in a few KiB.
+    let zeros = std::sync::Arc::new(arrow_array::Int64Array::from(vec![0i64; 64 << 20]));
+    let batch = arrow_array::RecordBatch::try_from_iter([("a", zeros as arrow_array::ArrayRef)]).unwrap();
+    let options = arrow_ipc::writer::IpcWriteOptions::default();
+    let options = options.try_with_compression(Some(arrow_ipc::CompressionType::ZSTD)).unwrap();
+    let bytes = arrow_bytes(&[batch], options);
+    assert!(bytes.len() < 1 << 20);
+    assert_eq!(survive(&FakeStore::new(16 << 20), &Temp::new(bytes), Written::Arrow), Some(Outcome::File));
+    // A dictionary of one long string, ten thousand times.
+    let long = "x".repeat(1 << 14);
+    let strings: arrow_array::StringViewArray = std::iter::repeat_n(Some(long), 10_000).collect();
+    let batch = arrow_array::RecordBatch::try_from_iter([("s", std::sync::Arc::new(strings) as arrow_array::ArrayRef)]);
+    let schema = batch.as_ref().unwrap().schema();
+    let mut bytes = Vec::new();
+    let options = parquet::arrow::arrow_writer::ArrowWriterOptions::new().with_skip_arrow_metadata(true);
+    let mut writer = parquet::arrow::ArrowWriter::try_new_with_options(&mut bytes, schema, options).unwrap();
+    writer.write(&batch.unwrap()).unwrap();
+    writer.close().unwrap();
+    assert!(bytes.len() < 1 << 20);
+    assert_eq!(survive(&FakeStore::new(16 << 20), &Temp::new(bytes), Written::Parquet), Some(Outcome::File));
+}
+
+#[test]
+fn deep_nesting_is_a_plain_file() {
+    use arrow_array::{ArrayRef, Int32Array, ListArray};
+    let store = FakeStore::new(32 << 20);
+    for (depth, expected) in [(20, Outcome::Table), (200, Outcome::File)] {
+        let mut array: ArrayRef = std::sync::Arc::new(Int32Array::from(vec![1]));
+        for _ in 0..depth {
+            let field = arrow_schema::Field::new_list_field(array.data_type().clone(), true);
+            let offsets = arrow_buffer::OffsetBuffer::from_lengths([1]);
+            array = std::sync::Arc::new(ListArray::new(std::sync::Arc::new(field), offsets, array, None));
+        }
+        let batch = arrow_array::RecordBatch::try_from_iter([("deep", array)]).unwrap();
+        let bytes = arrow_bytes(&[batch], Default::default());
+        assert_eq!(survive(&store, &Temp::new(bytes), Written::Arrow), Some(expected), "{depth}");
+    }
+}

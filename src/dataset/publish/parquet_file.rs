@@ -1,0 +1,450 @@
+//! Parquet files: columns are decoded while their blobs are made, so that memory holds a piece of a column at a time.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Float32Type, Float64Type};
+use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, PrimitiveArray, RecordBatch};
+use arrow_data::ArrayData;
+use arrow_schema::{DataType, Field as ArrowField, Fields, Schema, SchemaRef};
+use bytes::Bytes;
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::PageIndexPolicy;
+use parquet::file::reader::{ChunkReader, Length};
+
+use super::column::Column;
+use super::ipc::arrow;
+use super::join::buffer_bytes;
+use super::plan::{Draft, Field, Part, PlannedObject};
+use super::table::Batches;
+use super::{decode, native, table};
+use crate::error::{Context, Error, Kind, Result};
+use crate::vineyard::ObjectId;
+
+/// Encoded bytes of a column that are decoded at a time, about.
+const PIECE: u64 = 64 << 20;
+/// Most rows of a piece; readers that work in parallel want no longer batches.
+const MAX_ROWS: u64 = 1 << 20;
+/// Most bytes that the strings of one piece may have: a dictionary of one long string can stand for any number of them.
+const MAX_STRINGS: u64 = 2 << 30;
+/// Most bytes of a frame that is decoded as a whole: a vineyard `DataFrame` has each column in one piece, whose size is
+/// not known before.
+const MAX_COLLECTED: i64 = 256 << 20;
+/// Most threads: each may hold a page of 2 GiB if the file says so.
+const MAX_THREADS: usize = 4;
+
+/// A Parquet file whose footer was read.
+#[derive(Debug)]
+pub(super) struct Decode {
+    metadata: ArrowReaderMetadata,
+    schema: SchemaRef,
+    file: File,
+    /// Rows of the pieces: of which row group, and how many.
+    partitions: Vec<(usize, u64)>,
+    /// Most bytes that all columns may take.
+    budget: u64,
+}
+
+/// The file as the parquet crate reads it: by position, from any thread.
+struct At {
+    file: File,
+    len: u64,
+}
+
+struct From {
+    file: File,
+    position: u64,
+}
+
+impl Read for From {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.file.read_at(out, self.position)?;
+        self.position += n as u64;
+        Ok(n)
+    }
+}
+
+impl Length for At {
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+impl ChunkReader for At {
+    type T = std::io::BufReader<From>;
+
+    fn get_read(&self, start: u64) -> std::result::Result<Self::T, ParquetError> {
+        Ok(std::io::BufReader::new(From { file: self.file.try_clone()?, position: start }))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> std::result::Result<Bytes, ParquetError> {
+        if start.checked_add(length as u64).is_none_or(|end| end > self.len) {
+            return Err(ParquetError::EOF(format!("{length} bytes at {start} of {}", self.len)));
+        }
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, start)?;
+        Ok(bytes.into())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a piece of the parquet crate, which may panic where a file lies.
+fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(Error::malformed("a Parquet file that lies")))
+}
+
+fn broken(error: ParquetError) -> Error {
+    Error::malformed("not a valid Parquet file").with_source(error)
+}
+
+impl Decode {
+    /// Reads the footer.
+    ///
+    /// # Errors
+    /// `Malformed` if it is broken, or has columns that have no Arrow type here.
+    pub(super) fn open(file: &File, size: u64, budget: u64) -> Result<Decode> {
+        let file = file.try_clone()?;
+        let at = At { file: file.try_clone()?, len: size };
+        guarded(|| {
+            let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
+            let metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
+            let schema = metadata.schema().clone();
+            for field in schema.fields() {
+                if holds_dictionary(field.data_type(), 0) {
+                    return Err(Error::malformed(format!("column {:?} nests a dictionary", field.name())));
+                }
+            }
+            // As views, strings take no more memory than their pages, however often they repeat.
+            let viewed: Vec<ArrowField> =
+                schema.fields().iter().map(|f| f.as_ref().clone().with_data_type(viewed(f.data_type()))).collect();
+            let viewed = Arc::new(Schema::new_with_metadata(viewed, schema.metadata().clone()));
+            let metadata = ArrowReaderMetadata::try_new(metadata.metadata().clone(), options().with_schema(viewed))
+                .map_err(broken)?;
+            let mut partitions = Vec::new();
+            let mut total = 0u64;
+            for (i, group) in metadata.metadata().row_groups().iter().enumerate() {
+                let rows =
+                    u64::try_from(group.num_rows()).map_err(|_| Error::malformed("a negative number of rows"))?;
+                let widest = group.columns().iter().map(|c| c.uncompressed_size().max(0) as u64).max().unwrap_or(0);
+                let step = (PIECE.saturating_mul(rows) / widest.max(1)).clamp(1 << 13, MAX_ROWS);
+                total = total.saturating_add(rows);
+                // Each piece becomes an object for each column; a file that announces more than it can hold stops here.
+                if rows / step > size {
+                    return Err(Error::malformed(format!("{rows} rows in a file of {size} bytes")));
+                }
+                partitions.extend((0..rows).step_by(step as usize).map(|start| (i, step.min(rows - start))));
+            }
+            let said = metadata.metadata().file_metadata().num_rows();
+            if u64::try_from(said) != Ok(total) {
+                return Err(Error::malformed(format!("{total} rows in row groups, {said} in the footer")));
+            }
+            Ok(Decode { metadata, schema, file, partitions, budget })
+        })
+    }
+
+    /// Number of rows.
+    pub(super) fn rows(&self) -> u64 {
+        self.partitions.iter().map(|(_, rows)| rows).sum()
+    }
+
+    /// Decodes all columns with several threads, and passes each piece on with the numbers of its partition and column.
+    fn each(&self, keep: &(dyn Fn(usize, usize, Column) -> Result<()> + Sync)) -> Result<()> {
+        let units = self.units();
+        let (next, failed, spent) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicU64::new(0));
+        let error = Mutex::new(None);
+        let work = || {
+            while !failed.load(Ordering::Relaxed) {
+                let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+                let keep = |partition: usize, column: Column| {
+                    let size = column.size();
+                    if spent.fetch_add(size, Ordering::Relaxed).saturating_add(size) > self.budget {
+                        return Err(Error::malformed("columns that decode to more than the store holds"));
+                    }
+                    keep(partition, unit.column, column)
+                };
+                let name = || format!("column {:?}", self.schema.field(unit.column).name());
+                if let Err(e) = guarded(|| self.unit(unit, &keep)).context(name) {
+                    failed.store(true, Ordering::Relaxed);
+                    lock(&error).get_or_insert(e);
+                }
+            }
+        };
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS).min(units.len());
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                let _ = std::thread::Builder::new().name("decode".into()).spawn_scoped(scope, work);
+            }
+            work();
+        });
+        match lock(&error).take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// All columns in memory, for a file of a pandas frame that is small enough; `None` for others.
+    pub(super) fn collect(&self) -> Result<Option<Batches>> {
+        let size: i64 = self.metadata.metadata().row_groups().iter().map(|g| g.total_byte_size().max(0)).sum();
+        if size > MAX_COLLECTED || !super::frame::may_be(&self.schema, self.rows()) {
+            return Ok(None);
+        }
+        let columns = self.schema.fields().len();
+        let made: Mutex<Vec<Vec<Option<Column>>>> = Mutex::new(vec![vec![None; columns]; self.partitions.len()]);
+        let total = AtomicU64::new(0);
+        let too_much = || Error::new(Kind::TooLarge, "a frame that is too large to hold");
+        let keep = |partition: usize, number: usize, column: Column| {
+            if total.fetch_add(column.size(), Ordering::Relaxed) > 4 * MAX_COLLECTED as u64 {
+                return Err(too_much());
+            }
+            let mut made = lock(&made);
+            let slot = made.get_mut(partition).and_then(|p| p.get_mut(number));
+            *slot.ok_or_else(too_much)? = Some(column);
+            Ok(())
+        };
+        match self.each(&keep) {
+            Err(error) if error.kind() == Kind::TooLarge => return Ok(None),
+            other => other?,
+        }
+        let made = std::mem::take(&mut *lock(&made));
+        let batches = self.partitions.iter().zip(made).map(|((_, rows), columns)| {
+            let columns: Option<Vec<Column>> = columns.into_iter().collect();
+            columns.map(|columns| (*rows, columns)).ok_or_else(|| Error::malformed("columns of different lengths"))
+        });
+        Ok(Some(Batches { schema: self.schema.clone(), batches: batches.collect::<Result<_>>()?, exact: false }))
+    }
+
+    /// Decodes all columns, and passes each piece to `add`, which makes its blobs and objects and returns the ids of
+    /// those. Returns the objects of the table, the last of which is `root` with its partitions.
+    pub(super) fn run(
+        &self,
+        root: &PlannedObject,
+        add: &(dyn Fn(&Draft) -> Result<Vec<ObjectId>> + Sync),
+    ) -> Result<Vec<PlannedObject>> {
+        let columns = self.schema.fields().len();
+        let made: Mutex<Vec<Vec<Option<Field>>>> = Mutex::new(vec![vec![None; columns]; self.partitions.len()]);
+        let store = |column: &Column| {
+            let mut draft = Draft::default();
+            native::array(&mut draft, column)?;
+            Ok(add(&draft)?.last().copied().map(Field::Existing))
+        };
+        self.each(&|partition, number, column| {
+            let field = store(&column)?;
+            if let Some(slot) = lock(&made).get_mut(partition).and_then(|p| p.get_mut(number)) {
+                *slot = field;
+            }
+            Ok(())
+        })?;
+        let mut partitions = Vec::with_capacity(self.partitions.len());
+        for ((_, rows), columns) in self.partitions.iter().zip(std::mem::take(&mut *lock(&made))) {
+            let columns: Option<Vec<Field>> = columns.into_iter().collect();
+            partitions.push((*rows, columns.ok_or_else(|| Error::malformed("columns of different lengths"))?));
+        }
+        if partitions.is_empty() {
+            // A table has at least one partition: see `table`.
+            let columns = self.schema.fields().iter().map(|f| store(&Column::empty(f.data_type())));
+            partitions.push((0, columns.collect::<Result<Option<_>>>()?.unwrap_or_default()));
+        }
+        self.finish(root, partitions)
+    }
+
+    /// The objects above the columns, members first.
+    fn finish(&self, root: &PlannedObject, partitions: Vec<(u64, Vec<Field>)>) -> Result<Vec<PlannedObject>> {
+        let mut draft = Draft::default();
+        let schema = table::schema_proxy(&mut draft, &native::stored_schema(&self.schema))?;
+        let partitions = partitions
+            .into_iter()
+            .map(|(rows, columns)| table::record_batch_of(&mut draft, &schema, rows, 0, columns))
+            .collect();
+        let mut fields = table::root(&self.schema, schema, self.rows(), partitions)?;
+        fields.extend(root.fields.iter().cloned());
+        draft.object(root.typename.clone(), fields);
+        Ok(draft.objects)
+    }
+
+    /// What one thread does at a time: a column of a row group, or a whole column that has one dictionary.
+    fn units(&self) -> Vec<Unit> {
+        let mut units = Vec::new();
+        for (column, field) in self.schema.fields().iter().enumerate() {
+            if matches!(field.data_type(), DataType::Dictionary(..)) {
+                units.push(Unit { column, partitions: 0..self.partitions.len() });
+                continue;
+            }
+            let mut start = 0;
+            for chunk in self.partitions.chunk_by(|a, b| a.0 == b.0) {
+                units.push(Unit { column, partitions: start..start + chunk.len() });
+                start += chunk.len();
+            }
+        }
+        units
+    }
+
+    fn unit(&self, unit: &Unit, keep: &dyn Fn(usize, Column) -> Result<()>) -> Result<()> {
+        let field = self.schema.field(unit.column);
+        let mut arrays = Vec::new();
+        let mut next = unit.partitions.start;
+        for chunk in self.partitions[unit.partitions.clone()].chunk_by(|a, b| a.0 == b.0) {
+            let mut batches = self.reader(unit.column, chunk)?;
+            for (_, rows) in chunk {
+                let array = batches.next().ok_or_else(|| Error::malformed("a row group ends early"))?;
+                let array = array.map_err(arrow)?.columns().first().cloned();
+                let array = array.filter(|a| a.len() as u64 == *rows);
+                let array = array.ok_or_else(|| Error::malformed("a row group with another number of rows"))?;
+                let array = expand(array, field.data_type(), self.budget)?;
+                if matches!(field.data_type(), DataType::Dictionary(..)) {
+                    arrays.push(array);
+                } else {
+                    keep(next, column(array, field)?)?;
+                }
+                next += 1;
+            }
+        }
+        if arrays.is_empty() {
+            return Ok(());
+        }
+        // One dictionary for all batches, as everywhere else.
+        let all: Vec<&dyn Array> = arrays.iter().map(|a| a.as_ref()).collect();
+        let joined = arrow::compute::concat(&all).map_err(arrow)?;
+        drop(arrays);
+        let whole = column(joined, field)?;
+        let mut start = 0;
+        for (i, (_, rows)) in self.partitions.iter().enumerate() {
+            keep(i, slice_keys(&whole, start, *rows)?)?;
+            start += rows;
+        }
+        Ok(())
+    }
+
+    /// A column of a row group, in the pieces of `chunk`.
+    fn reader(&self, column: usize, chunk: &[(usize, u64)]) -> Result<ParquetRecordBatchReader> {
+        let (group, rows) = chunk.first().copied().unwrap_or((0, 1));
+        let at = At { file: self.file.try_clone()?, len: self.file.metadata()?.len() };
+        ParquetRecordBatchReaderBuilder::new_with_metadata(at, self.metadata.clone())
+            .with_row_groups(vec![group])
+            .with_projection(ProjectionMask::roots(self.metadata.parquet_schema(), [column]))
+            .with_batch_size(rows as usize)
+            .build()
+            .map_err(broken)
+    }
+}
+
+/// A column of consecutive partitions.
+struct Unit {
+    column: usize,
+    partitions: std::ops::Range<usize>,
+}
+
+fn column(array: ArrayRef, field: &ArrowField) -> Result<Column> {
+    let array = nan_under_nulls(array);
+    let field = field.clone().with_nullable(true);
+    let batch = RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![array]).map_err(arrow)?;
+    decode::columns(&batch)?.pop().ok_or_else(|| Error::new(Kind::Internal, "a batch without its column"))
+}
+
+/// Floats with NaN in the places of nulls, as pandas has them; the parquet crate leaves zeros there.
+fn nan_under_nulls(array: ArrayRef) -> ArrayRef {
+    fn fill<T: ArrowPrimitiveType>(array: &PrimitiveArray<T>, nan: T::Native) -> ArrayRef {
+        let values = (0..array.len()).map(|i| if array.is_null(i) { nan } else { array.value(i) });
+        let values = arrow_buffer::ScalarBuffer::from_iter(values);
+        Arc::new(PrimitiveArray::<T>::new(values, array.nulls().cloned()))
+    }
+    if array.null_count() == 0 {
+        return array;
+    }
+    if let Some(floats) = array.as_primitive_opt::<Float64Type>() {
+        return fill(floats, f64::NAN);
+    }
+    match array.as_primitive_opt::<Float32Type>() {
+        Some(floats) => fill(floats, f32::NAN),
+        None => array,
+    }
+}
+
+/// Elements `start..start + rows` of a dictionary column.
+fn slice_keys(whole: &Column, start: u64, rows: u64) -> Result<Column> {
+    let keys: u64 = whole.buffer(1).iter().map(Part::len).sum();
+    let width = keys.checked_div(whole.len).unwrap_or(0);
+    let mut buffers = vec![Vec::new(), Vec::new()];
+    let mut nulls = 0;
+    if whole.null_count > 0 {
+        let bitmap = buffer_bytes(&whole.buffer(0), &[])?;
+        let mut bits = arrow_buffer::BooleanBufferBuilder::new(rows as usize);
+        bits.append_packed_range(start as usize..(start + rows) as usize, &bitmap);
+        let bits = bits.finish();
+        nulls = (bits.len() - bits.count_set_bits()) as u64;
+        if nulls > 0 {
+            buffers[0] = vec![Part::Owned(bits.into_inner())];
+        }
+    }
+    for part in whole.buffer(1) {
+        buffers[1].push(part.slice(start * width..(start + rows) * width)?);
+    }
+    Ok(Column { len: rows, null_count: nulls, buffers, ..whole.clone() })
+}
+
+/// True if a dictionary is below the top level.
+fn holds_dictionary(data_type: &DataType, depth: usize) -> bool {
+    use DataType::*;
+    match data_type {
+        Dictionary(_, values) => depth > 0 || holds_dictionary(values, depth + 1),
+        List(f) | LargeList(f) | ListView(f) | LargeListView(f) | FixedSizeList(f, _) | Map(f, _) => {
+            holds_dictionary(f.data_type(), depth + 1)
+        }
+        Struct(fields) => fields.iter().any(|f| holds_dictionary(f.data_type(), depth + 1)),
+        RunEndEncoded(_, values) => holds_dictionary(values.data_type(), depth + 1),
+        _ => false,
+    }
+}
+
+/// The type with views for strings and binaries.
+fn viewed(data_type: &DataType) -> DataType {
+    use DataType::*;
+    let child = |f: &Arc<ArrowField>| Arc::new(f.as_ref().clone().with_data_type(viewed(f.data_type())));
+    match data_type {
+        Utf8 | LargeUtf8 => Utf8View,
+        Binary | LargeBinary => BinaryView,
+        List(f) => List(child(f)),
+        LargeList(f) => LargeList(child(f)),
+        FixedSizeList(f, n) => FixedSizeList(child(f), *n),
+        Struct(fields) => Struct(fields.iter().map(child).collect::<Fields>()),
+        other => other.clone(),
+    }
+}
+
+/// The array in the wanted type: views become strings, if they are not too many bytes.
+fn expand(array: ArrayRef, data_type: &DataType, most: u64) -> Result<ArrayRef> {
+    if array.data_type() == data_type {
+        return Ok(array);
+    }
+    let bytes = string_bytes(&array.to_data());
+    if bytes > MAX_STRINGS.min(most) {
+        return Err(Error::malformed(format!("{bytes} bytes of strings in a piece of {} rows", array.len())));
+    }
+    arrow::compute::cast(&array, data_type).map_err(arrow)
+}
+
+/// Sum of the lengths of all views in an array.
+fn string_bytes(data: &ArrayData) -> u64 {
+    if matches!(data.data_type(), DataType::Utf8View | DataType::BinaryView) {
+        let views = data.buffers().first().map(|b| b.as_slice()).unwrap_or_default();
+        return views
+            .chunks_exact(16)
+            .skip(data.offset())
+            .take(data.len())
+            .map(|view| u64::from(u32::from_le_bytes([view[0], view[1], view[2], view[3]])))
+            .sum();
+    }
+    data.child_data().iter().map(string_bytes).sum()
+}

@@ -1,0 +1,363 @@
+"""Checks each row of the README's table of semantics. A row without a check, or a check without a row, fails."""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import multiprocessing
+import os
+import re
+import subprocess
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import PROJECT, Mount
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+
+
+def rows() -> dict[str, str]:
+    text = (PROJECT / "README.md").read_text()
+    section = text.split("\n## Semantics\n", 1)[1].split("\n## ", 1)[0]
+    found = re.findall(r"^\| (?!operation|---)(.+?) \| (.+?) \|$", section, re.M)
+    assert len(found) == len(dict(found)) > 10
+    return dict(found)
+
+
+CHECKS = {}
+
+
+def check(row):
+    def register(function):
+        CHECKS[row] = function
+        return function
+
+    return register
+
+
+def frame(value, rows=1000):
+    return pd.DataFrame({"a": np.full(rows, value, dtype="int64"), "s": ["text"] * rows})
+
+
+def save(path, value):
+    frame(value).to_feather(path, compression="uncompressed")
+
+
+def value(path):
+    read = pd.read_feather(path)
+    assert read["a"].nunique() == 1
+    return int(read["a"].iloc[0])
+
+
+def refused(number, function, *arguments):
+    with pytest.raises(OSError) as info:
+        function(*arguments)
+    assert info.value.errno == number, errno.errorcode.get(info.value.errno)
+
+
+def rename(old, new, flags):
+    if LIBC.renameat2(-100, os.fsencode(old), -100, os.fsencode(new), flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+@check("read while a dataset is replaced")
+def _(m):
+    save(m / "x.arrow", 1)
+    with open(m / "x.arrow", "rb") as reader:
+        head = reader.read(100)
+        save(m / "x.arrow", 2)
+        rest = reader.read()
+    assert value(m / "x.arrow") == 2
+    (m / "old.arrow").write_bytes(head + rest)
+    assert value(m / "old.arrow") == 1
+
+
+@check("read of a deleted dataset (by another client)")
+def _(m):
+    array = np.full(500_000, 7.0)
+    m.store.put("gone", array)
+    with open(m / "gone.npy", "rb") as reader:
+        reader.read(4096)
+        client = m.store.client
+        client.delete(client.get_name("gone"))
+        client.drop_name("gone")
+        m.store.put("other", np.full(500_000, -1.0))
+        try:
+            rest = reader.read()
+        except OSError as error:
+            assert error.errno == errno.ESTALE
+        else:
+            assert (np.frombuffer(rest[-8 * 400_000 :]) == 7.0).all()
+
+
+@check("open for writing with truncation")
+def _(m):
+    save(m / "x.arrow", 1)
+    with open(m / "x.arrow", "rb") as reader:
+        before = os.fstat(reader.fileno())
+        with open(m / "x.arrow", "wb") as writer:
+            writer.write(b"ARROW1")
+            assert os.fstat(writer.fileno()).st_ino != before.st_ino
+            assert os.fstat(reader.fileno()).st_size == before.st_size
+            assert child_reads(m / "x.arrow") == 1
+            writer.seek(0)
+            writer.truncate()
+
+
+def child_reads(path):
+    """What another process reads."""
+    code = f"import pandas as pd; print(pd.read_feather({str(path)!r})['a'].iloc[0])"
+    import sys
+
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@check("truncate a view and close without writing")
+def _(m):
+    save(m / "x.arrow", 1)
+    open(m / "x.arrow", "wb").close()
+    assert value(m / "x.arrow") == 1
+
+
+@check("truncate a plain file and close without writing")
+def _(m):
+    (m / "f.txt").write_text("text")
+    open(m / "f.txt", "w").close()
+    assert (m / "f.txt").read_bytes() == b""
+
+
+@check("half a file of a view's format at close")
+def _(m):
+    save(m / "x.arrow", 1)
+    whole = (m / "x.arrow").read_bytes()
+    descriptor = os.open(m / "x.arrow", os.O_WRONLY | os.O_TRUNC)
+    os.write(descriptor, whole[: len(whole) // 2])
+    refused(errno.EINVAL, os.close, descriptor)
+    assert (m.store.client.get(name="x")["a"] == 1).all() if hasattr(m.store.client.get(name="x"), "columns") else True
+    save(m / "x.arrow", 2)
+    assert value(m / "x.arrow") == 2
+
+
+@check("foreign bytes under a view's extension")
+def _(m):
+    (m / "x.parquet").write_bytes(b"no such format")
+    assert (m / "x.parquet").read_bytes() == b"no such format"
+    assert any("x.parquet" in warning for warning in m.status()["fs"]["warnings"])
+
+
+@check("writes in any order, append, holes")
+def _(m):
+    with open(m / "f.bin", "wb") as file:
+        file.seek(10_000)
+        file.write(b"end")
+        file.seek(0)
+        file.write(b"begin")
+    with open(m / "f.bin", "ab") as file:
+        file.write(b"more")
+    assert (m / "f.bin").read_bytes() == b"begin" + bytes(9995) + b"endmore"
+    os.truncate(m / "f.bin", 5)
+    assert (m / "f.bin").read_bytes() == b"begin"
+    os.truncate(m / "f.bin", 8)
+    assert (m / "f.bin").read_bytes() == b"begin\0\0\0"
+
+
+@check("fallocate")
+def _(m):
+    with open(m / "f.bin", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 100_000)
+        assert os.fstat(file.fileno()).st_size == 100_000
+    assert (m / "f.bin").read_bytes() == bytes(100_000)
+
+
+@check("shared writable mmap")
+def _(m):
+    descriptor = os.open(m / "f.bin", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(descriptor, 8192)
+    view = mmap.mmap(descriptor, 8192)
+    os.close(descriptor)
+    view[5000:5004] = b"late"
+    view.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if (m / "f.bin").read_bytes() == bytes(5000) + b"late" + bytes(3188):
+            return
+        time.sleep(0.05)
+    raise AssertionError("what was stored through the mapping is not in the file")
+
+
+@check("rename over a file")
+def _(m):
+    save(m / "x.arrow", 1)
+    save(m / ".x.arrow.tmp", 2)
+    os.replace(m / ".x.arrow.tmp", m / "x.arrow")
+    assert value(m / "x.arrow") == 2
+    assert os.listdir(m.path) == ["x.arrow"]
+    assert (pd.read_parquet(m / "x.parquet")["a"] == 2).all()
+
+
+@check("rename with NOREPLACE and EXCHANGE")
+def _(m):
+    (m / "a").write_text("a")
+    (m / "b").write_text("b")
+    refused(errno.EEXIST, rename, m / "a", m / "b", RENAME_NOREPLACE)
+    rename(m / "a", m / "b", RENAME_EXCHANGE)
+    assert ((m / "a").read_text(), (m / "b").read_text()) == ("b", "a")
+    (m / "d/in").parent.mkdir()
+    (m / "e").mkdir()
+    (m / "d/in").write_text("d")
+    rename(m / "d", m / "e", RENAME_EXCHANGE)
+    assert (m / "e/in").read_text() == "d" and os.listdir(m / "d") == []
+
+
+@check("rename of a directory")
+def _(m):
+    os.makedirs(m / "d/deep")
+    save(m / "d/deep/x.arrow", 3)
+    os.rename(m / "d", m / "e")
+    assert value(m / "e/deep/x.arrow") == 3
+    assert not os.path.exists(m / "d")
+
+
+@check("unlink")
+def _(m):
+    save(m / "x.arrow", 1)
+    with open(m / "x.arrow", "rb") as reader:
+        os.unlink(m / "x.arrow")
+        data = reader.read()
+    assert data.endswith(b"ARROW1") and os.listdir(m.path) == []
+    time.sleep(1.1)
+    assert not os.path.exists(m / "x.parquet")
+    assert m.store.usage() == 0
+
+
+@check("mkdir and rmdir")
+def _(m):
+    os.makedirs(m / "X.arrow/2026")
+    refused(errno.EEXIST, os.mkdir, m / "X.arrow")
+    refused(errno.ENOTEMPTY, os.rmdir, m / "X.arrow")
+    os.rmdir(m / "X.arrow/2026")
+    os.rmdir(m / "X.arrow")
+    assert os.listdir(m.path) == []
+
+
+@check("chmod, chown, utimens")
+def _(m):
+    save(m / "x.arrow", 1)
+    os.chmod(m / "x.arrow", 0o600)
+    os.chown(m / "x.arrow", 12, 34)
+    os.utime(m / "x.arrow", ns=(5_000_000_001, 7_000_000_003))
+    again(m)
+    status = os.stat(m / "x.arrow")
+    assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (0o600, 12, 34)
+    assert status.st_mtime_ns == 7_000_000_003
+    assert value(m / "x.arrow") == 1
+
+
+@check("user extended attributes")
+def _(m):
+    save(m / "x.arrow", 1)
+    os.setxattr(m / "x.arrow", "user.note", b"hello")
+    again(m)
+    assert os.getxattr(m / "x.arrow", "user.note") == b"hello"
+    os.removexattr(m / "x.arrow", "user.note")
+    refused(errno.ENODATA, os.getxattr, m / "x.arrow", "user.note")
+    for i in range(2):
+        value = b"x" * 40_000
+        if i == 0:
+            os.setxattr(m / "x.arrow", "user.big0", value)
+        else:
+            refused(errno.ENOSPC, os.setxattr, m / "x.arrow", "user.big1", value)
+
+
+def again(m):
+    """Unmounts and mounts again: only what the store keeps is there afterwards."""
+    m.unmount()
+    Mount.__init__(m, m.path, m.store)
+
+
+@check("computed attributes")
+def _(m):
+    m.store.put("t", frame(1).astype({"s": object})["a"].to_frame())
+    names = {f"user.vineyard.{key}" for key in ["id", "type", "name", "rows", "instance", "signature"]}
+    assert names <= set(os.listxattr(m / "t.arrow"))
+    assert os.getxattr(m / "t.arrow", "user.vineyard.rows") == b"1000"
+    assert os.getxattr(m / "t.arrow", "user.vineyard.type") == b"vineyard::DataFrame"
+    assert os.getxattr(m / "t.arrow", "user.vineyard.id").decode() == repr(m.store.client.get_name("t")).strip('"')
+    refused(errno.EPERM, os.setxattr, m / "t.arrow", "user.vineyard.rows", b"1")
+
+
+def try_lock(path, kind, queue):
+    with open(path, "r+b") as file:
+        try:
+            (fcntl.flock if kind == "flock" else fcntl.lockf)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            queue.put("got it")
+        except BlockingIOError:
+            queue.put("refused")
+
+
+@check("flock and POSIX locks")
+def _(m):
+    (m / "f").write_text("x")
+    context = multiprocessing.get_context("spawn")
+    for kind in ["flock", "posix"]:
+        with open(m / "f", "r+b") as file:
+            (fcntl.flock if kind == "flock" else fcntl.lockf)(file, fcntl.LOCK_EX)
+            queue = context.Queue()
+            process = context.Process(target=try_lock, args=(str(m / "f"), kind, queue))
+            process.start()
+            assert queue.get(timeout=30) == "refused"
+            process.join()
+
+
+@check("symbolic links")
+def _(m):
+    refused(errno.EPERM, os.symlink, "target", m / "link")
+
+
+@check("hard links")
+def _(m):
+    (m / "f").write_text("x")
+    refused(errno.EPERM, os.link, m / "f", m / "g")
+
+
+@check("two writers of one name")
+def _(m):
+    save(m / "a.arrow", 1)
+    save(m / "b.arrow", 2)
+    one, two = (m / "a.arrow").read_bytes(), (m / "b.arrow").read_bytes()
+    first = os.open(m / "x.arrow", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.write(first, one[:100])
+    process = subprocess.run(["cp", m / "b.arrow", m / "x.arrow"])
+    assert process.returncode == 0
+    assert value(m / "x.arrow") == 2
+    os.write(first, one[100:])
+    os.close(first)
+    assert (m / "x.arrow").read_bytes() == one and two != one
+
+
+@check("read-only mount")
+def _(m):
+    m.store.put("t", np.arange(3.0))
+    m.unmount()
+    Mount.__init__(m, m.path, m.store, "--read-only")
+    assert np.load(m / "t.npy").tolist() == [0, 1, 2]
+    refused(errno.EROFS, open, m / "new", "wb")
+    refused(errno.EROFS, open, m / "t.npy", "r+b")
+    refused(errno.EROFS, os.unlink, m / "t.npy")
+    refused(errno.EROFS, os.mkdir, m / "d")
+    refused(errno.EROFS, os.rename, m / "t.npy", m / "u.npy")
+    refused(errno.EROFS, os.chmod, m / "t.npy", 0)
+
+
+def test_every_row_has_a_check():
+    assert set(rows()) == set(CHECKS)
+
+
+@pytest.mark.parametrize("row", list(CHECKS))
+def test_semantics(row, mount):
+    CHECKS[row](mount)
