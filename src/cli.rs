@@ -10,11 +10,18 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 
+pub mod get;
 pub mod helper;
+pub mod info;
 pub mod kedro;
+pub mod ls;
 pub mod mount;
+pub mod mv;
 pub mod options;
+pub mod put;
+pub mod rm;
 pub mod status;
+pub mod store;
 pub mod unmount;
 
 /// Every vineyard dataset is a file.
@@ -29,6 +36,8 @@ const EXAMPLES: &str = "\
 Examples:
   vineyard-fs mount /mnt/vineyard            show the datasets of a vineyardd, or of a private one
   vineyard-fs status                         how all mounts are doing
+  vineyard-fs ls -l                          what is in the store
+  vineyard-fs get X_train -o X_train.parquet
   vineyard-fs unmount /mnt/vineyard
 
 In /etc/fstab:
@@ -48,6 +57,18 @@ enum Command {
     Kedro(kedro::KedroCommand),
     /// Run a command with a mount that ends with it
     Run(kedro::RunCommandArgs),
+    /// List the datasets of a store
+    Ls(ls::Args),
+    /// All about one dataset
+    Info(info::Args),
+    /// Copy a view of a dataset to a file
+    Get(get::Args),
+    /// Make a dataset of a file
+    Put(put::Args),
+    /// Remove datasets
+    Rm(rm::Args),
+    /// Give a dataset another name
+    Mv(mv::Args),
     /// Completions for a shell, to be sourced
     Completions {
         /// Which shell
@@ -87,6 +108,12 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::run(&arguments),
         Command::Kedro(command) => kedro::run(command),
         Command::Run(arguments) => kedro::run_command(arguments),
+        Command::Ls(arguments) => ls::run(&arguments),
+        Command::Info(arguments) => info::run(&arguments),
+        Command::Get(arguments) => get::run(&arguments),
+        Command::Put(arguments) => put::run(&arguments),
+        Command::Rm(arguments) => rm::run(&arguments),
+        Command::Mv(arguments) => mv::run(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut std::io::stdout());
             Ok(())

@@ -9,6 +9,7 @@
 
 mod attributes;
 pub mod cache;
+pub mod direct;
 mod directory;
 pub mod host;
 pub mod inode;

@@ -1,6 +1,6 @@
 //! Directories: listings.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::Instant;
@@ -145,6 +145,16 @@ impl FileSystem {
         }
         listings.insert(directory.to_owned(), listing.clone());
         Ok((listing, false))
+    }
+
+    /// The file names of a directory that show datasets, by the names of those.
+    pub(super) fn components(&self, directory: &str) -> Result<HashMap<String, String>> {
+        let (listing, _) = self.list(directory)?;
+        let views = listing.entries.iter().filter_map(|(component, item)| match item {
+            Item::View { name, .. } => Some((name.clone(), component.clone())),
+            _ => None,
+        });
+        Ok(views.collect())
     }
 
     /// Gives the entries after `offset` to `add` until that returns true (full).

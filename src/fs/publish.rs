@@ -7,6 +7,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::inode::{Inode, Node, ViewNode};
+use super::resolve::Target;
 use super::staging::Staged;
 use super::{Caller, FileSystem, Handle};
 use crate::dataset::attributes::ATTRIBUTES_KEY;
@@ -87,24 +88,13 @@ impl FileSystem {
                 FileAttributes { mtime: state.attributes.mtime.or(Some(Self::now())), ..state.attributes.clone() }
             };
             let input = StagedBytes { bytes: bytes.as_slice(), file: &staged.file().file };
-            let plan = publish::plan(&input, format, &attributes, Limits::of(&*self.store)?)?;
-            let published = publish::realize(&*self.store, &plan, &input)?;
-            for warning in &published.warnings {
-                self.warn(format!("{:?}: {warning}", target.path()));
-            }
-            if staged.stamp()? != before {
-                // Somebody wrote while it was copied: what is in the store may be a mixture.
-                self.delete_object(published.id);
+            // Somebody may write while it is copied: what is in the store may be a mixture then.
+            let unchanged = || Ok(staged.stamp()? == before);
+            let Some((name, object)) = self.publish_bytes(&target, format, &attributes, &input, &unchanged)? else {
                 continue;
-            }
-            let native = published.outcome != publish::Outcome::File;
-            let name = if native { target.dataset().to_owned() } else { target.plain.clone() };
-            if let Err(error) = self.point_name(&name, published.id, &[target.dataset(), &target.plain]) {
-                self.delete_object(published.id);
-                return Err(error);
-            }
+            };
             let mut state = staged.state();
-            state.published = Some((name, published.id));
+            state.published = Some((name, object));
             state.replaces = None;
             drop(state);
             return staged.mark_clean(before);
@@ -112,9 +102,75 @@ impl FileSystem {
         Err(Error::new(Kind::Busy, "another process keeps writing to the file while it is published"))
     }
 
+    /// Makes a dataset of a file's bytes at a path and points its name at it. Which name that is, the bytes decide: what
+    /// is not the format of its extension is stored under the full file name. `None`, and nothing is left behind, if
+    /// `settled` denies after the copy that the bytes may be published.
+    pub(super) fn publish_bytes(
+        &self,
+        target: &Target,
+        format: Written,
+        attributes: &FileAttributes,
+        input: &StagedBytes<'_>,
+        settled: &dyn Fn() -> Result<bool>,
+    ) -> Result<Option<(String, ObjectId)>> {
+        let plan = publish::plan(input, format, attributes, Limits::of(&*self.store)?)?;
+        let published = publish::realize(&*self.store, &plan, input)?;
+        for warning in &published.warnings {
+            self.warn(format!("{:?}: {warning}", target.path()));
+        }
+        let native = published.outcome != publish::Outcome::File;
+        let named = match settled() {
+            Ok(true) => self.point_path(target, native, published.id),
+            Ok(false) => {
+                self.delete_object(published.id);
+                return Ok(None);
+            }
+            Err(error) => Err(error),
+        };
+        match named {
+            Ok(name) => Ok(Some((name, published.id))),
+            Err(error) => {
+                self.delete_object(published.id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets a path lead to a new object, and removes what it led to before. Returns the name that was used.
+    ///
+    /// A path replaces what it showed and nothing else: where the dataset of its stem has no view of this format, as a
+    /// table beside which a `.pkl` is saved, the object gets the whole file name as its own.
+    pub(super) fn point_path(&self, target: &Target, native: bool, object: ObjectId) -> Result<String> {
+        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let mut replaced = vec![target.plain.as_str()];
+        let mut name = target.plain.clone();
+        if let Some((dataset, view)) = &target.view {
+            let other_kind = match self.object_of(dataset)? {
+                Some(there) => {
+                    let summary = self.objects.summary(&*self.store, there)?;
+                    summary.is_some_and(|summary| summary.broken.is_none() && summary.view(*view).is_none())
+                }
+                None => false,
+            };
+            if !other_kind {
+                replaced.push(dataset);
+                if native {
+                    name = dataset.clone();
+                }
+            }
+        }
+        self.point_locked(&name, object, &replaced)?;
+        Ok(name)
+    }
+
     /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
     pub(super) fn point_name(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
         let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        self.point_locked(name, object, path_names)
+    }
+
+    /// As [`FileSystem::point_name`], with the lock on names held.
+    fn point_locked(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
         let mut names: Vec<&str> = path_names.to_vec();
         names.push(name);
         names.sort_unstable();
@@ -216,7 +272,7 @@ impl FileSystem {
     }
 }
 
-fn format_of(view: View) -> Written {
+pub(super) fn format_of(view: View) -> Written {
     match view {
         View::Arrow => Written::Arrow,
         View::Feather => Written::Feather,
@@ -231,7 +287,7 @@ fn format_of(view: View) -> Written {
 /// The format in which bytes are to be published, `None` if not (yet). Writers flush before their first byte, their
 /// children flush half-written files when they exit, and preallocated files hold zeros at first: none of that may
 /// replace a dataset.
-fn verdict(bytes: &[u8], format: Written, unfinished: Unfinished) -> Option<Written> {
+pub(super) fn verdict(bytes: &[u8], format: Written, unfinished: Unfinished) -> Option<Written> {
     if format == Written::Plain {
         return Some(format);
     }
@@ -253,10 +309,10 @@ fn is_exiting(pid: u32) -> bool {
 }
 
 /// A read-only mapping of a memory file that only this process can shorten.
-struct MappedFile(Option<memmap2::Mmap>);
+pub(super) struct MappedFile(Option<memmap2::Mmap>);
 
 impl MappedFile {
-    fn map(file: &File, size: u64) -> Result<Self> {
+    pub(super) fn map(file: &File, size: u64) -> Result<Self> {
         if size == 0 {
             return Ok(MappedFile(None));
         }
@@ -266,7 +322,7 @@ impl MappedFile {
         Ok(MappedFile(Some(map.context(|| "mapping a staging file".into())?)))
     }
 
-    fn as_slice(&self) -> &[u8] {
+    pub(super) fn as_slice(&self) -> &[u8] {
         self.0.as_deref().unwrap_or_default()
     }
 }

@@ -94,11 +94,16 @@ impl FileSystem {
     }
 
     fn remove_dataset(&self, view: &ViewNode) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
         self.keep_directory(&view.directory);
-        // Somebody may have replaced it since the lookup: the name goes with what it points to now.
-        let object = self.object_of(&view.name)?;
-        self.store.drop_name(&view.name)?;
+        self.remove_name(&view.name)
+    }
+
+    /// Removes a name, and what it points to now unless another name does too.
+    pub(super) fn remove_name(&self, name: &str) -> Result<()> {
+        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        // Somebody may have replaced it since it was looked up: the name goes with its present object.
+        let object = self.object_of(name)?;
+        self.store.drop_name(name)?;
         if let Some(object) = object {
             self.delete_unnamed(object);
         }
@@ -191,9 +196,8 @@ impl FileSystem {
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((name, object)) = staged.published() {
             let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| *dataset == name);
-            let new_name = if native { target.dataset().to_owned() } else { target.plain.clone() };
+            let new_name = self.point_path(&target, native, object)?;
             if new_name != name {
-                self.point_name(&new_name, object, &[target.dataset(), &target.plain])?;
                 self.store.drop_name(&name)?;
             }
             staged.state().published = Some((new_name, object));
@@ -261,7 +265,7 @@ impl FileSystem {
         Ok(())
     }
 
-    fn rename_view(&self, view: &ViewNode, to: &Target, there: Option<Found>) -> Result<()> {
+    pub(super) fn rename_view(&self, view: &ViewNode, to: &Target, there: Option<Found>) -> Result<()> {
         self.keep_directory(&view.directory);
         let plain_to_plain = view.view == View::Raw && to.view.is_none();
         let same_view = view.view != View::Raw && to.view.as_ref().is_some_and(|(_, v)| *v == view.view);
@@ -282,11 +286,10 @@ impl FileSystem {
             self.staging.detach(other);
             other.state().detached = true;
         }
-        let name = if same_view { to.dataset() } else { &to.plain };
+        let name = self.point_path(to, same_view, view.object)?;
         if name == view.name {
             return Ok(());
         }
-        self.point_name(name, view.object, &[to.dataset(), &to.plain])?;
         self.store.drop_name(&view.name)
     }
 

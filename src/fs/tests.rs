@@ -284,6 +284,26 @@ fn readers_keep_their_version_and_the_old_object_goes() {
 }
 
 #[test]
+fn a_path_replaces_what_it_showed_and_nothing_else() {
+    let bed = bed();
+    bed.save("x.arrow", &table_file(&[1])).unwrap();
+    let pickle = b"\x80\x05K\x07.";
+    bed.save("x.pkl", pickle).unwrap();
+    assert_eq!(bed.list(""), ["x.arrow", "x.pkl"]);
+    assert_eq!(bed.load("x.pkl").unwrap(), pickle);
+    assert_eq!(column(&bed.load("x.arrow").unwrap()), [1]);
+    bed.save("x.pkl", b"\x80\x05K\x08.").unwrap();
+    assert_eq!(bed.load("x.pkl").unwrap(), b"\x80\x05K\x08.");
+    bed.fs.unlink(ROOT, OsStr::new("x.arrow"), ME).unwrap();
+    assert_eq!(bed.list(""), ["x.pkl"]);
+    // Another format of a table is the same dataset.
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    bed.save("t.feather", &table_file(&[2])).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+    assert_eq!(bed.list(""), ["t.feather", "x.pkl"]);
+}
+
+#[test]
 fn truncating_and_writing_nothing_leaves_the_old_version() {
     let bed = bed();
     bed.save("t.arrow", &table_file(&[1])).unwrap();
