@@ -147,14 +147,14 @@ impl Derive for Shifted {
 }
 
 /// What happens to each element; its width stays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Map {
     /// The bytes of a number in the other order.
     Swap,
     /// Negative integers become 0.
     ClearNegative,
-    /// An integer plus this, wrapping around.
-    Add(u64),
+    /// The entry of this list that an unsigned integer counts, or 0 past its end.
+    Look(std::sync::Arc<[u64]>),
     /// A 64-bit integer times this; the least integer ("not a time") stays.
     Scale(i64),
 }
@@ -174,21 +174,22 @@ pub fn map(input: Span, width: u64, map: Map) -> Span {
 impl Mapped {
     fn apply(&self, elements: &mut [u8]) {
         for element in elements.chunks_exact_mut(self.width as usize) {
-            match self.map {
+            match &self.map {
                 Map::Swap => element.reverse(),
                 Map::ClearNegative if element.last().is_some_and(|b| b & 0x80 != 0) => element.fill(0),
                 Map::ClearNegative => {}
-                Map::Add(by) => {
-                    let mut carry = 0;
-                    for (byte, add) in element.iter_mut().zip(by.to_le_bytes()) {
-                        let sum = u16::from(*byte) + u16::from(add) + carry;
-                        (*byte, carry) = (sum as u8, sum >> 8);
-                    }
+                Map::Look(list) => {
+                    let mut number = [0; 8];
+                    let width = element.len().min(8);
+                    number[..width].copy_from_slice(&element[..width]);
+                    let at = usize::try_from(u64::from_le_bytes(number)).unwrap_or(usize::MAX);
+                    let found = list.get(at).copied().unwrap_or(0).to_le_bytes();
+                    element[..width].copy_from_slice(&found[..width]);
                 }
                 Map::Scale(by) => {
                     if let Ok(bytes) = <[u8; 8]>::try_from(&*element) {
                         let value = i64::from_le_bytes(bytes);
-                        let scaled = if value == i64::MIN { value } else { value.wrapping_mul(by) };
+                        let scaled = if value == i64::MIN { value } else { value.wrapping_mul(*by) };
                         element.copy_from_slice(&scaled.to_le_bytes());
                     }
                 }
@@ -594,8 +595,13 @@ mod tests {
             cut: (prop::sample::Index, prop::sample::Index))
         {
             let span = Span::literal(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
-            let cases: [(Map, Box<dyn Fn(i32) -> i32>); 3] = [(Map::Swap, Box::new(i32::swap_bytes)),
-                (Map::ClearNegative, Box::new(|v| v.max(0))), (Map::Add(add.into()), Box::new(move |v| v.wrapping_add(add as i32)))];
+            let top = i64::from(add % 1000);
+            let list = (0..=top as u64).map(|n| n * 2).collect();
+            let cases: [(Map, Box<dyn Fn(i32) -> i32>); 3] = [
+                (Map::Swap, Box::new(i32::swap_bytes)),
+                (Map::ClearNegative, Box::new(|v| v.max(0))),
+                (Map::Look(list), Box::new(move |v| if (0..=top).contains(&i64::from(v)) { v * 2 } else { 0 })),
+            ];
             for (change, expected) in cases {
                 let expected: Vec<u8> = values.iter().flat_map(|v| expected(*v).to_le_bytes()).collect();
                 prop_assert_eq!(read(&map(span.clone(), 4, change), cut), expected);

@@ -91,7 +91,7 @@ pub fn literal(data: &ArrayData) -> Result<ArrayLayout> {
 const MAX_DICTIONARY: u64 = 64 << 20;
 
 /// Makes columns of several batches share one dictionary, as Arrow files want it: the first one if all are equal, else
-/// all values one after the other, with the keys moved up.
+/// one with every value once, and keys that are looked up when they are read.
 ///
 /// # Errors
 /// `Unsupported` if the keys have no room for that many values or dictionaries are nested or large.
@@ -115,24 +115,36 @@ pub fn unify_dictionaries(columns: &mut [&mut ArrayLayout], source: &dyn BlobSou
         columns.iter_mut().for_each(|column| column.dictionary = first.clone());
         return Ok(());
     }
+    // Each value once, in the order in which the batches bring it.
+    let differ = |e| refuse("they do not fit together").with_source(e);
+    let sort = arrow::row::SortField::new(values.first().map_or(DataType::Null, |v| v.data_type().clone()));
+    let converter = arrow::row::RowConverter::new(vec![sort]).map_err(differ)?;
+    let mut known = std::collections::HashMap::new();
+    let mut kept = Vec::new();
+    let mut lists = Vec::new();
+    for (batch, dictionary) in values.iter().enumerate() {
+        let rows = converter.convert_columns(std::slice::from_ref(dictionary)).map_err(differ)?;
+        let mut place = |(index, row): (usize, arrow::row::Row<'_>)| {
+            *known.entry(row.owned()).or_insert_with(|| {
+                kept.push((batch, index));
+                kept.len() as u64 - 1
+            })
+        };
+        lists.push(rows.iter().enumerate().map(&mut place).collect::<std::sync::Arc<[u64]>>());
+    }
     let width = super::table::fixed_width(&key).unwrap_or(1);
-    let sizes: Vec<u64> = values.iter().map(|v| v.len() as u64).collect();
     let room = 1u64 << (8 * width.min(7) - u64::from(key.is_signed_integer()));
-    if sizes.iter().sum::<u64>() > room {
-        return Err(refuse("the keys are too narrow"));
+    if kept.len() as u64 > room {
+        return Err(refuse("the keys are too narrow for all values"));
     }
     let all: Vec<&dyn arrow_array::Array> = values.iter().map(|v| v.as_ref()).collect();
-    let whole = arrow::compute::concat(&all).map_err(|e| refuse("they do not fit together").with_source(e))?;
+    let whole = arrow::compute::interleave(&all, &kept).map_err(differ)?;
     let whole = std::sync::Arc::new(literal(&whole.to_data())?);
-    let mut base = 0;
-    for (column, size) in columns.iter_mut().zip(sizes) {
-        if let Some(keys) = column.buffers.get_mut(1)
-            && base > 0
-        {
-            *keys = derive::map(keys.clone(), width, derive::Map::Add(base));
+    for (column, list) in columns.iter_mut().zip(lists) {
+        if let Some(keys) = column.buffers.get_mut(1) {
+            *keys = derive::map(keys.clone(), width, derive::Map::Look(list));
         }
         column.dictionary = Some(whole.clone());
-        base += size;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use arrow_schema::{DataType, Field, Schema, SchemaRef, UnionMode};
 use serde_json::Value;
 
 use super::frame::Cells;
+use super::materialize::unify_dictionaries;
 use super::publish::{schema_message, type_width};
 use super::recipe::narrow;
 use super::{ArrayLayout, Batch, Dataset, Span, Table, arrow, tensor};
@@ -69,7 +70,15 @@ pub fn written_table(meta: &Meta, source: &dyn BlobSource) -> Result<Option<Tabl
     let batches = match meta.base_type() {
         "vineyard::DataFrame" => vec![frame_batch(meta, &schema, source)?],
         "vineyard::Table" => {
-            meta.list("partitions_")?.iter().map(|part| batch(part, &schema, source)).collect::<Result<_>>()?
+            let parts = meta.list("partitions_")?;
+            let mut parts: Vec<Batch> = parts.iter().map(|part| batch(part, &schema, source)).collect::<Result<_>>()?;
+            let several = parts.len() > 1;
+            for (i, field) in schema.fields().iter().enumerate().filter(|_| several) {
+                let mut columns: Vec<_> = parts.iter_mut().filter_map(|part| part.columns.get_mut(i)).collect();
+                unify_dictionaries(&mut columns, source)
+                    .context(|| format!("object {}: column {:?}", meta.id(), field.name()))?;
+            }
+            parts
         }
         _ => return Err(meta.error(format!("has a {TRUE_SCHEMA:?} and is no table"))),
     };

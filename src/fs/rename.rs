@@ -365,8 +365,7 @@ impl FileSystem {
         // A published file that the kernel forgot is found through the store from now on.
         if let Some(Node::Staged(staged)) = node
             && self.inodes.get(ino).is_none()
-            && staged.published().is_some()
-            && !staged.is_dirty().unwrap_or(true)
+            && staged.is_settled()
         {
             self.staging.detach(&staged);
         }

@@ -93,7 +93,7 @@ impl FileSystem {
     pub(super) fn resolve(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
         let staged = self.staging.at(&target.path());
         if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&target.path(), pid)) {
-            if staged.is_current_version(&*self.store)? {
+            if !staged.is_abandoned() && staged.is_current_version(&*self.store)? {
                 return Ok(Some(Found::Staged(staged)));
             }
             self.staging.detach(&staged);

@@ -48,6 +48,8 @@ pub(super) struct State {
     pub writers: Vec<u32>,
     /// Open handles.
     pub opens: u64,
+    /// Somebody opened it: the kernel followed the way it was sent.
+    pub was_opened: bool,
     /// The backing id by which its open handles are served, if they are; one inode is served in one way at a time.
     pub passthrough: Option<u32>,
     /// Someone had it open for reading and writing: a shared mapping may still change it, unseen.
@@ -72,6 +74,7 @@ pub(super) struct State {
 #[derive(Debug)]
 pub struct Staged {
     ino: u64,
+    made: Instant,
     file: Arc<MemoryFile>,
     state: Mutex<State>,
     /// Held while publishing: the same file is published by one thread at a time.
@@ -82,6 +85,22 @@ impl Staged {
     /// Inode number.
     pub fn ino(&self) -> u64 {
         self.ino
+    }
+
+    /// True if it was made for a writer who never came: the version that it would replace is the path's.
+    pub(super) fn is_abandoned(&self) -> bool {
+        let state = self.state();
+        let has_version = state.published.is_some() || state.replaces.is_some();
+        !state.was_opened && has_version && self.made.elapsed() > REDIRECT
+    }
+
+    /// True if nobody has it open and the store has all of it, so that the kernel may forget it.
+    pub(super) fn is_settled(&self) -> bool {
+        let idle = {
+            let state = self.state();
+            state.opens == 0 && state.published.is_some() && (state.was_opened || self.made.elapsed() > REDIRECT)
+        };
+        idle && !self.is_dirty().unwrap_or(true)
     }
 
     pub(super) fn file(&self) -> &Arc<MemoryFile> {
@@ -311,6 +330,7 @@ impl Staging {
             attributes_changed: false,
             writers: Vec::new(),
             opens: 0,
+            was_opened: false,
             passthrough: None,
             shared_writable: false,
             had_readers: false,
@@ -322,6 +342,7 @@ impl Staging {
             retired: false,
         };
         let staged = Arc::new(Staged {
+            made: Instant::now(),
             ino: STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1)),
             file: Arc::new(file),
             state: Mutex::new(state),

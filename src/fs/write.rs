@@ -173,6 +173,7 @@ impl FileSystem {
         }
         let serve = state.passthrough.map_or(Serve::Cached, Serve::Passthrough);
         state.opens += 1;
+        state.was_opened = true;
         drop(state);
         inode.state().opens += 1;
         Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
