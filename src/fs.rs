@@ -7,6 +7,7 @@
 //!   done already;
 //! * a handle number means something to the next server too: it carries its inode.
 
+mod adopt;
 mod attributes;
 pub mod cache;
 pub mod direct;
@@ -239,7 +240,7 @@ impl FileSystem {
             doomed: Mutex::default(),
             naming: Mutex::default(),
             store_status: Mutex::default(),
-            generation: AtomicU64::new(0),
+            generation: AtomicU64::new(u64::MAX),
             started: SystemTime::now(),
             warnings: Mutex::default(),
             store,
@@ -265,7 +266,8 @@ impl FileSystem {
     /// Drops what was learned from a vineyardd that is gone.
     fn follow_store(&self) -> Result<()> {
         let generation = self.store.instance()?.generation;
-        if self.generation.swap(generation, Ordering::Relaxed) != generation {
+        let before = self.generation.swap(generation, Ordering::Relaxed);
+        if before != generation && before != u64::MAX {
             self.objects.clear();
             self.cache.clear();
             self.listings.lock().unwrap_or_else(|e| e.into_inner()).clear();

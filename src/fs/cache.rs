@@ -26,6 +26,16 @@ impl MemoryFile {
     pub fn create(host: &Arc<dyn Host>, area: Area, size: u64) -> Result<Self> {
         Ok(MemoryFile { file: host.create_file(area, size)?, area, host: host.clone() })
     }
+
+    /// A memory file that the host has kept for a former server.
+    pub fn adopt(host: &Arc<dyn Host>, area: Area, file: HostFile) -> Self {
+        MemoryFile { file, area, host: host.clone() }
+    }
+
+    /// Leaves a note for the next server.
+    pub fn tag(&self, text: &str) {
+        self.host.tag_file(self.file.key, text);
+    }
 }
 
 impl std::ops::Deref for MemoryFile {
@@ -194,6 +204,7 @@ impl ImageCache {
         let result = match built {
             Ok(assembled) => {
                 let assembled = Arc::new(assembled);
+                super::adopt::note_image(&assembled.file, object, view, assembled.size);
                 let used = state.clock;
                 state.slots.insert(key, Slot::Ready { image: assembled.clone(), used });
                 Ok(assembled)

@@ -52,7 +52,8 @@ impl FileSystem {
     fn list(&self, directory: &str) -> Result<(Arc<Listing>, bool)> {
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
         let names = self.names_below(&prefix)?;
-        let staged = self.staging.below(directory);
+        // A published file whose name leads elsewhere by now is not what the path shows.
+        let staged: Vec<_> = self.staging.below(directory).into_iter().filter(|s| s.is_listed(&names)).collect();
         let local = self.staging.directories_below(directory);
         let fingerprint = fingerprint(&names, &staged, &local);
         let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();

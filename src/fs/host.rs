@@ -57,7 +57,7 @@ pub trait Host: Send + Sync {
     /// `Full` if the area has no room.
     fn create_file(&self, area: Area, size: u64) -> Result<HostFile>;
 
-    /// Notes what a memory file is (at most 256 bytes), for the server after this one; files without a note are
+    /// Notes what a memory file is (at most 4096 bytes), for the server after this one; files without a note are
     /// dropped when that one starts. A host that has no next server does nothing.
     fn tag_file(&self, _key: u64, _tag: &str) {}
 

@@ -211,6 +211,9 @@ impl FileSystem {
     /// Finds the inode of a number that a former server gave out: a directory or a view of a name that still points
     /// to the same object.
     pub(super) fn recover(&self, ino: u64) -> Result<Option<Arc<Inode>>> {
+        if let Some(staged) = self.staging.by_ino(ino) {
+            return Ok(Some(self.inodes.look_up(ino, || Node::Staged(staged))));
+        }
         let root = &self.options.prefix;
         let prefix = if root.is_empty() { String::new() } else { format!("{root}/") };
         for (name, object) in self.names_below(&prefix)? {

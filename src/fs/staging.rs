@@ -28,7 +28,7 @@ const REDIRECT: Duration = Duration::from_secs(2);
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 /// Size and times of a memory file at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Stamp {
     pub size: u64,
     mtime: i128,
@@ -143,6 +143,7 @@ impl Staged {
         let unseen = !FINE_TIMES.get().copied().unwrap_or(false) && changed.elapsed().is_ok_and(|age| age < CLOCK_TICK);
         let hash = if shared || unseen { Some(self.hash()?) } else { None };
         self.state().clean = Some((stamp, hash));
+        super::adopt::note_staged(self);
         Ok(())
     }
 
@@ -176,6 +177,17 @@ impl Staged {
     pub fn listed_component(&self) -> Option<String> {
         let state = self.state();
         (!state.detached).then(|| state.target.component.clone())
+    }
+
+    /// True unless it is published and idle and its name is not (any more) among `names`, which are sorted.
+    pub(super) fn is_listed(&self, names: &[crate::vineyard::store::NamedObject]) -> bool {
+        let (published, clean) = {
+            let state = self.state();
+            (state.published.clone(), state.clean.filter(|_| state.writers.is_empty()))
+        };
+        let Some((name, object)) = published else { return true };
+        clean.is_none_or(|(stamp, ..)| self.stamp().is_ok_and(|now| now != stamp))
+            || names.binary_search_by(|(n, _)| n.as_str().cmp(&name)).is_ok_and(|at| names[at].1 == object)
     }
 
     /// True unless the name leads to a version that somebody else published since.
@@ -322,9 +334,40 @@ impl Staging {
         attributes: FileAttributes,
         replaces: Option<ViewNode>,
     ) -> Arc<Staged> {
-        let path = target.path();
         FINE_TIMES.get_or_init(|| try_times(&file.file).unwrap_or(false));
-        let state = State {
+        let ino = STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1));
+        self.insert(ino, Arc::new(file), target, attributes, replaces, |_| {})
+    }
+
+    /// Puts the staged file of a former server back to its path, under its number.
+    pub(super) fn adopt(
+        &self,
+        ino: u64,
+        file: Arc<MemoryFile>,
+        target: Target,
+        attributes: FileAttributes,
+        published: Option<(String, ObjectId)>,
+        clean: Option<Stamp>,
+    ) {
+        self.insert(ino, file, target, attributes, None, |state| {
+            state.published = published;
+            state.clean = clean.map(|stamp| (stamp, None));
+            // Who has it open is not known: it is treated as read and written by all.
+            (state.was_opened, state.had_readers) = (true, true);
+        });
+    }
+
+    fn insert(
+        &self,
+        ino: u64,
+        file: Arc<MemoryFile>,
+        target: Target,
+        attributes: FileAttributes,
+        replaces: Option<ViewNode>,
+        change: impl FnOnce(&mut State),
+    ) -> Arc<Staged> {
+        let path = target.path();
+        let mut state = State {
             target,
             attributes,
             attributes_changed: false,
@@ -341,15 +384,17 @@ impl Staging {
             detached: false,
             retired: false,
         };
-        let staged = Arc::new(Staged {
-            made: Instant::now(),
-            ino: STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1)),
-            file: Arc::new(file),
-            state: Mutex::new(state),
-            publishing: Mutex::new(()),
-        });
+        change(&mut state);
+        let staged =
+            Arc::new(Staged { made: Instant::now(), ino, file, state: Mutex::new(state), publishing: Mutex::new(()) });
         self.by_path().insert(path, staged.clone());
+        super::adopt::note_staged(&staged);
         staged
+    }
+
+    /// The staged file of an inode number.
+    pub(super) fn by_ino(&self, ino: u64) -> Option<Arc<Staged>> {
+        self.by_path().values().find(|staged| staged.ino == ino).cloned()
     }
 
     /// Takes a staged file from its path, if it is still the one there.
@@ -367,6 +412,7 @@ impl Staging {
         let path = target.path();
         staged.state().target = target;
         self.by_path().insert(path, staged.clone());
+        super::adopt::note_staged(staged);
     }
 
     /// Staged files directly in a directory, in the order of their names.

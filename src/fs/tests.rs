@@ -17,21 +17,36 @@ struct LocalHost {
     passthrough: bool,
     next: AtomicU64,
     files: Mutex<HashMap<u64, Arc<File>>>,
+    tags: Mutex<HashMap<u64, (Area, String)>>,
 }
 
 impl Host for LocalHost {
     fn serving(&self) -> Serving {
         if self.passthrough { Serving::Passthrough } else { Serving::Requests("a test".into()) }
     }
-    fn create_file(&self, _area: Area, size: u64) -> Result<HostFile> {
+    fn create_file(&self, area: Area, size: u64) -> Result<HostFile> {
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let file = nix::sys::memfd::memfd_create("test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
         let file = Arc::new(File::from(file));
         file.set_len(size)?;
         self.files.lock().unwrap().insert(key, file.clone());
+        self.tags.lock().unwrap().insert(key, (area, String::new()));
         Ok(HostFile { key, file, backing: self.passthrough.then_some(key as u32) })
     }
+    fn tag_file(&self, key: u64, tag: &str) {
+        self.tags.lock().unwrap().get_mut(&key).unwrap().1 = tag.to_owned();
+    }
+    fn tagged_files(&self) -> Result<Vec<host::TaggedFile>> {
+        let tags = self.tags.lock().unwrap().clone();
+        let files = self.files.lock().unwrap();
+        let tagged = tags.into_iter().filter(|(_, (_, tag))| !tag.is_empty()).map(|(key, (area, tag))| {
+            let backing = self.passthrough.then_some(key as u32);
+            host::TaggedFile { tag, area, file: HostFile { key, file: files[&key].clone(), backing } }
+        });
+        Ok(tagged.collect())
+    }
     fn release_file(&self, key: u64) {
+        self.tags.lock().unwrap().remove(&key);
         assert!(self.files.lock().unwrap().remove(&key).is_some(), "file {key} is released once");
     }
     fn invalidate_entry(&self, _parent: u64, _name: &OsStr) {}
@@ -49,7 +64,8 @@ const OTHER: Caller = Caller { uid: 7, gid: 8, pid: 200, resent: false };
 
 fn bed_with(passthrough: bool, options: Options) -> Bed {
     let store = Arc::new(FakeStore::new(64 << 20));
-    let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), files: Mutex::default() });
+    let host =
+        Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), files: Mutex::default(), tags: Mutex::default() });
     let fs = FileSystem::new(store.clone(), host.clone(), options);
     Bed { fs, store, host }
 }
@@ -237,7 +253,12 @@ fn what_was_written_reads_back_byte_for_byte_and_through_other_views() {
         assert_eq!(column(&bed.load("t.feather").unwrap()), [3, 1, 2]);
         assert_eq!(bed.list(""), ["t.arrow"]);
         // Another mount of the same store has only the store to make it from.
-        let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), files: Mutex::default() });
+        let host = Arc::new(LocalHost {
+            passthrough,
+            next: AtomicU64::new(1),
+            files: Mutex::default(),
+            tags: Mutex::default(),
+        });
         let fs = FileSystem::new(bed.store.clone(), host.clone(), Options::default());
         let second = Bed { fs, store: bed.store.clone(), host };
         assert_eq!(second.load("t.arrow").unwrap(), file);
@@ -622,6 +643,33 @@ fn a_new_server_knows_the_inodes_of_the_former_one() {
     let bytes = next.read(file, 12345, 0, 4096).unwrap();
     assert_eq!(bytes[bytes.len() - 8..], 1.0f64.to_le_bytes());
     assert_eq!(next.getattr(99, None).unwrap_err().kind(), Kind::Stale);
+}
+
+#[test]
+fn a_new_server_goes_on_with_images_and_half_written_files() {
+    let bed = bed();
+    bed.put_tensor("x", &vec![1.0; 100_000]);
+    bed.save("done.arrow", &table_file(&[1])).unwrap();
+    let reader = bed.open("x.npy", libc::O_RDONLY, OTHER).unwrap();
+    let file = table_file(&[5, 6]);
+    let writer = bed.create("t.arrow", ME).unwrap();
+    bed.write(writer, 0, &file[..200]);
+    // The former server is killed: it drops nothing.
+    let Bed { fs, store, host } = bed;
+    std::mem::forget(fs);
+    let fs = FileSystem::new(store.clone(), host.clone(), Options::default());
+    fs.adopt();
+    let bed = Bed { fs, store, host };
+    // An image that is open has to be served under the same id: the kernel refuses another.
+    let again = bed.open("x.npy", libc::O_RDONLY, OTHER).unwrap();
+    assert_eq!((again.0, again.1.serve), (reader.0, reader.1.serve));
+    bed.write(writer, 0, &file);
+    bed.close(writer, ME).unwrap();
+    assert_eq!(bed.load("t.arrow").unwrap(), file);
+    assert_eq!(column(&bed.load("done.arrow").unwrap()), [1]);
+    // What was published is not dirty to the new server: a value of another client is seen.
+    bed.put_tensor("done", &[2.0]);
+    assert_eq!(bed.list(""), ["done.npy", "t.arrow", "x.npy"]);
 }
 
 #[test]

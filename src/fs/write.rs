@@ -328,7 +328,8 @@ impl FileSystem {
     pub(super) fn release_staged(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, handle: Option<Handle>) {
         let (writer, pid) = match handle {
             Some(Handle::Staged { writer, pid }) => (writer, pid),
-            _ => (false, 0),
+            // Opened before the server was replaced: it may have been a writer.
+            _ => (true, 0),
         };
         let mut state = staged.state();
         state.opens = state.opens.saturating_sub(1);

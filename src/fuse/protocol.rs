@@ -16,9 +16,9 @@ use crate::fs::Area;
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most files in one answer to [`Request::Files`].
-pub const FILES_PER_MESSAGE: usize = 100;
+pub const FILES_PER_MESSAGE: usize = 10;
 /// Longest tag of a file in bytes.
-pub const MAX_TAG: usize = 256;
+pub const MAX_TAG: usize = 4096;
 
 /// What a server asks its keeper.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -103,6 +103,9 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let session = session(Adapter::new(shared.clone(), agreed.flags), &fuse, &agreed, loops)?;
     let notifier = session.notifier();
     thread("invalidations", move || forward(&invalidations, &notifier))?;
+    let fs = shared.fs.clone();
+    // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
+    thread("warm-up", move || drop(fs.warm_up()))?;
     let reporter = Reporter { shared, restarts: hello.restarts, asking: Arc::default() };
     thread("status", move || status::serve(&listener, || reporter.report()))?;
 
@@ -178,7 +181,9 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -
         0 => Client::connect(options)?,
         _ => Client::new(options)?,
     };
-    Ok(FileSystem::new(Arc::new(client), host, config.filesystem()))
+    let fs = FileSystem::new(Arc::new(client), host, config.filesystem());
+    fs.adopt();
+    Ok(fs)
 }
 
 /// What `status` asks for. The filesystem's part asks the store, so it has a thread and a time limit of its own.

@@ -1,0 +1,102 @@
+"""Saves that are cut short: whatever dies, a name leads to one whole version, and nothing is left over in the store."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+
+ROWS = 200_000
+KILLS = int(os.environ.get("VINEYARD_FS_KILLS", "20"))
+
+WRITER = """
+import sys, numpy as np, pandas as pd
+path, rows = sys.argv[1], int(sys.argv[2])
+frames = [pd.DataFrame({"a": np.full(rows, v), "b": np.full(rows, v * 0.5)}) for v in (1, 2)]
+print("ready", flush=True)
+i = 0
+while True:
+    frames[i % 2].to_feather(path, compression="uncompressed")
+    i += 1
+"""
+
+
+def version(path) -> int:
+    """The version that the file shows; fails unless it is one whole version."""
+    frame = pd.read_feather(path)
+    value = int(frame["a"].iloc[0])
+    assert len(frame) == ROWS and (frame["a"] == value).all() and (frame["b"] == value * 0.5).all()
+    return value
+
+
+def settled(store, expected, patience=10):
+    """Waits until the store holds what one version takes: no blob of an unfinished save is left."""
+    deadline = time.monotonic() + patience
+    while store.usage() != expected:
+        assert time.monotonic() < deadline, f"{store.usage()} bytes in the store, {expected} expected"
+        time.sleep(0.05)
+
+
+def start_writer(path):
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(ROWS)], stdout=subprocess.PIPE)
+    assert writer.stdout.readline() == b"ready\n"
+    return writer
+
+
+def one_version(store, path):
+    pd.DataFrame({"a": np.full(ROWS, 1), "b": np.full(ROWS, 0.5)}).to_feather(path, compression="uncompressed")
+    return store.usage()
+
+
+def test_a_killed_writer_leaves_a_whole_version_and_nothing_else(store, mount):
+    path = mount / "x.arrow"
+    expected = one_version(store, path)
+    random.seed(7)
+    for _ in range(KILLS):
+        writer = start_writer(path)
+        time.sleep(random.uniform(0, 0.1))
+        writer.kill()
+        writer.wait()
+        assert version(path) in (1, 2)
+        settled(store, expected)
+
+
+def test_a_killed_server_comes_back_and_what_was_published_is_whole(store, mount):
+    path = mount / "x.arrow"
+    one_version(store, path)
+    keep = mount / "keep.arrow"
+    pd.DataFrame({"a": [1, 2, 3]}).to_feather(keep)
+    random.seed(8)
+    for _ in range(KILLS // 2):
+        with open(keep, "rb") as reader:
+            os.kill(mount.status()["server"]["pid"], signal.SIGKILL)
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    assert version(path) in (1, 2)
+                    assert pd.read_feather(keep)["a"].tolist() == [1, 2, 3]
+                    break
+                except OSError as error:
+                    assert time.monotonic() < deadline, f"the mount does not come back: {error}"
+                    time.sleep(0.05)
+            assert len(reader.read()) == os.fstat(reader.fileno()).st_size
+        time.sleep(0.6)
+    pd.DataFrame({"a": [4]}).to_feather(keep)
+    assert pd.read_feather(keep)["a"].tolist() == [4]
+
+
+def test_a_killed_store_costs_its_data_and_not_the_mount(store, mount):
+    pd.DataFrame({"a": [1]}).to_feather(mount / "x.arrow")
+    store.process.kill()
+    store.process.wait()
+    store.start()
+    deadline = time.monotonic() + 30
+    while os.listdir(mount.path):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    pd.DataFrame({"a": [2]}).to_feather(mount / "y.arrow")
+    assert pd.read_feather(mount / "y.arrow")["a"].tolist() == [2]
