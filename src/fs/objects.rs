@@ -162,8 +162,10 @@ impl Objects {
         if let Some(summary) = self.known_summary(id) {
             return Ok(Some(summary));
         }
-        self.learn(store, &[id])?;
-        Ok(self.known_summary(id))
+        match self.learn(store, &[id])? {
+            (_, Some(error)) => Err(error),
+            (_, None) => Ok(self.known_summary(id)),
+        }
     }
 
     /// Makes summaries of all of these objects that have none, in batches, until `deadline`. Returns those that do not
@@ -186,12 +188,14 @@ impl Objects {
             if deadline.is_some_and(|d| std::time::Instant::now() >= d) {
                 break;
             }
-            missing.extend(self.learn(store, batch)?);
+            missing.extend(self.learn(store, batch)?.0);
         }
         Ok(missing)
     }
 
-    fn learn(&self, store: &dyn Store, ids: &[ObjectId]) -> Result<Vec<ObjectId>> {
+    /// Makes summaries. Returns the objects that do not exist, and the last reason for which one that does has no
+    /// summary now and may have one later: it lives on an instance that cannot be reached.
+    fn learn(&self, store: &dyn Store, ids: &[ObjectId]) -> Result<(Vec<ObjectId>, Option<Error>)> {
         // A name whose object was put by another instance may be ahead of this instance's metadata: ask again, synced.
         let mut metas = store.metas(ids, false)?;
         let absent: Vec<ObjectId> = ids.iter().copied().filter(|id| !metas.contains_key(id)).collect();
@@ -215,15 +219,24 @@ impl Objects {
             let summary = summarize(meta, &recorder);
             let sizes = recorder.take();
             if sizes.is_empty() {
-                summaries.insert(id, summary);
+                summaries.insert(id, summary?);
             } else {
-                wanted.extend(sizes);
-                again.push(meta);
+                wanted.extend_from_slice(&sizes);
+                again.push((meta, sizes));
             }
         }
+        let mut absent = None;
         if !wanted.is_empty() {
-            store.prepare(&wanted)?;
-            summaries.extend(again.into_iter().map(|meta| (meta.id(), summarize(meta, store))));
+            // What can't be had for all may be had for some.
+            let all = store.prepare(&wanted);
+            for (meta, sizes) in again {
+                let sizes = if all.is_ok() { Ok(()) } else { store.prepare(&sizes) };
+                match sizes.and_then(|()| summarize(meta, store)) {
+                    Ok(summary) => drop(summaries.insert(meta.id(), summary)),
+                    Err(error) if is_elsewhere(&error) => absent = Some(error),
+                    Err(error) => return Err(error),
+                }
+            }
         }
         let missing = ids.iter().copied().filter(|id| !metas.contains_key(id)).collect();
         for summary in summaries.values() {
@@ -232,7 +245,7 @@ impl Objects {
             }
         }
         self.known().summaries.extend(summaries.into_iter().map(|(id, s)| (id, Arc::new(s))));
-        Ok(missing)
+        Ok((missing, absent))
     }
 
     /// The whole object.
@@ -286,7 +299,14 @@ impl Objects {
     }
 }
 
-fn summarize(meta: &Meta, source: &dyn BlobSource) -> Summary {
+/// True if the data is on an instance that does not answer, or may not be asked: another time it may be had.
+fn is_elsewhere(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Unreachable | Kind::Remote)
+}
+
+/// # Errors
+/// Only what says nothing about the object itself.
+fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
     let described = dataset::decode(meta, source).and_then(|dataset| {
         let mut sizes: Vec<(View, Option<u64>)> = Vec::new();
         for view in image::views_of(&dataset) {
@@ -304,7 +324,7 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Summary {
         }
         Ok((dataset, sizes, listed))
     });
-    match described {
+    Ok(match described {
         Ok((dataset, sizes, listed)) => Summary {
             id: meta.id(),
             instance: meta.instance(),
@@ -317,8 +337,9 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Summary {
             broken: None,
             attributes: FileAttributes::of(meta).map(Arc::new),
         },
+        Err(error) if is_elsewhere(&error) => return Err(error),
         Err(error) => Summary::broken(meta.id(), Some(meta), &error),
-    }
+    })
 }
 
 /// The view of a format that files are written in.
