@@ -9,6 +9,7 @@
 
 mod attributes;
 pub mod cache;
+mod deferred;
 mod directory;
 pub mod host;
 pub mod inode;
@@ -337,7 +338,7 @@ impl FileSystem {
         serde_json::json!({
             "passthrough": passthrough, "passthrough_reason": reason, "read_only": self.options.read_only,
             "serve": self.options.serve, "prefix": self.options.prefix, "store": store,
-            "cache": self.cache.status(), "staging": self.staging.status(),
+            "remote": self.store.remote_status(), "cache": self.cache.status(), "staging": self.staging.status(),
             "objects": {"summaries": summaries, "loaded": loaded}, "inodes": self.inodes.len(),
             "open_handles": self.handles().len(),
             "started": self.started.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
