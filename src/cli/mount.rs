@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 use super::options;
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::ServePolicy;
-use crate::vineyard::RemotePolicy;
 use crate::fuse::config::{Launch, MountConfig};
 use crate::fuse::mount::keep_open;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::{keeper, mount as mounting, mountinfo};
 use crate::telemetry::{self, Format};
+use crate::vineyard::RemotePolicy;
 
 const EXAMPLES: &str = "\
 Examples:

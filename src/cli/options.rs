@@ -243,8 +243,7 @@ mod tests {
 
     #[test]
     fn options_of_fstab_reach_the_arguments() {
-        let list =
-            "rw,noatime,_netdev,x-systemd.automount,ro,prefix=a\\,b,uid=5,file_mode=0400,cache_size=1G,serve=lazy,migrate=never";
+        let list = "rw,noatime,_netdev,x-systemd.automount,ro,prefix=a\\,b,uid=5,file_mode=0400,cache_size=1G,serve=lazy,migrate=never";
         let mut args = args(&["-o", list, "-o", "socket=/run/v.sock,no_allow_other"]);
         apply(&mut args).unwrap();
         assert!(args.read_only && args.no_allow_other);
@@ -256,7 +255,13 @@ mod tests {
 
     #[test]
     fn unknown_options_are_named() {
-        for (list, what) in [("speed=11", "speed=11"), ("uid=me", "number"), ("prefix", "value"), ("serve=x", "lazy"), ("migrate=x", "never")] {
+        for (list, what) in [
+            ("speed=11", "speed=11"),
+            ("uid=me", "number"),
+            ("prefix", "value"),
+            ("serve=x", "lazy"),
+            ("migrate=x", "never"),
+        ] {
             let mut args = args(&["-o", list]);
             let error = apply(&mut args).unwrap_err();
             assert_eq!(error.kind(), Kind::Invalid);

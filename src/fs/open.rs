@@ -164,6 +164,7 @@ impl FileSystem {
                 let blobs = image.blobs(offset..end);
                 self.store.prepare(&blobs)?;
                 if loaded.is_remote() {
+                    tracing::trace!(object = %view.object, offset, end, "read of remote data");
                     loaded.admit(&blobs, &*self.store)?;
                     self.store.want(&image.parts(offset..end), false)?;
                     self.bring_ahead(&inode, image, offset..end)?;

@@ -212,7 +212,7 @@ impl Remote {
                     cache.forget(&failed);
                 }
                 if let Some(transfer) = cache.get(*key) {
-                    if transfer.demand(part.end) {
+                    if transfer.demand(part.clone()) {
                         jobs.push((key.instance, vec![transfer]));
                     }
                     continue;
@@ -230,14 +230,14 @@ impl Remote {
                     let bytes: u64 = group.iter().map(|(_, size)| size).sum();
                     if bytes >= GROUP.0 || group.len() >= GROUP.1 {
                         let group = std::mem::take(group);
-                        failure = failure.and(begin(&mut cache, &group, u64::MAX, &mut jobs));
+                        failure = failure.and(begin(&mut cache, &group, 0..u64::MAX, &mut jobs));
                     }
                 } else {
-                    failure = failure.and(begin(&mut cache, &[(*key, size)], part.end, &mut jobs));
+                    failure = failure.and(begin(&mut cache, &[(*key, size)], part.clone(), &mut jobs));
                 }
             }
             for group in groups.values().filter(|group| !group.is_empty()) {
-                failure = failure.and(begin(&mut cache, group, u64::MAX, &mut jobs));
+                failure = failure.and(begin(&mut cache, group, 0..u64::MAX, &mut jobs));
             }
         }
         for (instance, job) in jobs {
@@ -340,14 +340,19 @@ impl Remote {
     }
 }
 
-/// Makes transfers that share memory and a request, and asks for their bytes up to `end`.
-fn begin(cache: &mut Cache, group: &[(BlobKey, u64)], end: u64, jobs: &mut Vec<(InstanceId, Job)>) -> Result<()> {
+/// Makes transfers that share memory and a request, and asks for a part of each.
+fn begin(
+    cache: &mut Cache,
+    group: &[(BlobKey, u64)],
+    part: Range<u64>,
+    jobs: &mut Vec<(InstanceId, Job)>,
+) -> Result<()> {
     let Some((first, _)) = group.first() else { return Ok(()) };
     let (slab, places) = Slab::new(group.iter().map(|(_, size)| *size))?;
     let mut job = Job::with_capacity(group.len());
     for (&(key, size), place) in group.iter().zip(places) {
         let transfer = Arc::new(Transfer::new(key, size, &slab, place));
-        if transfer.demand(end) {
+        if transfer.demand(part.clone()) {
             job.push(transfer.clone());
         }
         cache.insert(transfer);

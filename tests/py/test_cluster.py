@@ -44,9 +44,9 @@ def test_what_another_client_wrote_is_read_everywhere(cluster):
     moved = remote(there)["bytes"]
     assert moved == 0, "names, sizes and attributes need no data"
     pd.testing.assert_frame_equal(pd.read_feather(there / "frame.arrow"), frame)
-    assert pl.read_ipc(there / "frame.arrow", memory_map=False)["n"].to_list() == list(range(20_000))
+    assert pl.read_ipc(there / "frame.arrow")["n"].to_list() == list(range(20_000))
     assert pa.feather.read_table(there / "table.arrow").equals(table)
-    assert pl.read_ipc(there / "table.arrow", memory_map=True).to_arrow()["s"].to_pylist() == table["s"].to_pylist()
+    assert pl.scan_ipc(there / "table.arrow").collect().to_arrow()["s"].to_pylist() == table["s"].to_pylist()
     pd.testing.assert_frame_equal(pd.read_parquet(there / "frame.parquet"), frame)
     assert np.array_equal(np.load(there / "array.npy"), np.arange(12.0).reshape(3, 4))
     status = remote(there)
@@ -70,16 +70,16 @@ def test_what_a_mount_wrote_is_read_byte_for_byte(cluster):
 
 
 def test_two_columns_move_two_columns(cluster):
-    frame = numbers(100_000, 100)
+    frame = numbers(500_000, 100)
     cluster[0].put("wide", frame)
     whole = frame.size * 8
     there = cluster.mount(1)
     found = pa.feather.read_table(there / "wide.arrow", columns=["c20", "c70"], memory_map=False)
     assert np.array_equal(found["c70"].to_numpy(), frame["c70"].to_numpy())
     moved = remote(there)["bytes"]
-    assert moved <= whole * 0.05, f"{moved / whole:.1%} of the bytes moved"
+    assert moved <= whole * 0.04, f"{moved / whole:.1%} of the bytes moved"
     pd.testing.assert_frame_equal(pd.read_feather(there / "wide.arrow"), frame)
-    assert remote(there)["bytes"] < whole * 1.1
+    assert remote(there)["bytes"] < whole * 1.05
 
 
 def test_a_large_blob_comes_as_a_stream(cluster):

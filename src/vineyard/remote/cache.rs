@@ -149,7 +149,7 @@ mod tests {
 
     fn complete(id: u64, len: u64) -> Arc<Transfer> {
         let transfer = transfer(id, len);
-        assert!(transfer.demand(len));
+        assert!(transfer.demand(0..len));
         transfer.start();
         transfer.store(0, &vec![id as u8; len as usize]).unwrap();
         transfer.complete();
@@ -172,7 +172,7 @@ mod tests {
     fn what_is_on_its_way_stays_and_doubt_is_remembered() {
         let mut cache = Cache::new(100);
         let active = transfer(1, 90);
-        assert!(active.demand(90));
+        assert!(active.demand(0..90));
         active.start();
         active.store(0, &[1; 50]).unwrap();
         cache.insert(active.clone());

@@ -111,13 +111,7 @@ fn give_up(fetcher: &Fetcher, job: &Job, error: &Error) {
 }
 
 /// One request, its bytes, and the question whether the blobs existed to the end.
-fn fetch(
-    fetcher: &Fetcher,
-    peer: &Peer,
-    connection: &mut Connection,
-    job: &Job,
-    parked: &mut bool,
-) -> Answer<()> {
+fn fetch(fetcher: &Fetcher, peer: &Peer, connection: &mut Connection, job: &Job, parked: &mut bool) -> Answer<()> {
     let count = |requests| fetcher.counters.requests.fetch_add(requests, Ordering::Relaxed);
     let ids: BTreeMap<usize, u64> = job.iter().map(|transfer| transfer.key().id.0).enumerate().collect();
     let request =
@@ -149,6 +143,7 @@ fn fetch(
         if there.get(&transfer.key().id) == Some(&transfer.len()) && transfer.has_all() {
             fetcher.counters.blobs.fetch_add(1, Ordering::Relaxed);
             transfer.complete();
+            tracing::debug!(blob = %transfer.key(), size = transfer.len(), "a blob came");
         } else {
             transfer.fail(&Error::stale(format!("blob {} is gone from its instance", transfer.key())));
         }
@@ -198,6 +193,7 @@ fn receive(
         while position < transfer.len() {
             let Some(wanted) = transfer.wanted(position, hurried) else {
                 *parked = true;
+                tracing::debug!(blob = %transfer.key(), position, size = transfer.len(), "a transfer is parked");
                 return Err(ends(Error::new(Kind::Busy, "enough")));
             };
             let most = usize::try_from(wanted).unwrap_or(BUFFER).min(buffer.len());

@@ -76,7 +76,8 @@ impl Peer {
         let Some(info) = listed else {
             state.endpoint = None;
             state.idle.clear();
-            let what = format!("instance {} is not in the cluster: it ended, or runs under a new number", self.instance);
+            let what =
+                format!("instance {} is not in the cluster: it ended, or runs under a new number", self.instance);
             return Err(Error::new(Kind::Unreachable, what));
         };
         if state.endpoint.as_ref().is_none_or(|(known, _)| *known != info.rpc_endpoint) {

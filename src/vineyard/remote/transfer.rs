@@ -1,5 +1,6 @@
 //! One blob of another instance, on its way here or here.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -8,10 +9,12 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::{Blob, BlobKey, Segment};
 
 /// Blobs up to this size come whole: less would save nothing.
-pub const WHOLE: u64 = 1 << 20;
-/// Bytes beyond what a first reader asked for. The kernel reads ahead past what a program wants, often into the first
-/// bytes of the next column, which is not to move whole for that.
-const AHEAD: u64 = 256 << 10;
+pub const WHOLE: u64 = 256 << 10;
+/// Bytes beyond what a reader asked for, while it is not known to read on.
+const AHEAD: u64 = 128 << 10;
+/// Who asks for more than this is taken to read on, and then all is brought. The kernel reads ahead past what a program
+/// wants (up to 1 MiB in mounts of this program, twice), often into the next column, which is not to move whole for that.
+const READAHEAD: u64 = 2 << 20;
 /// How long a transfer that has brought what was asked waits for someone to ask for more.
 const LINGER: Duration = Duration::from_millis(200);
 /// Places of blobs in a slab.
@@ -66,8 +69,8 @@ struct State {
     file: Option<Arc<OwnedFd>>,
     /// Bytes from the start that are here. Never shrinks; they never change.
     done: u64,
-    /// End of what readers have asked for.
-    demanded: u64,
+    /// Where the first reader began.
+    first: Option<u64>,
     /// Where the transfer may pause.
     target: u64,
     /// Bytes of which it is known that the blob existed after they had arrived.
@@ -97,7 +100,7 @@ impl Transfer {
     /// A blob of `len` bytes of which nothing is here, at `place` of a slab.
     pub fn new(key: BlobKey, len: u64, slab: &Slab, place: u64) -> Self {
         let file = Some(slab.file.clone());
-        let state = State { file, done: 0, demanded: 0, target: 0, verified: 0, phase: Phase::Parked };
+        let state = State { file, done: 0, first: None, target: 0, verified: 0, phase: Phase::Parked };
         let segment = slab.segment.clone();
         Transfer { key, len, place, segment, state: Mutex::new(state), changed: Condvar::new() }
     }
@@ -141,15 +144,13 @@ impl Transfer {
         matches!(self.state().phase, Phase::Queued | Phase::Running)
     }
 
-    /// Asks for the bytes up to `end`. True if the caller must now queue it.
-    ///
-    /// Who asks for more than was asked for before is taken to read on: then all is brought.
-    pub fn demand(&self, end: u64) -> bool {
+    /// Asks for a part. True if the caller must now queue it.
+    pub fn demand(&self, part: Range<u64>) -> bool {
         let mut state = self.state();
-        let end = end.min(self.len);
-        let reads_on = state.demanded > 0 && end > state.demanded;
+        let end = part.end.min(self.len);
+        let first = *state.first.get_or_insert(part.start);
+        let reads_on = end > first.saturating_add(READAHEAD);
         let target = if self.len <= WHOLE || reads_on { self.len } else { end.saturating_add(AHEAD).min(self.len) };
-        state.demanded = state.demanded.max(end);
         state.target = state.target.max(target);
         match state.phase {
             Phase::Parked if state.done < end => {
@@ -232,7 +233,10 @@ impl Transfer {
         let known = usize::try_from(done.saturating_sub(position)).unwrap_or(usize::MAX);
         let (Some(fresh), Some(file)) = (bytes.get(known..), file) else { return Ok(()) };
         if end > self.len || position > done {
-            return Err(Error::new(Kind::Internal, format!("bytes {position} to {end} of blob {} at {done}", self.key)));
+            return Err(Error::new(
+                Kind::Internal,
+                format!("bytes {position} to {end} of blob {} at {done}", self.key),
+            ));
         }
         write_all(&file, fresh, self.place + done.max(position))?;
         let mut state = self.state();
