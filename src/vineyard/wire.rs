@@ -236,17 +236,22 @@ impl Channel {
         Ok(())
     }
 
-    /// Reads what is there, at least one byte and at most `out`, which is not empty.
+    /// Reads what is there, at least one byte and at most `out`, which is not empty. Waits only for the first.
     pub fn receive_some(&self, out: &mut [u8], deadline: Instant) -> Result<usize, Broken> {
-        loop {
-            match recv(self.stream.as_raw_fd(), out, MsgFlags::MSG_DONTWAIT) {
+        let mut done = 0;
+        while let Some(rest) = out.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match recv(self.stream.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
+                // What came before the end counts; the next call will meet the end again.
+                Ok(0) if done > 0 => break,
                 Ok(0) => return Err(gone(None)),
-                Ok(n) => return Ok(n),
+                Ok(n) => done += n,
+                Err(Errno::EAGAIN) if done > 0 => break,
                 Err(Errno::EAGAIN) => drop(self.wait(PollFlags::POLLIN, deadline)?),
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(gone(Some(errno))),
             }
         }
+        Ok(done)
     }
 
     /// Reads one frame into `out`, replacing what was there.

@@ -170,14 +170,18 @@ mod tests {
 
     #[test]
     fn what_is_on_its_way_stays_and_doubt_is_remembered() {
-        let mut cache = Cache::new(100);
-        let active = transfer(1, 90);
-        assert!(active.demand(0..90));
+        let kib = |n: u64| n << 10;
+        let mut cache = Cache::new(kib(1000));
+        let active = transfer(1, kib(900));
+        assert!(active.demand(0..kib(900)));
         active.start();
-        active.store(0, &[1; 50]).unwrap();
+        active.store(0, &vec![1; 50 << 10]).unwrap();
+        assert!(active.wait(kib(51), std::time::Duration::ZERO).is_err());
+        assert!(!active.is_doubtful(), "nothing was handed out");
+        assert!(active.wait(kib(40), std::time::Duration::ZERO).unwrap());
         cache.insert(active.clone());
-        assert!(cache.has_room(10) && !cache.has_room(11));
-        cache.insert(complete(2, 60));
+        assert!(cache.has_room(kib(100)) && !cache.has_room(kib(101)));
+        cache.insert(complete(2, kib(600)));
         assert!(cache.peek(key(1)).is_some() && cache.peek(key(2)).is_some());
         active.fail(&crate::Error::stale("gone"));
         cache.forget(&active);

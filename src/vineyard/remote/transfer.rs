@@ -75,6 +75,10 @@ struct State {
     target: u64,
     /// Bytes of which it is known that the blob existed after they had arrived.
     verified: u64,
+    /// End of what was handed out.
+    handed: u64,
+    /// Least end that somebody waits for; `u64::MAX` for none.
+    awaited: u64,
     phase: Phase,
 }
 
@@ -100,7 +104,16 @@ impl Transfer {
     /// A blob of `len` bytes of which nothing is here, at `place` of a slab.
     pub fn new(key: BlobKey, len: u64, slab: &Slab, place: u64) -> Self {
         let file = Some(slab.file.clone());
-        let state = State { file, done: 0, first: None, target: 0, verified: 0, phase: Phase::Parked };
+        let state = State {
+            file,
+            done: 0,
+            first: None,
+            target: 0,
+            verified: 0,
+            handed: 0,
+            awaited: u64::MAX,
+            phase: Phase::Parked,
+        };
         let segment = slab.segment.clone();
         Transfer { key, len, place, segment, state: Mutex::new(state), changed: Condvar::new() }
     }
@@ -166,7 +179,8 @@ impl Transfer {
         }
     }
 
-    /// Waits for the bytes up to `end`. False if nobody works on it: ask for them anew.
+    /// Waits for the bytes up to `end`, which are then the caller's to read. False if nobody works on it: ask for them
+    /// anew.
     ///
     /// # Errors
     /// Why the transfer failed; `Timeout` if it does not move for `patience`.
@@ -175,15 +189,23 @@ impl Transfer {
         let mut seen = state.done;
         let mut deadline = Instant::now() + patience;
         loop {
-            match &state.phase {
-                Phase::Complete => return Ok(true),
+            let here = state.done >= end;
+            let ready = match &state.phase {
+                Phase::Complete => true,
                 Phase::Failed(kind, message) => return Err(Error::new(*kind, message.clone())),
-                // Small blobs are worth the moment until they are verified.
-                _ if state.done >= end && self.len > WHOLE => return Ok(true),
-                Phase::Parked => return Ok(state.done >= end),
+                Phase::Parked if !here => return Ok(false),
+                Phase::Parked => true,
                 // Those in front end in good time, each by itself.
-                Phase::Queued => deadline = Instant::now() + patience,
-                Phase::Running => {}
+                Phase::Queued => {
+                    deadline = Instant::now() + patience;
+                    here
+                }
+                // Small blobs are worth the moment until they are verified.
+                Phase::Running => here && self.len > WHOLE,
+            };
+            if ready {
+                state.handed = state.handed.max(end);
+                return Ok(true);
             }
             if state.done != seen {
                 seen = state.done;
@@ -192,6 +214,9 @@ impl Transfer {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Error::new(Kind::Timeout, format!("blob {} does not arrive", self.key)));
+            }
+            if !here {
+                state.awaited = state.awaited.min(end);
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0;
         }
@@ -241,8 +266,11 @@ impl Transfer {
         write_all(&file, fresh, self.place + done.max(position))?;
         let mut state = self.state();
         state.done = state.done.max(end);
-        drop(state);
-        self.changed.notify_all();
+        if state.done >= state.awaited {
+            state.awaited = u64::MAX;
+            drop(state);
+            self.changed.notify_all();
+        }
         Ok(())
     }
 
@@ -273,7 +301,7 @@ impl Transfer {
     pub fn trust(&self, patience: Duration) -> Result<Trust> {
         let done = {
             let state = self.state();
-            if matches!(state.phase, Phase::Complete) || state.done == state.verified {
+            if matches!(state.phase, Phase::Complete) || state.verified >= state.handed {
                 return Ok(Trust::Sure);
             }
             state.done
@@ -307,7 +335,7 @@ impl Transfer {
     /// True if bytes were handed out of which it is not known whether they are the blob's.
     pub fn is_doubtful(&self) -> bool {
         let state = self.state();
-        !matches!(state.phase, Phase::Complete) && state.verified < state.done
+        !matches!(state.phase, Phase::Complete) && state.verified < state.handed
     }
 }
 
