@@ -52,7 +52,15 @@ impl FileSystem {
     fn list(&self, directory: &str) -> Result<(Arc<Listing>, bool)> {
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
         let names = self.names_below(&prefix)?;
-        let staged = self.staging.below(directory);
+        let mut staged = self.staging.below(directory);
+        // What was written here and replaced or removed elsewhere is not shown for what is there now.
+        staged.retain(|staged| {
+            let current = !staged.is_superseded(&names);
+            if !current {
+                self.staging.detach(staged);
+            }
+            current
+        });
         let local = self.staging.directories_below(directory);
         let fingerprint = fingerprint(&names, &staged, &local);
         let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();

@@ -291,6 +291,34 @@ impl Remote {
         }
     }
 
+    /// A permanent copy, on its instance, of an object's metadata with some values replaced.
+    ///
+    /// # Errors
+    /// `Unreachable`; what that instance answers.
+    pub fn shallow_copy(
+        &self,
+        instance: InstanceId,
+        id: ObjectId,
+        extra: &serde_json::Map<String, serde_json::Value>,
+        cluster: Cluster,
+    ) -> Result<ObjectId> {
+        let peer = self.peer(instance);
+        peer.locate(cluster)?;
+        self.fetcher.counters.requests.fetch_add(2, Ordering::Relaxed);
+        peer.shallow_copy(id, extra)
+    }
+
+    /// Lets an instance delete objects of its own.
+    ///
+    /// # Errors
+    /// `Unreachable`; what that instance answers.
+    pub fn delete(&self, instance: InstanceId, ids: &[ObjectId], cluster: Cluster) -> Result<()> {
+        let peer = self.peer(instance);
+        peer.locate(cluster)?;
+        self.fetcher.counters.requests.fetch_add(1, Ordering::Relaxed);
+        peer.delete(ids)
+    }
+
     /// Makes sure that what was read of these blobs was theirs. Asks nobody about blobs that came whole, nor about
     /// those of which nothing was read.
     ///

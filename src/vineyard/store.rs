@@ -191,5 +191,6 @@ pub trait Store: BlobSource {
     fn delete(&self, ids: &[ObjectId]) -> Result<()>;
 
     /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
+    /// Of an object on another instance the copy is made there, and is permanent.
     fn shallow_copy(&self, id: ObjectId, extra: serde_json::Map<String, Value>) -> Result<ObjectId>;
 }

@@ -8,9 +8,11 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::fetch::Job;
+use serde_json::{Map, Value};
+
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::connection::{Answer, Connection};
-use crate::vineyard::request::{GetDataReply, Request};
+use crate::vineyard::request::{Empty, GetDataReply, Request, ShallowCopyReply, checked_id};
 use crate::vineyard::store::InstanceInfo;
 use crate::vineyard::wire::{Broken, bad_reply};
 use crate::vineyard::{InstanceId, ObjectId};
@@ -207,6 +209,30 @@ impl Peer {
         self.ask(|connection| sizes(connection, ids))
     }
 
+    /// A permanent copy of an object's metadata there, with some values replaced. Made where the members live: their
+    /// owner frees what, as far as it knows, no other object uses.
+    pub fn shallow_copy(&self, id: ObjectId, extra: &Map<String, Value>) -> Result<ObjectId> {
+        // A connection that may turn out dead would leave it open whether the copy was made.
+        let (mut connection, _) = self.checkout(true)?;
+        let request = Request::ShallowCopy { id: id.0, extra };
+        let made = connection.call::<ShallowCopyReply>(&request, "shallow_copy_reply");
+        let copy = checked_id(made.map_err(|broken| self.broken(broken.error))??.target_id)?;
+        let persisted = connection.call::<Empty>(&Request::Persist { id: copy.0 }, "persist_reply");
+        persisted.map_err(|broken| self.broken(broken.error))??;
+        self.checkin(connection);
+        Ok(copy)
+    }
+
+    /// Deletes objects of this instance with their members and blobs.
+    pub fn delete(&self, ids: &[ObjectId]) -> Result<()> {
+        let id = ids.iter().map(|id| id.0).collect();
+        let request = Request::DelData { id, force: false, deep: true, memory_trim: false, fastpath: false };
+        match self.ask(|connection| connection.call::<Empty>(&request, "del_data_reply")) {
+            Err(error) if error.kind() != Kind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Queues a job, and says whether a thread more is to be started for it.
     pub fn push(&self, job: Job, most_workers: usize) -> bool {
         let mut state = self.state();
@@ -250,7 +276,7 @@ pub fn sizes(connection: &mut Connection, ids: &[ObjectId]) -> Answer<HashMap<Ob
     let mut sizes = HashMap::with_capacity(ids.len());
     let answers = connection.calls(&requests, "get_data_reply", |_, reply: GetDataReply| {
         for (text, value) in reply.content.map(|content| content.0).unwrap_or_default() {
-            match (text.parse(), value.get("length").and_then(serde_json::Value::as_u64)) {
+            match (text.parse(), value.get("length").and_then(Value::as_u64)) {
                 (Ok(id), Some(length)) => drop(sizes.insert(id, length)),
                 _ => return Err(bad_reply(format!("gives no size of blob {text:.40?}"))),
             }
