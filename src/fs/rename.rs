@@ -341,6 +341,8 @@ impl FileSystem {
             && self.inodes.get(ino).is_none()
             && staged.published().is_some()
             && !staged.is_dirty().unwrap_or(true)
+            // The kernel looks a name up twice before it opens, and forgets the first answer in between.
+            && staged.state().expected.is_none_or(|until| until < std::time::Instant::now())
         {
             self.staging.detach(&staged);
         }

@@ -54,6 +54,8 @@ pub(super) struct State {
     pub shared_writable: bool,
     /// Someone opened it for reading: its bytes must not change any more once it is published.
     pub had_readers: bool,
+    /// Made for a writer who has been told to look the name up again, and who should come until then.
+    pub expected: Option<Instant>,
     /// The published version that this file replaces.
     pub replaces: Option<ViewNode>,
     /// The file as it was when it was last published, and a hash of its bytes if a mapping may change it unseen.
@@ -163,7 +165,12 @@ impl Staged {
             return Ok(true);
         }
         let answer = store.names(&[NameQuery::Exact(name)])?;
-        Ok(answer.into_iter().flatten().next().is_some_and(|(_, id)| id == object))
+        let found = answer.into_iter().flatten().next();
+        let current = found.as_ref().is_some_and(|(_, id)| *id == object);
+        if !current {
+            tracing::debug!(ino = self.ino, published = %object, ?found, "another version was published");
+        }
+        Ok(current)
     }
 
     /// True if everything is published, nobody writes, and its name is not among these sorted names or leads elsewhere.
@@ -299,6 +306,7 @@ impl Staging {
             passthrough: None,
             shared_writable: false,
             had_readers: false,
+            expected: None,
             replaces,
             clean: None,
             published: None,

@@ -18,6 +18,9 @@ use crate::dataset::attributes::to_nanos;
 use crate::error::{Error, Kind, Result};
 use crate::image;
 
+/// How long a file waits for the writer for whom it was made.
+const WRITER_COMES: std::time::Duration = std::time::Duration::from_secs(5);
+
 impl FileSystem {
     /// Creates a file and opens it.
     ///
@@ -100,6 +103,7 @@ impl FileSystem {
             // The same bytes are published already: nothing to do unless they change.
             let mut state = staged.state();
             state.published = Some((view.name.clone(), view.object));
+            state.expected = Some(std::time::Instant::now() + WRITER_COMES);
             drop(state);
             self.mark_clean(&staged)?;
         }
@@ -153,6 +157,7 @@ impl FileSystem {
                 staged.truncate(0)?;
                 state = staged.state();
             }
+            state.expected = None;
             state.writers.push(caller.pid);
             state.shared_writable |= flags & libc::O_ACCMODE == libc::O_RDWR;
         } else {

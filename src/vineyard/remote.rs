@@ -325,7 +325,9 @@ impl Remote {
     /// # Errors
     /// `Stale` if one does not exist any more; `Unreachable` if its instance can't be asked.
     pub fn verify(&self, keys: &[BlobKey], cluster: Cluster) -> Result<()> {
-        let mut questions: BTreeMap<InstanceId, Vec<(ObjectId, Option<(Arc<Transfer>, u64)>)>> = BTreeMap::new();
+        // A blob, and up to which byte of which transfer the answer vouches.
+        type Question = (ObjectId, Option<(Arc<Transfer>, u64)>);
+        let mut questions: BTreeMap<InstanceId, Vec<Question>> = BTreeMap::new();
         for &key in keys.iter().filter(|key| key.id.is_stored_blob()) {
             let (transfer, doubtful) = {
                 let cache = self.cache();

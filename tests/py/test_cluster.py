@@ -188,3 +188,33 @@ def test_a_deleted_object_is_stale_and_a_copy_stays(cluster):
             file.seek(7 << 20)
             file.read(1 << 20)
         assert error.value.errno in (errno.ESTALE, errno.EIO)
+
+
+def test_files_of_another_instance_are_changed_and_removed(cluster):
+    here, there = cluster.mount(0), cluster.mount(1)
+    payload = os.urandom(3 << 20)
+    frame = numbers(1000, 2)
+    for name in ["a.bin", "b.bin", "c.bin"]:
+        (here / name).write_bytes(payload)
+    frame.to_feather(here / "t.feather")
+    time.sleep(1.1)
+    os.chmod(there / "a.bin", 0o600)
+    os.utime(there / "t.feather", (1, 1))
+    os.rename(there / "t.feather", there / "u.feather")
+    with open(there / "b.bin", "ab") as file:
+        file.write(b"tail")
+    (there / "c.bin").write_bytes(b"new")
+    time.sleep(1.1)
+    for mount in [here, there]:
+        assert sorted(os.listdir(mount.path)) == ["a.bin", "b.bin", "c.bin", "u.feather"]
+        assert (mount / "a.bin").read_bytes() == payload
+        assert os.stat(mount / "a.bin").st_mode & 0o777 == 0o600
+        assert (mount / "b.bin").read_bytes() == payload + b"tail"
+        assert (mount / "c.bin").read_bytes() == b"new"
+        pd.testing.assert_frame_equal(pd.read_feather(mount / "u.feather"), frame)
+    for name in os.listdir(there.path):
+        (there / name).unlink()
+    time.sleep(1.1)
+    for mount in [here, there]:
+        assert os.listdir(mount.path) == []
+    assert [instance.usage() for instance in cluster.instances] == [0, 0], "nothing is left behind"

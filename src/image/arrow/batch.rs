@@ -127,7 +127,7 @@ fn zeros(bitmap: &Span, bits: u64, source: &dyn BlobSource) -> Result<u64> {
         let part = &mut chunk[..(bitmap.len() - offset).min(CHUNK as u64) as usize];
         bitmap.read(source, offset, part)?;
         offset += part.len() as u64;
-        if offset == bitmap.len() && bits % 8 != 0 {
+        if offset == bitmap.len() && !bits.is_multiple_of(8) {
             // Bits past the last value may be anything.
             if let Some(last) = part.last_mut() {
                 *last &= (1 << (bits % 8)) - 1;
