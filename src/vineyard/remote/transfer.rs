@@ -15,6 +15,8 @@ const AHEAD: u64 = 128 << 10;
 /// Who asks for more than this is taken to read on, and then all is brought. The kernel reads ahead past what a program
 /// wants (up to 1 MiB in mounts of this program, twice), often into the next column, which is not to move whole for that.
 const READAHEAD: u64 = 2 << 20;
+/// How far a transfer of all bytes is ahead of those who read them.
+const LEAD: u64 = 8 << 20;
 /// How long a transfer that has brought what was asked waits for someone to ask for more.
 const LINGER: Duration = Duration::from_millis(200);
 /// Places of blobs in a slab.
@@ -190,6 +192,8 @@ impl Transfer {
         let mut deadline = Instant::now() + patience;
         loop {
             let here = state.done >= end;
+            let late = if state.target == self.len { LEAD } else { 0 };
+            let due = end.saturating_add(late).min(self.len);
             let ready = match &state.phase {
                 Phase::Complete => true,
                 Phase::Failed(kind, message) => return Err(Error::new(*kind, message.clone())),
@@ -200,8 +204,9 @@ impl Transfer {
                     deadline = Instant::now() + patience;
                     here
                 }
-                // Small blobs are worth the moment until they are verified.
-                Phase::Running => here && self.len > WHOLE,
+                // Small blobs are worth the moment until they are verified; of large ones that come whole, bytes are
+                // handed out a little late, so that one question is for many reads.
+                Phase::Running => here && self.len > WHOLE && (state.verified >= end || state.done >= due),
             };
             if ready {
                 state.handed = state.handed.max(end);
@@ -215,8 +220,8 @@ impl Transfer {
             if left.is_zero() {
                 return Err(Error::new(Kind::Timeout, format!("blob {} does not arrive", self.key)));
             }
-            if !here {
-                state.awaited = state.awaited.min(end);
+            if state.done < due {
+                state.awaited = state.awaited.min(due);
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0;
         }
@@ -330,6 +335,8 @@ impl Transfer {
     pub fn verified(&self, end: u64) {
         let mut state = self.state();
         state.verified = state.verified.max(end);
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// True if bytes were handed out of which it is not known whether they are the blob's.
