@@ -10,6 +10,7 @@
 mod adopt;
 mod attributes;
 pub mod cache;
+mod deferred;
 pub mod direct;
 mod directory;
 pub mod host;
@@ -340,7 +341,7 @@ impl FileSystem {
         serde_json::json!({
             "passthrough": passthrough, "passthrough_reason": reason, "read_only": self.options.read_only,
             "serve": self.options.serve, "prefix": self.options.prefix, "store": store,
-            "cache": self.cache.status(), "staging": self.staging.status(),
+            "remote": self.store.remote_status(), "cache": self.cache.status(), "staging": self.staging.status(),
             "objects": {"summaries": summaries, "loaded": loaded}, "inodes": self.inodes.len(),
             "open_handles": self.handles().len(),
             "started": self.started.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),

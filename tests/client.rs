@@ -92,7 +92,7 @@ fn what_is_created_is_found_read_and_deleted() {
     assert_eq!(other.blob(keys[2]).unwrap().unwrap().len(), 1 << 20);
     assert_eq!(other.read(keys[0], 3, &mut [0; 3]).unwrap_err().kind(), Kind::Malformed);
     let elsewhere = BlobKey { instance: InstanceId(9), ..keys[0] };
-    assert_eq!(other.size(elsewhere).unwrap_err().kind(), Kind::Remote);
+    assert_eq!(other.size(elsewhere).unwrap_err().kind(), Kind::Unreachable, "no such instance");
 
     let copy = client.shallow_copy(id, json!({"x": 2}).as_object().unwrap().clone()).unwrap();
     let metas = client.metas(&[copy, id], false).unwrap();

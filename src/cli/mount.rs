@@ -20,6 +20,7 @@ use crate::fuse::mount::keep_open;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::{keeper, mount as mounting, mountinfo, privileges};
 use crate::telemetry::{self, Format};
+use crate::vineyard::RemotePolicy;
 use crate::vineyard::launch::{self, Chosen, Environment, LaunchOptions};
 
 const EXAMPLES: &str = "\
@@ -56,7 +57,7 @@ pub struct Args {
     /// Refuse all writing
     #[arg(long)]
     pub read_only: bool,
-    /// Most memory for assembled files [default: 25% of memory]
+    /// Most memory for assembled files, and as much for data of other instances [default: 25% of memory]
     #[arg(long, value_name = "SIZE", value_parser = options::size)]
     pub cache_size: Option<u64>,
     /// Most memory for files being written [default: 50% of memory]
@@ -65,6 +66,9 @@ pub struct Args {
     /// How the bytes of files reach readers
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = options::serve())]
     pub serve: ServePolicy,
+    /// Whether data of other instances of the cluster is brought here: when it is read, or never (EREMOTEIO)
+    #[arg(long, value_name = "WHEN", default_value = "lazy", value_parser = options::migrate())]
+    pub migrate: RemotePolicy,
     /// Log to this file instead of the usual place
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub log_file: Option<PathBuf>,
@@ -161,6 +165,7 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         cache_size: arguments.cache_size.unwrap_or(memory / 4),
         staging_size: arguments.staging_size.unwrap_or(memory / 2),
         serve: arguments.serve,
+        migrate: arguments.migrate,
         uid: arguments.uid.unwrap_or_else(|| nix::unistd::getuid().as_raw()),
         gid: arguments.gid.unwrap_or_else(|| nix::unistd::getgid().as_raw()),
         dir_mode: arguments.dir_mode,

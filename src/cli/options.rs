@@ -7,6 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use super::mount::Args;
 use crate::error::{Error, Kind, Result};
 use crate::fs::ServePolicy;
+use crate::vineyard::RemotePolicy;
 
 /// Reads a size: a number with an optional unit (`K`, `M`, `G`, `T`, each also with `i`, `B` or `iB`; powers of 1024),
 /// or `N%` of the memory of this machine.
@@ -81,6 +82,19 @@ pub fn serve() -> impl TypedValueParser<Value = ServePolicy> {
     names.try_map(|text| policy(&text).ok_or("not a way to serve"))
 }
 
+fn remote_policy(text: &str) -> Option<RemotePolicy> {
+    match text {
+        "lazy" => Some(RemotePolicy::Lazy),
+        "never" => Some(RemotePolicy::Never),
+        _ => None,
+    }
+}
+
+/// Reads a [`RemotePolicy`]: whether data of other instances is brought here.
+pub fn migrate() -> impl TypedValueParser<Value = RemotePolicy> {
+    PossibleValuesParser::new(["lazy", "never"]).try_map(|text| remote_policy(&text).ok_or("not a way to migrate"))
+}
+
 /// Puts the options of `-o` into the arguments. Options of fstab that mean nothing here are passed over.
 ///
 /// # Errors
@@ -135,6 +149,9 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
         "staging_size" | "staging-size" => arguments.staging_size = Some(size(&text()?)?),
         "serve" => {
             arguments.serve = policy(&text()?).ok_or_else(|| choice("auto, lazy, assembled"))?;
+        }
+        "migrate" => {
+            arguments.migrate = remote_policy(&text()?).ok_or_else(|| choice("lazy, never"))?;
         }
         "log_file" | "log-file" => arguments.log_file = Some(PathBuf::from(text()?)),
         "log_level" | "log-level" => arguments.log_level = crate::telemetry::check(&text()?)?,
@@ -226,20 +243,25 @@ mod tests {
 
     #[test]
     fn options_of_fstab_reach_the_arguments() {
-        let list =
-            "rw,noatime,_netdev,x-systemd.automount,ro,prefix=a\\,b,uid=5,file_mode=0400,cache_size=1G,serve=lazy";
+        let list = "rw,noatime,_netdev,x-systemd.automount,ro,prefix=a\\,b,uid=5,file_mode=0400,cache_size=1G,serve=lazy,migrate=never";
         let mut args = args(&["-o", list, "-o", "socket=/run/v.sock,no_allow_other"]);
         apply(&mut args).unwrap();
         assert!(args.read_only && args.no_allow_other);
         assert_eq!(args.prefix.as_deref(), Some("a,b"));
         assert_eq!((args.uid, args.file_mode, args.cache_size), (Some(5), 0o400, Some(1 << 30)));
-        assert_eq!(args.serve, ServePolicy::Lazy);
+        assert_eq!((args.serve, args.migrate), (ServePolicy::Lazy, RemotePolicy::Never));
         assert_eq!(args.socket, Some("/run/v.sock".into()));
     }
 
     #[test]
     fn unknown_options_are_named() {
-        for (list, what) in [("speed=11", "speed=11"), ("uid=me", "number"), ("prefix", "value"), ("serve=x", "lazy")] {
+        for (list, what) in [
+            ("speed=11", "speed=11"),
+            ("uid=me", "number"),
+            ("prefix", "value"),
+            ("serve=x", "lazy"),
+            ("migrate=x", "never"),
+        ] {
             let mut args = args(&["-o", list]);
             let error = apply(&mut args).unwrap_err();
             assert_eq!(error.kind(), Kind::Invalid);

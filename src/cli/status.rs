@@ -121,6 +121,11 @@ fn text(report: &Value) -> String {
         let (used, limit) = (bytes(number("bytes")), bytes(number("limit")));
         let _ = writeln!(out, "  {label:<12} {} files, {used} of {limit}", number("count"));
     }
+    let remote = |key: &str| get(&format!("/fs/remote/{key}")).as_u64().unwrap_or(0);
+    if remote("requests") > 0 {
+        let (came, kept, limit) = (bytes(remote("bytes")), bytes(remote("cached_bytes")), bytes(remote("limit")));
+        let _ = writeln!(out, "  remote       {came} came, {kept} of {limit} kept, {} failures", remote("failures"));
+    }
     if let Value::Object(operations) = get("/operations") {
         let _ =
             writeln!(out, "  {:<12} {:>10} {:>8} {:>10} {:>10}", "operation", "count", "errors", "p50 µs", "p99 µs");

@@ -149,6 +149,16 @@ impl Span {
         }
     }
 
+    /// The parts of blobs behind a range of this span; whole blobs where it is computed from them.
+    pub fn parts(&self, range: Range<u64>) -> Vec<(BlobKey, Range<u64>)> {
+        match self {
+            Span::Blob { key, offset, .. } if !range.is_empty() => {
+                vec![(*key, offset.saturating_add(range.start)..offset.saturating_add(range.end))]
+            }
+            _ => self.blobs(range).into_iter().map(|key| (key, 0..u64::MAX)).collect(),
+        }
+    }
+
     /// Checks that the bytes lie inside their blobs.
     ///
     /// # Errors

@@ -223,6 +223,7 @@ impl ImageCache {
     fn build(&self, image: &Image, source: &dyn BlobSource) -> Result<Assembled> {
         let blobs = image.blobs(0..image.size());
         source.prepare(&blobs)?;
+        source.want(&image.parts(0..image.size()), false)?;
         let file = Arc::new(MemoryFile::create(&self.host, Area::Image, image.size())?);
         let assembled = Assembled { file, size: image.size() };
         let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(1, 4));

@@ -52,8 +52,15 @@ impl FileSystem {
     fn list(&self, directory: &str) -> Result<(Arc<Listing>, bool)> {
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
         let names = self.names_below(&prefix)?;
-        // A published file whose name leads elsewhere by now is not what the path shows.
-        let staged: Vec<_> = self.staging.below(directory).into_iter().filter(|s| s.is_listed(&names)).collect();
+        let mut staged = self.staging.below(directory);
+        // What was written here and replaced or removed elsewhere is not shown for what is there now.
+        staged.retain(|staged| {
+            let current = !staged.is_superseded(&names);
+            if !current {
+                self.staging.detach(staged);
+            }
+            current
+        });
         let local = self.staging.directories_below(directory);
         let fingerprint = fingerprint(&names, &staged, &local);
         let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();

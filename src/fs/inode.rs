@@ -78,6 +78,8 @@ pub struct Use {
     pub mode: Option<Mode>,
     /// Bytes that were read lazily, over all opens.
     pub bytes_read: u64,
+    /// Bytes of remote data that were read one after the other, up to the last read.
+    pub run: Option<std::ops::Range<u64>>,
 }
 
 /// An inode.

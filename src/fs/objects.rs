@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::deferred::{self, Deferred};
 use crate::dataset::recipe::{Recipe, Written, recipe_of};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::{Error, Kind, Result};
@@ -80,35 +81,71 @@ pub struct Loaded {
     pub recipe: Option<Recipe>,
     images: Mutex<HashMap<View, Arc<OnceLock<Arc<Image>>>>>,
     checked: OnceLock<()>,
+    /// What is to be done before data of other instances is served; `None` if all data is here.
+    remote: Option<Deferred>,
 }
 
 impl Loaded {
     /// The image of a view, ready to be served: null counts are counted, every extent lies inside its blob, offsets and
     /// text are valid. Made once, however many ask at the same time.
     ///
+    /// Of data on other instances only what the image is made of is brought here; offsets and text are checked when
+    /// they are, by [`Loaded::admit`].
+    ///
     /// # Errors
-    /// `Malformed` with the object and the reason; `Stale` if a blob is gone.
+    /// `Malformed` with the object and the reason; `Stale` if a blob is gone; `Unreachable` and `Remote` if data of
+    /// another instance can't be had.
     pub fn image(&self, view: View, source: &dyn BlobSource) -> Result<Arc<Image>> {
         let cell = self.images.lock().unwrap_or_else(|e| e.into_inner()).entry(view).or_default().clone();
         if let Some(image) = cell.get() {
             return Ok(image.clone());
         }
-        source.prepare(&self.meta.blobs())?;
+        let blobs = self.meta.blobs();
+        source.prepare(&blobs)?;
+        let allowed: Vec<_> = blobs.iter().map(|key| (*key, 0..0)).collect();
+        source.want(&allowed, false)?;
         if self.checked.get().is_none() {
             self.dataset.validate(source).map_err(|e| self.wrap(e))?;
-            self.dataset.check(source).map_err(|e| self.wrap(e))?;
+            if self.remote.is_none() {
+                self.dataset.check(source).map_err(|e| self.wrap(e))?;
+            }
             let _ = self.checked.set(());
         }
         let written = self.recipe.as_ref().filter(|recipe| view_of(recipe.view) == view);
         let image = match written {
             Some(recipe) => Ok(written_image(recipe)),
-            None => image::build(&self.dataset, view, Counts::From(source)),
+            None => {
+                if self.remote.is_some() {
+                    match view {
+                        // Its strings are encoded, by offsets that must be right.
+                        View::Parquet => self.admit(&blobs, source)?,
+                        _ => source.want(&deferred::counted(&self.dataset), false)?,
+                    }
+                }
+                image::build(&self.dataset, view, Counts::From(source))
+            }
         };
         let image = image.map_err(|e| self.wrap(e))?;
         image.validate(source).map_err(|e| self.wrap(e))?;
         // Data was looked at (null counts, offsets, encoded columns): it must still have been this object's.
-        source.verify(&self.meta.blobs())?;
+        source.verify(&blobs)?;
         Ok(cell.get_or_init(|| Arc::new(image)).clone())
+    }
+
+    /// True if some of the data lives on other instances.
+    pub fn is_remote(&self) -> bool {
+        self.remote.is_some()
+    }
+
+    /// Before bytes of these blobs are served: checks the columns that they belong to, as far as that was not done.
+    ///
+    /// # Errors
+    /// As [`Loaded::image`].
+    pub fn admit(&self, blobs: &[BlobKey], source: &dyn BlobSource) -> Result<()> {
+        match &self.remote {
+            Some(deferred) => deferred.check(blobs, &self.dataset, source).map_err(|e| self.wrap(e)),
+            None => Ok(()),
+        }
     }
 
     fn wrap(&self, error: Error) -> Error {
@@ -162,8 +199,10 @@ impl Objects {
         if let Some(summary) = self.known_summary(id) {
             return Ok(Some(summary));
         }
-        self.learn(store, &[id])?;
-        Ok(self.known_summary(id))
+        match self.learn(store, &[id])? {
+            (_, Some(error)) => Err(error),
+            (_, None) => Ok(self.known_summary(id)),
+        }
     }
 
     /// Makes summaries of all of these objects that have none, in batches, until `deadline`. Returns those that do not
@@ -186,12 +225,14 @@ impl Objects {
             if deadline.is_some_and(|d| std::time::Instant::now() >= d) {
                 break;
             }
-            missing.extend(self.learn(store, batch)?);
+            missing.extend(self.learn(store, batch)?.0);
         }
         Ok(missing)
     }
 
-    fn learn(&self, store: &dyn Store, ids: &[ObjectId]) -> Result<Vec<ObjectId>> {
+    /// Makes summaries. Returns the objects that do not exist, and the last reason for which one that does has no
+    /// summary now and may have one later: it lives on an instance that cannot be reached.
+    fn learn(&self, store: &dyn Store, ids: &[ObjectId]) -> Result<(Vec<ObjectId>, Option<Error>)> {
         // A name whose object was put by another instance may be ahead of this instance's metadata: ask again, synced.
         let mut metas = store.metas(ids, false)?;
         let absent: Vec<ObjectId> = ids.iter().copied().filter(|id| !metas.contains_key(id)).collect();
@@ -215,15 +256,24 @@ impl Objects {
             let summary = summarize(meta, &recorder);
             let sizes = recorder.take();
             if sizes.is_empty() {
-                summaries.insert(id, summary);
+                summaries.insert(id, summary?);
             } else {
-                wanted.extend(sizes);
-                again.push(meta);
+                wanted.extend_from_slice(&sizes);
+                again.push((meta, sizes));
             }
         }
+        let mut absent = None;
         if !wanted.is_empty() {
-            store.prepare(&wanted)?;
-            summaries.extend(again.into_iter().map(|meta| (meta.id(), summarize(meta, store))));
+            // What can't be had for all may be had for some.
+            let all = store.prepare(&wanted);
+            for (meta, sizes) in again {
+                let sizes = if all.is_ok() { Ok(()) } else { store.prepare(&sizes) };
+                match sizes.and_then(|()| summarize(meta, store)) {
+                    Ok(summary) => drop(summaries.insert(meta.id(), summary)),
+                    Err(error) if is_elsewhere(&error) => absent = Some(error),
+                    Err(error) => return Err(error),
+                }
+            }
         }
         let missing = ids.iter().copied().filter(|id| !metas.contains_key(id)).collect();
         for summary in summaries.values() {
@@ -232,7 +282,7 @@ impl Objects {
             }
         }
         self.known().summaries.extend(summaries.into_iter().map(|(id, s)| (id, Arc::new(s))));
-        Ok(missing)
+        Ok((missing, absent))
     }
 
     /// The whole object.
@@ -256,7 +306,11 @@ impl Objects {
         let meta = metas.remove(&id).ok_or_else(|| Error::stale(format!("object {id} was deleted")))??;
         let dataset = dataset::decode(&meta, store)?;
         let recipe = recipe_of(&meta)?;
-        let loaded = Arc::new(Loaded { meta, dataset, recipe, images: Mutex::default(), checked: OnceLock::new() });
+        let here = store.instance()?.id;
+        let elsewhere = meta.blobs().iter().any(|key| key.instance != here);
+        let remote = elsewhere.then(|| Deferred::of(&dataset));
+        let (images, checked) = (Mutex::default(), OnceLock::new());
+        let loaded = Arc::new(Loaded { meta, dataset, recipe, images, checked, remote });
         let mut known = self.known();
         let now = known.clock;
         let loaded = known.loaded.entry(id).or_insert((loaded, now)).0.clone();
@@ -286,7 +340,14 @@ impl Objects {
     }
 }
 
-fn summarize(meta: &Meta, source: &dyn BlobSource) -> Summary {
+/// True if the data is on an instance that does not answer, or may not be asked: another time it may be had.
+fn is_elsewhere(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Unreachable | Kind::Remote)
+}
+
+/// # Errors
+/// Only what says nothing about the object itself.
+fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
     let described = dataset::decode(meta, source).and_then(|dataset| {
         let mut sizes: Vec<(View, Option<u64>)> = Vec::new();
         for view in image::views_of(&dataset) {
@@ -304,7 +365,7 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Summary {
         }
         Ok((dataset, sizes, listed))
     });
-    match described {
+    Ok(match described {
         Ok((dataset, sizes, listed)) => Summary {
             id: meta.id(),
             instance: meta.instance(),
@@ -317,8 +378,9 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Summary {
             broken: None,
             attributes: FileAttributes::of(meta).map(Arc::new),
         },
+        Err(error) if is_elsewhere(&error) => return Err(error),
         Err(error) => Summary::broken(meta.id(), Some(meta), &error),
-    }
+    })
 }
 
 /// The view of a format that files are written in.

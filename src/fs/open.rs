@@ -1,5 +1,6 @@
 //! Opening and reading published views.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::inode::{Inode, Mode, Node, ViewNode};
@@ -15,6 +16,13 @@ const SMALL: u64 = 64 << 10;
 const WIDE_COLUMNS: usize = 32;
 /// A wide table below this size is assembled all the same: that takes less than a few requests.
 const WIDE_SIZE: u64 = 32 << 20;
+
+/// How far a read may be from the end of the last to continue it.
+const RUN_GAP: u64 = 4 << 20;
+/// How much of remote data is brought ahead of a sequential reader.
+const AHEAD: u64 = 128 << 20;
+/// How often that is done, in bytes read.
+const AHEAD_STEP: u64 = 8 << 20;
 
 pub(super) fn wants_write(flags: i32) -> bool {
     flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0
@@ -81,15 +89,15 @@ impl FileSystem {
             tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {error}");
         })?;
         self.objects.learn_size(view.object, view.view, image.size());
-        let local = self.store.instance().is_ok_and(|instance| instance.id == loaded.meta.instance());
-        if image.size() <= SMALL && local {
+        if image.size() <= SMALL && !loaded.is_remote() {
             // A copy outlives the object: whoever maps the file may fault a page in at any time.
             let mut bytes = vec![0; image.size() as usize];
             image.read(&*self.store, 0, &mut bytes)?;
             self.store.verify(&image.blobs(0..image.size()))?;
             return Ok(Mode::Copied(bytes.into()));
         }
-        if local && self.assembled_pays(&loaded, &image, bytes_read) {
+        if self.assembled_pays(&loaded, &image, bytes_read) {
+            loaded.admit(&image.blobs(0..image.size()), &*self.store)?;
             match self.cache.assemble(view.object, view.view, &image, &*self.store) {
                 Ok(assembled) => return Ok(Mode::Assembled(assembled)),
                 // No room for it: it can still be read from the blobs.
@@ -109,6 +117,9 @@ impl FileSystem {
     /// read that way, its next first open assembles it.
     fn assembled_pays(&self, loaded: &Loaded, image: &Image, bytes_read: u64) -> bool {
         let size = image.size();
+        // What was brought here is as good as local.
+        let is_here = |key| matches!(self.store.blob(key), Ok(Some(_)));
+        let local = || !loaded.is_remote() || image.blobs(0..size).into_iter().all(is_here);
         if self.host.serving() != Serving::Passthrough || size == 0 || size > self.options.cache_size {
             return false;
         }
@@ -119,7 +130,7 @@ impl FileSystem {
                 let columns = loaded.dataset.table().map_or(0, |table| table.schema.fields().len());
                 let wide = columns > WIDE_COLUMNS && size > WIDE_SIZE;
                 let mostly_read = bytes_read >= size / 2;
-                !wide || mostly_read
+                size > SMALL && (!wide || mostly_read) && local()
             }
         }
     }
@@ -158,9 +169,15 @@ impl FileSystem {
         }
         let mut out = vec![0; (end - offset) as usize];
         match &mode {
-            Mode::Lazy { image, .. } => {
+            Mode::Lazy { image, loaded } => {
                 let blobs = image.blobs(offset..end);
                 self.store.prepare(&blobs)?;
+                if loaded.is_remote() {
+                    tracing::trace!(object = %view.object, offset, end, "read of remote data");
+                    loaded.admit(&blobs, &*self.store)?;
+                    self.store.want(&image.parts(offset..end), false)?;
+                    self.bring_ahead(&inode, image, offset..end)?;
+                }
                 image.read(&*self.store, offset, &mut out)?;
                 // The copy is whole; now it must still be this object's memory.
                 self.store.verify(&blobs)?;
@@ -173,6 +190,34 @@ impl FileSystem {
             }
         }
         Ok(out)
+    }
+
+    /// Begins to bring what a sequential reader of remote data will ask for soon. Whoever reads a column or two is not
+    /// taken for one: the next column would move for nothing.
+    fn bring_ahead(&self, inode: &Inode, image: &Image, read: Range<u64>) -> Result<()> {
+        let run = {
+            let mut state = inode.state();
+            let run = match state.run.clone() {
+                // The kernel reads ahead with several requests, in any order.
+                Some(run) if read.start.abs_diff(run.end) <= RUN_GAP => run.start..run.end.max(read.end),
+                _ => read.clone(),
+            };
+            let former = state.run.replace(run.clone()).map_or(0, |former| former.end);
+            if former / AHEAD_STEP == run.end / AHEAD_STEP {
+                return Ok(());
+            }
+            run
+        };
+        let large = image.parts(run.clone()).into_iter().filter(|(_, part)| part.end - part.start >= AHEAD_STEP / 8);
+        let from_start = run.start < RUN_GAP;
+        if large.count() < if from_start { 2 } else { 3 } {
+            return Ok(());
+        }
+        let next = image.parts(run.end..run.end.saturating_add(AHEAD).min(image.size()));
+        let next: Vec<_> = next.into_iter().map(|(key, _)| (key, 0..u64::MAX)).collect();
+        // Nobody waits for it: whoever does will get the reason.
+        self.store.want(&next, true).ok();
+        Ok(())
     }
 
     /// Closes a file. Comes once for each successful open, and also when the kernel refused what was granted.

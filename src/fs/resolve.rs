@@ -184,6 +184,7 @@ impl FileSystem {
     /// Makes the inode of what was found, counts a lookup, and describes it.
     pub(super) fn enter(&self, target: &Target, found: Found) -> Result<Entry> {
         let (ino, node) = self.node_of(target, found);
+        tracing::trace!(name = target.component, ino, "found");
         let inode = self.inodes.look_up(ino, || node);
         self.entry(&inode)
     }

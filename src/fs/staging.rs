@@ -19,7 +19,7 @@ use super::{Attr, FileKind, Options};
 use crate::dataset::FileAttributes;
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::{Context, Error, Kind, Result};
-use crate::vineyard::store::NameQuery;
+use crate::vineyard::store::{NameQuery, NamedObject};
 use crate::vineyard::{ObjectId, Store};
 
 /// How long a reader that was sent back to the published version may take to look the name up again.
@@ -179,17 +179,6 @@ impl Staged {
         (!state.detached).then(|| state.target.component.clone())
     }
 
-    /// True unless it is published and idle and its name is not (any more) among `names`, which are sorted.
-    pub(super) fn is_listed(&self, names: &[crate::vineyard::store::NamedObject]) -> bool {
-        let (published, clean) = {
-            let state = self.state();
-            (state.published.clone(), state.clean.filter(|_| state.writers.is_empty()))
-        };
-        let Some((name, object)) = published else { return true };
-        clean.is_none_or(|(stamp, ..)| self.stamp().is_ok_and(|now| now != stamp))
-            || names.binary_search_by(|(n, _)| n.as_str().cmp(&name)).is_ok_and(|at| names[at].1 == object)
-    }
-
     /// True unless the name leads to a version that somebody else published since.
     ///
     /// # Errors
@@ -204,7 +193,24 @@ impl Staged {
             return Ok(true);
         }
         let answer = store.names(&[NameQuery::Exact(name)])?;
-        Ok(answer.into_iter().flatten().next().is_some_and(|(_, id)| id == object))
+        let found = answer.into_iter().flatten().next();
+        let current = found.as_ref().is_some_and(|(_, id)| *id == object);
+        if !current {
+            tracing::debug!(ino = self.ino, published = %object, ?found, "another version was published");
+        }
+        Ok(current)
+    }
+
+    /// True if everything is published, nobody writes, and its name is not among these sorted names or leads elsewhere.
+    pub fn is_superseded(&self, names: &[NamedObject]) -> bool {
+        let (published, clean) = {
+            let state = self.state();
+            (state.published.clone(), state.clean.filter(|_| state.writers.is_empty()))
+        };
+        let (Some((name, object)), Some((stamp, ..))) = (published, clean) else { return false };
+        let found = names.binary_search_by(|(known, _)| known.as_str().cmp(&name)).ok();
+        let leads_here = found.and_then(|at| names.get(at)).is_some_and(|(_, id)| *id == object);
+        !leads_here && self.stamp().is_ok_and(|now| now == stamp)
     }
 
     pub(super) fn attr(&self, options: &Options) -> Result<Attr> {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::fs::{Options, ServePolicy};
+use crate::vineyard::RemotePolicy;
 
 /// The choices of one mount.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -21,12 +22,15 @@ pub struct MountConfig {
     pub read_only: bool,
     /// Let other users in, as far as mode bits allow.
     pub allow_other: bool,
-    /// Most bytes of assembled images.
+    /// Most bytes of assembled images, and most of data of other instances.
     pub cache_size: u64,
     /// Most bytes of files being written.
     pub staging_size: u64,
     /// How files are served.
     pub serve: ServePolicy,
+    /// Whether data of other instances is brought here.
+    #[serde(default)]
+    pub migrate: RemotePolicy,
     /// Owner of all files.
     pub uid: u32,
     /// Group of all files.

@@ -27,7 +27,7 @@ use super::workers::Workers;
 use super::{privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host};
-use crate::vineyard::client::{Client, ClientOptions};
+use crate::vineyard::{Client, ClientOptions, RemoteOptions};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
@@ -175,7 +175,8 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -
     let config = &hello.config;
     let link = link.clone();
     let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
-        .deadline(Duration::from_millis(config.deadline_ms));
+        .deadline(Duration::from_millis(config.deadline_ms))
+        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() });
     // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
     let client = match hello.restarts {
         0 => Client::connect(options)?,

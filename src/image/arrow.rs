@@ -3,7 +3,7 @@
 //! Layout (<https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format>): magic, schema message, one
 //! dictionary batch for each dictionary, record batches, end of stream, footer. The schema message starts at offset 8,
 //! as in files of other writers; every later message starts at a multiple of 64, and so does every body buffer, which
-//! makes the buffers of a mapped file as well aligned as the blobs they come from.
+//! makes the buffers of a mapped file as well aligned as the blobs they come from. Large buffers start at pages.
 
 mod batch;
 mod check;
@@ -214,11 +214,14 @@ fn batch_message(file: &mut Builder, body: &Body, rows: u64, dictionary: Option<
             finish_message(&mut buffer, MessageHeader::DictionaryBatch, header, body.len as i64);
         }
     }
-    let metadata_len = message(file, buffer.finished_data(), ALIGNMENT)?;
-    for span in &body.spans {
+    let metadata_len = message(file, buffer.finished_data(), body.alignment)?;
+    let base = file.position();
+    for (span, place) in body.spans.iter().zip(&body.buffers) {
+        // Buffers come in order, each behind the end of the one before.
+        file.span(Span::Zeros((base + place.offset() as u64).saturating_sub(file.position())));
         file.span(span.clone());
-        file.align(ALIGNMENT);
     }
+    file.span(Span::Zeros((base + body.len).saturating_sub(file.position())));
     Ok(Block::new(start as i64, metadata_len as i32, body.len as i64))
 }
 

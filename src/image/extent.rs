@@ -129,6 +129,11 @@ impl Image {
         keys
     }
 
+    /// The parts of blobs behind a range of the file, in file order; whole blobs where bytes are computed from them.
+    pub fn parts(&self, range: Range<u64>) -> Vec<(BlobKey, Range<u64>)> {
+        self.covering(range).flat_map(|(extent, part)| extent.span.parts(part)).collect()
+    }
+
     /// Checks that every extent lies inside its blobs.
     pub fn validate(&self, source: &dyn BlobSource) -> Result<()> {
         self.extents.iter().try_for_each(|extent| extent.span.validate(source))

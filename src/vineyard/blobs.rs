@@ -65,6 +65,11 @@ impl Memories {
         drop(former);
     }
 
+    /// The vineyardd whose memory this is, if one was met.
+    pub fn instance(&self) -> Option<InstanceId> {
+        self.lock().instance
+    }
+
     /// The blob of no bytes.
     pub fn empty_blob(&self, key: BlobKey) -> Result<Blob> {
         Blob::new(key, self.empty.clone(), 0, 0)

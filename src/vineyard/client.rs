@@ -1,6 +1,7 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
+use super::remote::{Remote, RemoteOptions, RemoteStatus};
 use super::request::{
     ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, GetDataReply, ListNameReply, Request,
     ShallowCopyReply, StatusReply, checked_id, name_pattern,
@@ -45,6 +47,8 @@ pub struct ClientOptions {
     pub deadline: Duration,
     /// Places of blobs to remember (about 100 bytes each).
     pub places: usize,
+    /// How data of other instances is treated.
+    pub remote: RemoteOptions,
 }
 
 impl ClientOptions {
@@ -55,12 +59,18 @@ impl ClientOptions {
 
     /// Connects through `connector`; a deadline of 10 s.
     pub fn connector(connector: Connector) -> Self {
-        ClientOptions { connector, deadline: Duration::from_secs(10), places: 1 << 17 }
+        let deadline = Duration::from_secs(10);
+        ClientOptions { connector, deadline, places: 1 << 17, remote: RemoteOptions::default() }
     }
 
     /// With another deadline.
     pub fn deadline(self, deadline: Duration) -> Self {
         ClientOptions { deadline, ..self }
+    }
+
+    /// With another treatment of remote data.
+    pub fn remote(self, remote: RemoteOptions) -> Self {
+        ClientOptions { remote, ..self }
     }
 }
 
@@ -78,6 +88,7 @@ pub struct Client {
     pool: Pool,
     memories: Arc<Memories>,
     deadline: Duration,
+    remote: Remote,
 }
 
 impl Client {
@@ -88,7 +99,8 @@ impl Client {
     pub fn new(options: ClientOptions) -> Result<Self> {
         let memories = Arc::new(Memories::new(options.places)?);
         let pool = Pool::new(options.connector, options.deadline, memories.clone());
-        Ok(Client { pool, memories, deadline: options.deadline })
+        let remote = Remote::new(options.remote, options.deadline);
+        Ok(Client { pool, memories, deadline: options.deadline, remote })
     }
 
     /// A client that is connected.
@@ -140,9 +152,26 @@ impl Client {
         }
     }
 
-    /// Asks for the places of blobs, whether known or not. Absent ones don't exist.
-    ///
-    /// This is the one place where blobs of this instance and of others part ways.
+    /// The number of the vineyardd that answers.
+    fn here(&self) -> Result<InstanceId> {
+        match self.memories.instance() {
+            Some(instance) => Ok(instance),
+            None => Ok(self.instance()?.id),
+        }
+    }
+
+    /// True if the blob is another instance's. This is where blobs of this instance and of others part ways.
+    fn is_remote(&self, key: BlobKey) -> Result<bool> {
+        Ok(key.id.is_stored_blob() && key.instance != self.here()?)
+    }
+
+    /// Blobs of this instance, and of others.
+    fn part(&self, keys: &[BlobKey]) -> Result<(Vec<BlobKey>, Vec<BlobKey>)> {
+        let here = self.here()?;
+        Ok(keys.iter().partition(|key| key.instance == here || !key.id.is_stored_blob()))
+    }
+
+    /// Asks for the places of blobs of this instance, whether known or not. Absent ones don't exist.
     fn fetch(&self, keys: &[BlobKey], keep: bool) -> Result<HashMap<BlobKey, Blob>> {
         let mut ids: Vec<ObjectId> = keys.iter().filter(|key| key.id.is_stored_blob()).map(|key| key.id).collect();
         ids.sort_unstable();
@@ -152,11 +181,9 @@ impl Client {
         }
         self.run(Repeat::Safe, |connection| {
             let here = connection.identity.instance;
+            // Another vineyardd answers since the keys were told apart.
             if let Some(key) = keys.iter().find(|key| key.instance != here && key.id.is_stored_blob()) {
-                return Ok(Err(Error::new(
-                    Kind::Remote,
-                    format!("blob {} lives on instance {}, and this is {here}", key.id, key.instance),
-                )));
+                return Ok(Err(gone(*key)));
             }
             let blobs = match connection.get_buffers(&self.memories, &ids)? {
                 Ok(blobs) => blobs,
@@ -242,6 +269,35 @@ impl Client {
         Ok(())
     }
 
+    /// Lets other instances delete what is theirs; returns the rest. Deleted through another instance, an object whose
+    /// members had two owners in turn leaves them behind.
+    fn delete_elsewhere(&self, mut ids: Vec<u64>) -> Result<Vec<u64>> {
+        let here = self.here()?;
+        // Ten bits of an object's id are of its instance's number (`GenerateObjectID`, `src/common/util/uuid.h`).
+        let foreign = |id: &u64| !ObjectId(*id).is_blob() && (id >> 12 & 0x3ff) != (here.0 & 0x3ff);
+        let suspects: Vec<ObjectId> = ids.iter().filter(|id| foreign(id)).map(|id| ObjectId(*id)).collect();
+        if suspects.is_empty() {
+            return Ok(ids);
+        }
+        let mut owned: BTreeMap<InstanceId, Vec<ObjectId>> = BTreeMap::new();
+        for (id, meta) in self.metas(&suspects, false)? {
+            let owner = meta.map(|meta| meta.instance()).unwrap_or(InstanceId::UNSPECIFIED);
+            if owner != InstanceId::UNSPECIFIED && owner != here {
+                owned.entry(owner).or_default().push(id);
+            }
+        }
+        for (owner, theirs) in owned {
+            match self.remote.delete(owner, &theirs, &|| self.cluster()) {
+                Ok(()) => ids.retain(|id| !theirs.contains(&ObjectId(*id))),
+                // Told to the cluster's metadata then; the owner hears of it when it can.
+                Err(error) => tracing::warn!(%owner, objects = theirs.len(), "not deleted by their owner: {error}"),
+            }
+        }
+        // So that nobody here finds them any more.
+        self.get_data(&suspects, true, |_, _| ())?;
+        Ok(ids)
+    }
+
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
     fn give_back(&self, made: &[NewBlob]) {
         let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
@@ -257,29 +313,38 @@ fn gone(key: BlobKey) -> Error {
 
 impl BlobSource for Client {
     fn size(&self, key: BlobKey) -> Result<u64> {
+        if self.is_remote(key)? {
+            return self.remote.size(key, &|| self.cluster());
+        }
         Ok(self.find(key)?.len())
     }
 
     fn read(&self, key: BlobKey, offset: u64, out: &mut [u8]) -> Result<()> {
+        if self.is_remote(key)? {
+            return self.remote.read(key, offset, out, &|| self.cluster());
+        }
         self.find(key)?.read(offset, out)
     }
 
     fn prepare(&self, keys: &[BlobKey]) -> Result<()> {
+        let (local, remote) = self.part(keys)?;
         let unknown: Vec<BlobKey> =
-            keys.iter().copied().filter(|&k| k.id.is_stored_blob() && self.memories.get(k).is_none()).collect();
-        self.fetch(&unknown, true).map(|_| ())
+            local.into_iter().filter(|&k| k.id.is_stored_blob() && self.memories.get(k).is_none()).collect();
+        self.fetch(&unknown, true)?;
+        self.remote.prepare(&remote, &|| self.cluster())
     }
 
     fn verify(&self, keys: &[BlobKey]) -> Result<()> {
         if let Some(&key) = keys.iter().find(|key| key.id != ObjectId::EMPTY_BLOB && !key.id.is_stored_blob()) {
             return Err(gone(key));
         }
+        let (local, remote) = self.part(keys)?;
         // What was read came from the places known before the question.
         let known: HashMap<BlobKey, Blob> =
-            keys.iter().filter_map(|&key| Some((key, self.memories.get(key)?))).collect();
-        let found = self.fetch(keys, false)?;
+            local.iter().filter_map(|&key| Some((key, self.memories.get(key)?))).collect();
+        let found = self.fetch(&local, false)?;
         let mut verdict = Ok(());
-        for &key in keys.iter().filter(|key| key.id.is_stored_blob()) {
+        for &key in local.iter().filter(|key| key.id.is_stored_blob()) {
             match (found.get(&key), known.get(&key)) {
                 (Some(now), Some(then)) if !now.same_place(then) => {
                     self.memories.forget(key);
@@ -292,10 +357,19 @@ impl BlobSource for Client {
                 }
             }
         }
-        verdict
+        verdict.and_then(|()| self.remote.verify(&remote, &|| self.cluster()))
+    }
+
+    fn want(&self, parts: &[(BlobKey, Range<u64>)], ahead: bool) -> Result<()> {
+        let here = self.here()?;
+        let remote: Vec<_> = parts.iter().filter(|(key, _)| key.instance != here).cloned().collect();
+        self.remote.want(&remote, ahead, &|| self.cluster())
     }
 
     fn blob(&self, key: BlobKey) -> Result<Option<Blob>> {
+        if self.is_remote(key)? {
+            return self.remote.blob(key);
+        }
         self.find(key).map(Some)
     }
 }
@@ -372,6 +446,10 @@ impl Store for Client {
             ipc_connections: reply.meta.ipc_connections,
             rpc_connections: reply.meta.rpc_connections,
         })
+    }
+
+    fn remote_status(&self) -> Option<RemoteStatus> {
+        Some(self.remote.status())
     }
 
     fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>> {
@@ -503,6 +581,7 @@ impl Store for Client {
         let wanted =
             |&id: &ObjectId| (id != ObjectId::INVALID && id != ObjectId::EMPTY_BLOB && seen.insert(id)).then_some(id.0);
         let ids: Vec<u64> = ids.iter().filter_map(wanted).collect();
+        let ids = self.delete_elsewhere(ids)?;
         let requests: Vec<Request> = ids
             .chunks(IDS_PER_REQUEST)
             .map(|chunk| Request::DelData {
@@ -518,6 +597,17 @@ impl Store for Client {
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {
         content::check_extra(&extra)?;
+        let owner = self.metas(&[id], false)?.remove(&id).transpose()?.map(|meta| meta.instance());
+        if let Some(owner) = owner.filter(|owner| *owner != InstanceId::UNSPECIFIED)
+            && owner != self.here()?
+        {
+            let copy = self.remote.shallow_copy(owner, id, &extra, &|| self.cluster())?;
+            // The local vineyardd hears of it now, before it is told to name the one and delete the other.
+            return match self.metas(&[copy], true)?.remove(&copy) {
+                Some(meta) => meta.map(|_| copy),
+                None => Err(Error::stale(format!("{copy}, the copy of {id} on instance {owner}, is not known here"))),
+            };
+        }
         let request = Request::ShallowCopy { id: id.0, extra: &extra };
         let reply: ShallowCopyReply = self.call(Repeat::UnlessSent, &request, "shallow_copy_reply")?;
         checked_id(reply.target_id)

@@ -1,6 +1,7 @@
 //! One registered connection to vineyardd.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -79,7 +80,7 @@ pub fn connect_path(path: &Path, deadline: Instant) -> Result<std::os::unix::net
 impl Connection {
     /// Registers on a connected socket. Later replies must each come within `patience`.
     pub fn register(
-        stream: std::os::unix::net::UnixStream,
+        stream: impl Into<OwnedFd>,
         deadline: Instant,
         patience: Duration,
     ) -> std::result::Result<Self, Broken> {
@@ -122,6 +123,12 @@ impl Connection {
     /// True if the server is there and the connection is in step.
     pub fn is_quiet(&self) -> bool {
         self.channel.is_quiet()
+    }
+
+    /// Reads bytes that follow a reply, as many as are there and at most `out`; the first must come within the
+    /// connection's patience.
+    pub fn receive_some(&mut self, out: &mut [u8]) -> std::result::Result<usize, Broken> {
+        self.channel.receive_some(out, Instant::now() + self.patience)
     }
 
     /// Length in bytes of the reply that came last.

@@ -33,6 +33,17 @@ pub enum Request<'a> {
         #[serde(rename = "unsafe")]
         unsealed_too: bool,
     },
+    /// Over TCP: the bytes follow the reply. Blobs are numbered from `"0"`; the server knows no list form here.
+    #[serde(rename = "get_remote_buffers_request")]
+    GetRemoteBuffers {
+        #[serde(flatten)]
+        ids: BTreeMap<usize, u64>,
+        num: usize,
+        #[serde(rename = "unsafe")]
+        unsealed_too: bool,
+        compress: bool,
+        use_rdma: bool,
+    },
     #[serde(rename = "create_datas_request")]
     CreateDatas { num: usize, contents: &'a [Map<String, Value>] },
     #[serde(rename = "get_data_request")]
@@ -103,6 +114,24 @@ pub struct CreateBufferReply {
 pub struct GetBuffersReply {
     pub payloads: Vec<Payload>,
     pub fds: Vec<i64>,
+}
+
+/// What `get_remote_buffers` is answered with; the bytes of the blobs follow, in the order of the payloads.
+#[derive(Deserialize, Debug)]
+pub struct RemoteBuffersReply {
+    /// The blobs that exist.
+    pub payloads: Vec<RemotePayload>,
+    /// The bytes come as zstd.
+    #[serde(default)]
+    pub compress: bool,
+}
+
+/// A blob that follows.
+#[derive(Deserialize, Debug, Clone, Copy)]
+#[allow(missing_docs)]
+pub struct RemotePayload {
+    pub object_id: u64,
+    pub data_size: u64,
 }
 
 /// `create_datas_reply`.
@@ -239,6 +268,14 @@ mod tests {
         assert_eq!(
             json(&Request::GetBuffers { ids: vec![1 << 63 | 1], unsealed_too: false }),
             r#"{"type":"get_buffers_request","ids":[9223372036854775809],"unsafe":false}"#
+        );
+        let ids = BTreeMap::from([(0, 1 << 63 | 5), (1, 1 << 63 | 3)]);
+        assert_eq!(
+            json(&Request::GetRemoteBuffers { ids, num: 2, unsealed_too: false, compress: false, use_rdma: false }),
+            concat!(
+                r#"{"type":"get_remote_buffers_request","0":9223372036854775813,"1":9223372036854775811,"num":2,"#,
+                r#""unsafe":false,"compress":false,"use_rdma":false}"#
+            )
         );
     }
 

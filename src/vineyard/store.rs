@@ -1,6 +1,7 @@
 //! What the upper floors ask of a store.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -8,6 +9,7 @@ use serde_json::Value;
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
 use super::meta::Meta;
+use super::remote::RemoteStatus;
 use crate::error::Result;
 
 /// The vineyardd behind a [`Store`].
@@ -97,7 +99,7 @@ pub trait BlobSource: Send + Sync {
     /// Size in bytes, without touching the data.
     ///
     /// # Errors
-    /// `Stale` if there is no such blob any more.
+    /// `Stale` if there is no such blob any more, `Unreachable` if its instance must be asked and does not answer.
     fn size(&self, key: BlobKey) -> Result<u64>;
 
     /// Copies `out.len()` bytes from `offset`.
@@ -106,8 +108,8 @@ pub trait BlobSource: Send + Sync {
     /// `Stale` if there is no such blob any more, `Malformed` if the range is not inside it.
     fn read(&self, key: BlobKey, offset: u64, out: &mut [u8]) -> Result<()>;
 
-    /// Finds the places of many blobs with one request, ahead of [`BlobSource::read`] and [`BlobSource::size`].
-    /// Blobs that do not exist are skipped.
+    /// Finds the places of many blobs with one request, ahead of [`BlobSource::read`] and [`BlobSource::size`]; of
+    /// blobs of other instances only the sizes, with one request to each. Blobs that do not exist are skipped.
     fn prepare(&self, keys: &[BlobKey]) -> Result<()>;
 
     /// Asks the store whether every one of these blobs still exists, at the place it was read from.
@@ -115,6 +117,17 @@ pub trait BlobSource: Send + Sync {
     /// # Errors
     /// `Stale` if one does not: bytes that were copied before may be another blob's.
     fn verify(&self, keys: &[BlobKey]) -> Result<()>;
+
+    /// Begins to bring parts of blobs that live on other instances, without waiting for them: many are then on their
+    /// way at the same time. An empty part asks only whether the blob may be brought. `ahead` marks what nobody waits
+    /// for yet. Does nothing about local blobs.
+    ///
+    /// # Errors
+    /// `Remote` if data of other instances may not be brought, `Unreachable` if its instance is not known.
+    fn want(&self, parts: &[(BlobKey, Range<u64>)], ahead: bool) -> Result<()> {
+        let _ = (parts, ahead);
+        Ok(())
+    }
 
     /// The mapped blob, for code that copies large parts by itself; `None` if the blob is not in local memory.
     fn blob(&self, key: BlobKey) -> Result<Option<Blob>>;
@@ -142,6 +155,11 @@ pub trait Store: BlobSource {
 
     /// The instances of the cluster.
     fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>>;
+
+    /// What came from other instances; `None` for a store that knows no others.
+    fn remote_status(&self) -> Option<RemoteStatus> {
+        None
+    }
 
     /// Creates unsealed blobs, all or none, in the order of `sizes`.
     ///
@@ -173,5 +191,6 @@ pub trait Store: BlobSource {
     fn delete(&self, ids: &[ObjectId]) -> Result<()>;
 
     /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
+    /// Of an object on another instance the copy is made there, and is permanent.
     fn shallow_copy(&self, id: ObjectId, extra: serde_json::Map<String, Value>) -> Result<ObjectId>;
 }

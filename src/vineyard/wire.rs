@@ -7,7 +7,6 @@
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -153,13 +152,13 @@ pub fn parse<T: DeserializeOwned>(frame: &[u8], kind: &str) -> Result<Result<T, 
 /// One end of a socket, with a deadline on everything that can wait.
 #[derive(Debug)]
 pub struct Channel {
-    stream: UnixStream,
+    stream: OwnedFd,
 }
 
 impl Channel {
-    /// Takes a connected socket.
-    pub fn new(stream: UnixStream) -> Self {
-        Channel { stream }
+    /// Takes a connected stream socket: Unix, or TCP, over which no descriptors come.
+    pub fn new(stream: impl Into<OwnedFd>) -> Self {
+        Channel { stream: stream.into() }
     }
 
     /// Process id of the peer as the kernel knows it, 0 if it is in a namespace that is not visible here.
@@ -237,6 +236,24 @@ impl Channel {
         Ok(())
     }
 
+    /// Reads what is there, at least one byte and at most `out`, which is not empty. Waits only for the first.
+    pub fn receive_some(&self, out: &mut [u8], deadline: Instant) -> Result<usize, Broken> {
+        let mut done = 0;
+        while let Some(rest) = out.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match recv(self.stream.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
+                // What came before the end counts; the next call will meet the end again.
+                Ok(0) if done > 0 => break,
+                Ok(0) => return Err(gone(None)),
+                Ok(n) => done += n,
+                Err(Errno::EAGAIN) if done > 0 => break,
+                Err(Errno::EAGAIN) => drop(self.wait(PollFlags::POLLIN, deadline)?),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(gone(Some(errno))),
+            }
+        }
+        Ok(done)
+    }
+
     /// Reads one frame into `out`, replacing what was there.
     pub fn receive(&self, out: &mut Vec<u8>, deadline: Instant) -> Result<(), Broken> {
         let mut header = [0; 8];
@@ -296,6 +313,7 @@ impl Channel {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::io::{IoSlice, Read, Write};
+    use std::os::unix::net::UnixStream;
     use std::time::Duration;
 
     use nix::sys::socket::{ControlMessage, sendmsg};

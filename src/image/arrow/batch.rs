@@ -11,6 +11,9 @@ use crate::vineyard::BlobSource;
 
 /// Most buffers of one batch: their entries must stay far from the 2 GiB that a flatbuffer can hold.
 const MAX_BUFFERS: usize = 1 << 24;
+/// Buffers of this size have pages of their own.
+const LARGE: u64 = 256 << 10;
+const PAGE: u64 = 4096;
 /// Bytes of a bitmap that are looked at in one go.
 const CHUNK: usize = 64 << 10;
 
@@ -23,10 +26,12 @@ pub struct Body {
     pub buffers: Vec<Buffer>,
     /// Number of data buffers of each view array.
     pub variadic: Vec<i64>,
-    /// The bytes of each buffer; each is followed by padding to [`ALIGNMENT`].
+    /// The bytes of each buffer.
     pub spans: Vec<Span>,
     /// Length with padding.
     pub len: u64,
+    /// What the body's place in the file is to be a multiple of.
+    pub alignment: u64,
 }
 
 impl Body {
@@ -35,7 +40,7 @@ impl Body {
     /// # Errors
     /// `Malformed` if buffers or children do not fit type and length, `TooLarge`.
     pub fn of(columns: &[ArrayLayout], counts: Counts<'_>) -> Result<Body> {
-        let mut body = Body::default();
+        let mut body = Body { alignment: ALIGNMENT, ..Body::default() };
         columns.iter().try_for_each(|column| body.array(column, counts))?;
         Ok(body)
     }
@@ -58,14 +63,18 @@ impl Body {
             return Err(Error::new(Kind::TooLarge, format!("more than {MAX_BUFFERS} buffers in a batch")));
         }
         let len = span.len();
-        let next = len
-            .checked_next_multiple_of(ALIGNMENT)
-            .and_then(|padded| self.len.checked_add(padded))
-            .filter(|next| *next <= i64::MAX as u64)
-            .ok_or_else(|| too_large(len))?;
-        self.buffers.push(Buffer::new(self.len as i64, len as i64));
+        // The kernel reads whole pages. A large buffer shares none with its neighbours, or reading one column would
+        // bring a part of the next, which may live on another machine.
+        let alignment = if len >= LARGE { PAGE } else { ALIGNMENT };
+        self.alignment = self.alignment.max(alignment);
+        let start = self.len.checked_next_multiple_of(alignment);
+        let end = start.and_then(|start| start.checked_add(len)?.checked_next_multiple_of(alignment));
+        let (Some(start), Some(end)) = (start, end.filter(|end| *end <= i64::MAX as u64)) else {
+            return Err(too_large(len));
+        };
+        self.buffers.push(Buffer::new(start as i64, len as i64));
         self.spans.push(span);
-        self.len = next;
+        self.len = end;
         Ok(())
     }
 }

@@ -1,0 +1,371 @@
+//! Against a peer that is made up: honest, broken, slow, or not there.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::super::store::InstanceInfo;
+use super::*;
+
+const THERE: InstanceId = InstanceId(4);
+const PATIENCE: Duration = Duration::from_millis(400);
+
+/// What a peer does wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fault {
+    None,
+    /// Closes the connection in the middle of the bytes.
+    Short,
+    /// Stands still in the middle of the bytes.
+    Stalls,
+    /// Announces a byte more than there is.
+    Longer,
+    /// Announces another blob.
+    Other,
+    /// Forgets the blob while it sends it.
+    Deletes,
+    /// Is another instance.
+    Stranger,
+    /// Answers nothing.
+    Silent,
+    /// Compresses, whatever it is asked.
+    Zstd,
+    /// Says that it compresses, and does not.
+    FalseZstd,
+}
+
+struct Shared {
+    blobs: Mutex<BTreeMap<u64, Vec<u8>>>,
+    fault: Mutex<Fault>,
+    connections: AtomicUsize,
+    downloads: AtomicUsize,
+    stop: AtomicBool,
+}
+
+struct FakePeer {
+    port: u16,
+    shared: Arc<Shared>,
+}
+
+fn id(number: u64) -> u64 {
+    1 << 63 | number
+}
+
+fn key(number: u64) -> BlobKey {
+    BlobKey { instance: THERE, id: ObjectId(id(number)) }
+}
+
+fn bytes(number: u64, len: usize) -> Vec<u8> {
+    (0..len as u64).map(|i| (i.wrapping_mul(31 + number) >> 3) as u8).collect()
+}
+
+impl FakePeer {
+    fn start(sizes: &[usize]) -> Self {
+        let blobs = sizes.iter().enumerate().map(|(i, len)| (id(i as u64 + 1), bytes(i as u64 + 1, *len))).collect();
+        let shared = Arc::new(Shared {
+            blobs: Mutex::new(blobs),
+            fault: Mutex::new(Fault::None),
+            connections: AtomicUsize::new(0),
+            downloads: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let accepting = shared.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if accepting.stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                accepting.connections.fetch_add(1, Ordering::Relaxed);
+                let shared = accepting.clone();
+                std::thread::spawn(move || serve(stream.unwrap(), &shared));
+            }
+        });
+        FakePeer { port, shared }
+    }
+
+    fn set(&self, fault: Fault) {
+        *self.shared.fault.lock().unwrap() = fault;
+    }
+
+    fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>> {
+        cluster_at(self.port)
+    }
+
+    fn downloads(&self) -> usize {
+        self.shared.downloads.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for FakePeer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        drop(TcpStream::connect(("127.0.0.1", self.port)));
+    }
+}
+
+fn cluster_at(port: u16) -> Result<BTreeMap<InstanceId, InstanceInfo>> {
+    let rpc_endpoint = format!("127.0.0.1:{port}");
+    let info = InstanceInfo { hostname: "elsewhere".into(), rpc_endpoint, ipc_socket: String::new() };
+    Ok(BTreeMap::from([(THERE, info)]))
+}
+
+fn send(stream: &mut TcpStream, reply: &Value) -> std::io::Result<()> {
+    let text = reply.to_string();
+    stream.write_all(&(text.len() as u64).to_le_bytes())?;
+    stream.write_all(text.as_bytes())
+}
+
+fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
+    loop {
+        let mut header = [0; 8];
+        stream.read_exact(&mut header).ok()?;
+        let mut frame = vec![0; u64::from_le_bytes(header) as usize];
+        stream.read_exact(&mut frame).ok()?;
+        let request: Value = serde_json::from_slice(&frame).unwrap();
+        let fault = *shared.fault.lock().unwrap();
+        if fault == Fault::Silent {
+            std::thread::sleep(PATIENCE * 10);
+            return None;
+        }
+        let blobs = shared.blobs.lock().unwrap().clone();
+        match request["type"].as_str()? {
+            "register_request" => {
+                let instance = if fault == Fault::Stranger { 9 } else { THERE.0 };
+                let reply = json!({"type": "register_reply", "instance_id": instance, "ipc_socket": "/x",
+                    "rpc_endpoint": "x:1", "store_match": true, "version": "0.24.2"});
+                send(&mut stream, &reply).ok()?;
+            }
+            "get_data_request" => {
+                let mut content = serde_json::Map::new();
+                for id in request["id"].as_array()?.iter().filter_map(Value::as_u64) {
+                    if let Some(blob) = blobs.get(&id) {
+                        let text = ObjectId(id).to_string();
+                        content.insert(text.clone(), json!({"id": text, "length": blob.len()}));
+                    }
+                }
+                send(&mut stream, &json!({"type": "get_data_reply", "content": content})).ok()?;
+            }
+            "get_remote_buffers_request" => {
+                shared.downloads.fetch_add(1, Ordering::Relaxed);
+                assert_eq!((&request["compress"], &request["use_rdma"]), (&json!(false), &json!(false)));
+                let asked = (0..request["num"].as_u64()?).map(|i| request[i.to_string()].as_u64().unwrap());
+                let found: Vec<(u64, &Vec<u8>)> = asked.filter_map(|id| Some((id, blobs.get(&id)?))).collect();
+                let payload = |(id, blob): &(u64, &Vec<u8>)| {
+                    let extra = usize::from(fault == Fault::Longer);
+                    let id = if fault == Fault::Other { id + 1000 } else { *id };
+                    json!({"object_id": id, "data_size": blob.len() + extra, "store_fd": -1, "data_offset": 0})
+                };
+                let payloads: Vec<Value> = found.iter().map(payload).collect();
+                let compress = matches!(fault, Fault::Zstd | Fault::FalseZstd);
+                let reply = json!({"type": "get_buffers_reply", "payloads": payloads, "num": payloads.len(), "fds": [],
+                    "compress": compress});
+                send(&mut stream, &reply).ok()?;
+                let mut encoder = zstd::stream::raw::Encoder::new(1).unwrap();
+                for (id, blob) in found {
+                    match fault {
+                        Fault::Short | Fault::Stalls => {
+                            stream.write_all(&blob[..blob.len() / 2]).ok()?;
+                            if fault == Fault::Stalls {
+                                std::thread::sleep(PATIENCE * 10);
+                            }
+                            return None;
+                        }
+                        Fault::Zstd => {
+                            for part in blob.chunks(100_000) {
+                                let chunk = compressed(&mut encoder, part);
+                                stream.write_all(&(chunk.len() as u64).to_le_bytes()).ok()?;
+                                stream.write_all(&chunk).ok()?;
+                            }
+                        }
+                        _ => stream.write_all(blob).ok()?,
+                    }
+                    if fault == Fault::Deletes {
+                        shared.blobs.lock().unwrap().remove(&id);
+                    }
+                }
+            }
+            other => panic!("{other} is not for other instances"),
+        }
+    }
+}
+
+fn compressed(encoder: &mut zstd::stream::raw::Encoder, part: &[u8]) -> Vec<u8> {
+    use zstd::stream::raw::{InBuffer, Operation, OutBuffer};
+    let mut space = vec![0; part.len() * 2 + 1000];
+    let mut out = OutBuffer::around(&mut space);
+    let mut input = InBuffer::around(part);
+    while input.pos() < part.len() {
+        encoder.run(&mut input, &mut out).unwrap();
+    }
+    while encoder.flush(&mut out).unwrap() > 0 {}
+    out.as_slice().to_vec()
+}
+
+fn remote() -> Remote {
+    remote_with(RemoteOptions::default())
+}
+
+fn remote_with(options: RemoteOptions) -> Remote {
+    Remote::new(options, PATIENCE)
+}
+
+fn read(remote: &Remote, peer: &FakePeer, number: u64, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let cluster = || peer.cluster();
+    let mut out = vec![0; len];
+    remote.read(key(number), offset, &mut out, &cluster)?;
+    remote.verify(&[key(number)], &cluster)?;
+    Ok(out)
+}
+
+#[test]
+fn blobs_come_once_however_many_read() {
+    let peer = FakePeer::start(&[5 << 20, 3000, 100]);
+    let remote = remote();
+    std::thread::scope(|scope| {
+        for reader in 0..8u64 {
+            let (remote, peer) = (&remote, &peer);
+            scope.spawn(move || {
+                for piece in 0..40 {
+                    let offset = (piece * 7 + reader * 5) % 40 * (128 << 10);
+                    let found = read(remote, peer, 1, offset, 128 << 10).unwrap();
+                    assert!(found == bytes(1, 5 << 20)[offset as usize..][..128 << 10]);
+                }
+            });
+        }
+    });
+    assert_eq!(peer.downloads(), 1);
+    let cluster = || peer.cluster();
+    remote.want(&[(key(2), 0..10), (key(3), 0..10)], false, &cluster).unwrap();
+    assert_eq!(read(&remote, &peer, 3, 50, 50).unwrap(), &bytes(3, 100)[50..]);
+    assert_eq!(read(&remote, &peer, 2, 0, 3000).unwrap(), bytes(2, 3000));
+    assert_eq!(peer.downloads(), 2, "small ones come together");
+    assert_eq!(remote.status().bytes, (5 << 20) + 3100);
+    assert!(remote.blob(key(1)).unwrap().is_some());
+    assert_eq!(read(&remote, &peer, 1, 5 << 20, 1).unwrap_err().kind(), Kind::Malformed);
+    assert_eq!(read(&remote, &peer, 77, 0, 1).unwrap_err().kind(), Kind::Stale);
+}
+
+#[test]
+fn what_nobody_reads_does_not_come() {
+    let len = 64 << 20;
+    let peer = FakePeer::start(&[len]);
+    let remote = remote();
+    assert_eq!(read(&remote, &peer, 1, 0, 4096).unwrap(), &bytes(1, len)[..4096]);
+    assert!(remote.status().bytes < 1 << 20, "{:?}", remote.status());
+    assert!(remote.blob(key(1)).unwrap().is_none());
+    std::thread::sleep(Duration::from_millis(600));
+    // Given up meanwhile; it begins anew and keeps what is here.
+    let tail = read(&remote, &peer, 1, len as u64 - 5000, 5000).unwrap();
+    assert!(tail == bytes(1, len)[len - 5000..]);
+    assert_eq!(peer.downloads(), 2);
+}
+
+#[test]
+fn compressed_replies_are_decoded() {
+    let peer = FakePeer::start(&[3 << 20, 10, 250_000]);
+    peer.set(Fault::Zstd);
+    let remote = remote();
+    let cluster = || peer.cluster();
+    remote.want(&[(key(1), 0..1), (key(2), 0..1), (key(3), 0..1)], false, &cluster).unwrap();
+    for (number, len) in [(1, 3 << 20), (2, 10), (3, 250_000)] {
+        assert!(read(&remote, &peer, number, 0, len).unwrap() == bytes(number, len));
+    }
+}
+
+#[test]
+fn faults_are_errors_in_time_and_pass() {
+    for (fault, kinds) in [
+        (Fault::Short, &[Kind::Unreachable][..]),
+        (Fault::Stalls, &[Kind::Unreachable]),
+        (Fault::Longer, &[Kind::Malformed]),
+        (Fault::Other, &[Kind::Malformed]),
+        (Fault::Deletes, &[Kind::Stale]),
+        (Fault::Stranger, &[Kind::Stale]),
+        (Fault::Silent, &[Kind::Unreachable]),
+        (Fault::FalseZstd, &[Kind::Malformed]),
+    ] {
+        let len = 2 << 20;
+        let peer = FakePeer::start(&[len]);
+        let remote = remote();
+        if fault != Fault::Stranger {
+            remote.size(key(1), &|| peer.cluster()).unwrap();
+        }
+        peer.set(fault);
+        let start = Instant::now();
+        let error = read(&remote, &peer, 1, 0, len).unwrap_err();
+        assert!(kinds.contains(&error.kind()), "{fault:?}: {error}");
+        assert!(start.elapsed() < PATIENCE * 5, "{fault:?}: {:?}", start.elapsed());
+        if !matches!(error.kind(), Kind::Stale if fault == Fault::Deletes) {
+            assert!(error.to_string().contains("i4"), "{fault:?}: {error}");
+        }
+        peer.set(Fault::None);
+        peer.shared.blobs.lock().unwrap().insert(id(1), bytes(1, len));
+        // The same is not tried again at once.
+        std::thread::sleep(Duration::from_millis(1100));
+        assert!(read(&remote, &peer, 1, 0, len).unwrap() == bytes(1, len), "{fault:?}");
+    }
+}
+
+#[test]
+fn a_dead_or_filtered_peer_is_unreachable_and_not_asked_by_all() {
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    // A backlog that is full drops what knocks, as a filter does.
+    let full = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = full.local_addr().unwrap().port();
+    // SAFETY: listening again only changes the backlog of this socket.
+    assert_eq!(unsafe { libc::listen(std::os::fd::AsRawFd::as_raw_fd(&full), 0) }, 0);
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let knock = || TcpStream::connect_timeout(&address, Duration::from_millis(100));
+    let mut held = Vec::new();
+    while let Ok(stream) = knock() {
+        held.push(stream);
+        assert!(held.len() < 100);
+    }
+    for port in [dead, port] {
+        let remote = remote();
+        let start = Instant::now();
+        for _ in 0..20 {
+            let error = remote.size(key(1), &|| cluster_at(port)).unwrap_err();
+            assert_eq!(error.kind(), Kind::Unreachable);
+            assert!(error.to_string().contains(&port.to_string()), "{error}");
+        }
+        assert!(start.elapsed() < PATIENCE * 2);
+    }
+    let nobody = remote().size(key(1), &|| Ok(BTreeMap::new())).unwrap_err();
+    assert_eq!(nobody.kind(), Kind::Unreachable);
+}
+
+#[test]
+fn the_cache_has_a_limit_and_never_is_never() {
+    let peer = FakePeer::start(&[1 << 20; 8]);
+    let small = remote_with(RemoteOptions { cache_size: 3 << 20, ..RemoteOptions::default() });
+    for number in 1..=8 {
+        assert!(read(&small, &peer, number, 0, 1 << 20).unwrap() == bytes(number, 1 << 20));
+    }
+    let status = small.status();
+    assert!(status.cached_bytes <= 3 << 20 && status.evictions == 5, "{status:?}");
+    let never = remote_with(RemoteOptions { policy: RemotePolicy::Never, ..RemoteOptions::default() });
+    assert_eq!(never.size(key(1), &|| peer.cluster()).unwrap(), 1 << 20);
+    assert_eq!(read(&never, &peer, 1, 0, 1).unwrap_err().kind(), Kind::Remote);
+    assert_eq!(never.want(&[(key(1), 0..0)], false, &|| peer.cluster()).unwrap_err().kind(), Kind::Remote);
+    assert_eq!(peer.downloads(), 8);
+}
+
+#[test]
+fn what_was_read_of_a_deleted_blob_is_stale() {
+    let len = 32 << 20;
+    let peer = FakePeer::start(&[len, 1000]);
+    let remote = remote();
+    let cluster = || peer.cluster();
+    remote.read(key(1), 0, &mut [0; 100], &cluster).unwrap();
+    assert!(read(&remote, &peer, 2, 0, 1000).is_ok());
+    peer.shared.blobs.lock().unwrap().clear();
+    assert_eq!(remote.verify(&[key(1)], &cluster).unwrap_err().kind(), Kind::Stale);
+    assert_eq!(remote.verify(&[key(2)], &cluster).map_err(|e| e.kind()), Ok(()), "it came whole while it existed");
+    assert_eq!(read(&remote, &peer, 1, 0, 1).unwrap_err().kind(), Kind::Stale);
+}

@@ -1,0 +1,364 @@
+//! One blob of another instance, on its way here or here.
+
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::vineyard::{Blob, BlobKey, Segment};
+
+/// Blobs up to this size come whole: less would save nothing.
+pub const WHOLE: u64 = 256 << 10;
+/// Bytes beyond what a reader asked for, while it is not known to read on.
+const AHEAD: u64 = 128 << 10;
+/// Who asks for more than this is taken to read on, and then all is brought. The kernel reads ahead past what a program
+/// wants (up to 1 MiB in mounts of this program, twice), often into the next column, which is not to move whole for that.
+const READAHEAD: u64 = 2 << 20;
+/// How far a transfer of all bytes is ahead of those who read them.
+const LEAD: u64 = 8 << 20;
+/// How long a transfer that has brought what was asked waits for someone to ask for more.
+const LINGER: Duration = Duration::from_millis(200);
+/// Places of blobs in a slab.
+const ALIGNMENT: u64 = 64;
+
+/// Memory for blobs that are fetched together.
+pub struct Slab {
+    file: Arc<OwnedFd>,
+    segment: Arc<Segment>,
+}
+
+impl Slab {
+    /// Memory for blobs of these sizes (none is 0), and where each begins. Pages are allocated when bytes arrive.
+    ///
+    /// # Errors
+    /// `TooLarge` past what a file can have; the errno of making or mapping a memory file.
+    pub fn new(sizes: impl Iterator<Item = u64>) -> Result<(Slab, Vec<u64>)> {
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let too_large = || Error::new(Kind::TooLarge, "blobs past 2^63 bytes");
+        let mut total = 0u64;
+        let mut places = Vec::new();
+        for size in sizes {
+            places.push(total);
+            let end = total.checked_add(size).and_then(|end| end.checked_next_multiple_of(ALIGNMENT));
+            total = end.ok_or_else(too_large)?;
+        }
+        let file = memfd_create(c"remote-blobs", MFdFlags::MFD_CLOEXEC).context(|| "making a memory file".into())?;
+        let len = i64::try_from(total).map_err(|_| too_large())?;
+        nix::unistd::ftruncate(&file, len).context(|| format!("a memory file of {len} bytes"))?;
+        let segment = Segment::map(&file, usize::try_from(total).map_err(|_| too_large())?)?;
+        Ok((Slab { file: Arc::new(file), segment }, places))
+    }
+}
+
+/// How far a transfer is.
+#[derive(Debug)]
+enum Phase {
+    /// Nobody works on it: what was asked for is here, or nothing was asked for.
+    Parked,
+    /// It waits for a connection.
+    Queued,
+    /// Bytes arrive.
+    Running,
+    /// All bytes are here, and the blob existed after the last.
+    Complete,
+    /// It ended before.
+    Failed(Kind, String),
+}
+
+struct State {
+    /// The memory; closed when nothing is to be written any more.
+    file: Option<Arc<OwnedFd>>,
+    /// Bytes from the start that are here. Never shrinks; they never change.
+    done: u64,
+    /// Where the first reader began.
+    first: Option<u64>,
+    /// Where the transfer may pause.
+    target: u64,
+    /// Bytes of which it is known that the blob existed after they had arrived.
+    verified: u64,
+    /// End of what was handed out.
+    handed: u64,
+    /// Least end that somebody waits for; `u64::MAX` for none.
+    awaited: u64,
+    phase: Phase,
+}
+
+/// What there is to verify about the bytes of a transfer.
+pub enum Trust {
+    /// All bytes that are here are the blob's.
+    Sure,
+    /// Bytes up to this one are the blob's if it exists now.
+    Ask(u64),
+}
+
+/// See the [module](self).
+pub struct Transfer {
+    key: BlobKey,
+    len: u64,
+    place: u64,
+    segment: Arc<Segment>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Transfer {
+    /// A blob of `len` bytes of which nothing is here, at `place` of a slab.
+    pub fn new(key: BlobKey, len: u64, slab: &Slab, place: u64) -> Self {
+        let file = Some(slab.file.clone());
+        let state = State {
+            file,
+            done: 0,
+            first: None,
+            target: 0,
+            verified: 0,
+            handed: 0,
+            awaited: u64::MAX,
+            phase: Phase::Parked,
+        };
+        let segment = slab.segment.clone();
+        Transfer { key, len, place, segment, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// Which blob.
+    pub fn key(&self) -> BlobKey {
+        self.key
+    }
+
+    /// Its size in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The blob's memory; only what has arrived may be read from it.
+    pub fn blob(&self) -> Result<Blob> {
+        Blob::new(self.key, self.segment.clone(), self.place, self.len)
+    }
+
+    /// True if all bytes are here for good.
+    pub fn is_complete(&self) -> bool {
+        matches!(self.state().phase, Phase::Complete)
+    }
+
+    /// True if it ended before all bytes were here.
+    pub fn has_failed(&self) -> bool {
+        matches!(self.state().phase, Phase::Failed(..))
+    }
+
+    /// True if the last byte is here.
+    pub fn has_all(&self) -> bool {
+        self.state().done == self.len
+    }
+
+    /// True while somebody works on it or will.
+    pub fn is_active(&self) -> bool {
+        matches!(self.state().phase, Phase::Queued | Phase::Running)
+    }
+
+    /// Asks for a part. True if the caller must now queue it.
+    pub fn demand(&self, part: Range<u64>) -> bool {
+        let mut state = self.state();
+        let end = part.end.min(self.len);
+        let first = *state.first.get_or_insert(part.start);
+        let reads_on = end > first.saturating_add(READAHEAD);
+        let target = if self.len <= WHOLE || reads_on { self.len } else { end.saturating_add(AHEAD).min(self.len) };
+        state.target = state.target.max(target);
+        match state.phase {
+            Phase::Parked if state.done < end => {
+                state.phase = Phase::Queued;
+                true
+            }
+            Phase::Running => {
+                drop(state);
+                self.changed.notify_all();
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Waits for the bytes up to `end`, which are then the caller's to read. False if nobody works on it: ask for them
+    /// anew.
+    ///
+    /// # Errors
+    /// Why the transfer failed; `Timeout` if it does not move for `patience`.
+    pub fn wait(&self, end: u64, patience: Duration) -> Result<bool> {
+        let mut state = self.state();
+        let mut seen = state.done;
+        let mut deadline = Instant::now() + patience;
+        loop {
+            let here = state.done >= end;
+            let late = if state.target == self.len { LEAD } else { 0 };
+            let due = end.saturating_add(late).min(self.len);
+            let ready = match &state.phase {
+                Phase::Complete => true,
+                Phase::Failed(kind, message) => return Err(Error::new(*kind, message.clone())),
+                Phase::Parked if !here => return Ok(false),
+                Phase::Parked => true,
+                // Those in front end in good time, each by itself.
+                Phase::Queued => {
+                    deadline = Instant::now() + patience;
+                    here
+                }
+                // Small blobs are worth the moment until they are verified; of large ones that come whole, bytes are
+                // handed out a little late, so that one question is for many reads.
+                Phase::Running => here && self.len > WHOLE && (state.verified >= end || state.done >= due),
+            };
+            if ready {
+                state.handed = state.handed.max(end);
+                return Ok(true);
+            }
+            if state.done != seen {
+                seen = state.done;
+                deadline = Instant::now() + patience;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::new(Kind::Timeout, format!("blob {} does not arrive", self.key)));
+            }
+            if state.done < due {
+                state.awaited = state.awaited.min(due);
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0;
+        }
+    }
+
+    /// A worker begins with it.
+    pub fn start(&self) {
+        self.state().phase = Phase::Running;
+    }
+
+    /// For the worker that holds the bytes up to `position`: how many more to take, at least one; `None` if nobody
+    /// wants more. Waits a while for somebody who does, but not if `hurried`.
+    pub fn wanted(&self, position: u64, hurried: impl Fn() -> bool) -> Option<u64> {
+        let mut state = self.state();
+        let deadline = Instant::now() + LINGER;
+        while state.target <= position {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || hurried() {
+                state.phase = Phase::Parked;
+                drop(state);
+                self.changed.notify_all();
+                return None;
+            }
+            state = self.changed.wait_timeout(state, left.min(LINGER / 10)).unwrap_or_else(|e| e.into_inner()).0;
+        }
+        Some(state.target - position)
+    }
+
+    /// Keeps bytes that arrived for `position`; those that are here already stay as they are.
+    ///
+    /// # Errors
+    /// `Full` if there is no memory.
+    pub fn store(&self, position: u64, bytes: &[u8]) -> Result<()> {
+        let (done, file) = {
+            let state = self.state();
+            (state.done, state.file.clone())
+        };
+        let end = position.saturating_add(bytes.len() as u64);
+        let known = usize::try_from(done.saturating_sub(position)).unwrap_or(usize::MAX);
+        let (Some(fresh), Some(file)) = (bytes.get(known..), file) else { return Ok(()) };
+        if end > self.len || position > done {
+            return Err(Error::new(
+                Kind::Internal,
+                format!("bytes {position} to {end} of blob {} at {done}", self.key),
+            ));
+        }
+        write_all(&file, fresh, self.place + done.max(position))?;
+        let mut state = self.state();
+        state.done = state.done.max(end);
+        if state.done >= state.awaited {
+            state.awaited = u64::MAX;
+            drop(state);
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// All is here, and the owner has just said that the blob exists.
+    pub fn complete(&self) {
+        let mut state = self.state();
+        state.phase = Phase::Complete;
+        state.file = None;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Ends the transfer, unless it has ended.
+    pub fn fail(&self, error: &Error) {
+        let mut state = self.state();
+        if matches!(state.phase, Phase::Queued | Phase::Running) {
+            state.phase = Phase::Failed(error.kind(), error.to_string());
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
+    /// What is to be asked before bytes that were copied may be believed. Waits for a transfer that is about to say so
+    /// by itself.
+    ///
+    /// # Errors
+    /// As [`Transfer::wait`].
+    pub fn trust(&self, patience: Duration) -> Result<Trust> {
+        let done = {
+            let state = self.state();
+            if matches!(state.phase, Phase::Complete) || state.verified >= state.handed {
+                return Ok(Trust::Sure);
+            }
+            state.done
+        };
+        if done < self.len {
+            return Ok(Trust::Ask(done));
+        }
+        let mut state = self.state();
+        let deadline = Instant::now() + patience;
+        loop {
+            match &state.phase {
+                Phase::Complete => return Ok(Trust::Sure),
+                Phase::Failed(kind, message) => return Err(Error::new(*kind, message.clone())),
+                Phase::Parked | Phase::Queued => return Ok(Trust::Ask(done)),
+                Phase::Running => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(Trust::Ask(done));
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0;
+        }
+    }
+
+    /// The blob existed after the bytes up to `end` had arrived.
+    pub fn verified(&self, end: u64) {
+        let mut state = self.state();
+        state.verified = state.verified.max(end);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// True if bytes were handed out of which it is not known whether they are the blob's.
+    pub fn is_doubtful(&self) -> bool {
+        let state = self.state();
+        !matches!(state.phase, Phase::Complete) && state.verified < state.handed
+    }
+}
+
+fn write_all(file: &OwnedFd, bytes: &[u8], offset: u64) -> Result<()> {
+    use std::os::fd::AsFd;
+    let mut done = 0;
+    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+        let at = i64::try_from(offset + done as u64).map_err(|_| Error::new(Kind::TooLarge, "past 2^63 bytes"))?;
+        match nix::sys::uio::pwrite(file.as_fd(), rest, at) {
+            Ok(n) => done += n,
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(nix::errno::Errno::ENOSPC | nix::errno::Errno::ENOMEM) => {
+                return Err(Error::new(Kind::Full, format!("no memory for remote data (file {})", file.as_raw_fd())));
+            }
+            Err(errno) => return Err(errno).context(|| "writing a memory file".into()),
+        }
+    }
+    Ok(())
+}
