@@ -569,7 +569,8 @@ mod tests {
             cut: (prop::sample::Index, prop::sample::Index))
         {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            let tests: [(Test, fn(i64) -> bool); 4] = [(Test::NotNat, |v| v != i64::MIN), (Test::NonZero, |v| v != 0),
+            type Rule = (Test, fn(i64) -> bool);
+            let tests: [Rule; 4] = [(Test::NotNat, |v| v != i64::MIN), (Test::NonZero, |v| v != 0),
                 (Test::Zero, |v| v == 0), (Test::NonNegative, |v| v >= 0)];
             for (test, expected) in tests {
                 let packed = read(&bits(Span::literal(bytes.clone()), 8, test), cut);
@@ -583,7 +584,7 @@ mod tests {
         fn columns_of_a_matrix(rows in 1usize..40, columns in 1usize..9, width in 1usize..9, which: prop::sample::Index,
             cut: (prop::sample::Index, prop::sample::Index))
         {
-            let matrix: Vec<u8> = (0..rows * columns * width).map(|i| (i * 37 >> 3) as u8).collect();
+            let matrix: Vec<u8> = (0..rows * columns * width).map(|i| ((i * 37) >> 3) as u8).collect();
             let (stride, skip) = (columns * width, which.index(columns) * width);
             let column = gather(&Span::literal(&matrix[skip..]), stride as u64, width as u64, rows as u64).unwrap();
             let expected: Vec<u8> = matrix.chunks(stride).flat_map(|row| row[skip..skip + width].to_vec()).collect();
@@ -597,7 +598,8 @@ mod tests {
             let span = Span::literal(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
             let top = i64::from(add % 1000);
             let list = (0..=top as u64).map(|n| n * 2).collect();
-            let cases: [(Map, Box<dyn Fn(i32) -> i32>); 3] = [
+            type Rule = (Map, Box<dyn Fn(i32) -> i32>);
+            let cases: [Rule; 3] = [
                 (Map::Swap, Box::new(i32::swap_bytes)),
                 (Map::ClearNegative, Box::new(|v| v.max(0))),
                 (Map::Look(list), Box::new(move |v| if (0..=top).contains(&i64::from(v)) { v * 2 } else { 0 })),

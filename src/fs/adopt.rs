@@ -26,7 +26,7 @@ enum Note {
         ino: u64,
         directory: String,
         component: String,
-        attributes: FileAttributes,
+        attributes: Box<FileAttributes>,
         published: Option<(String, u64)>,
         clean: Option<Stamp>,
     },
@@ -46,7 +46,7 @@ pub(super) fn note_staged(staged: &Staged) {
         directory: state.target.directory.clone(),
         component: state.target.component.clone(),
         // Extended attributes may be long; they are with the published object.
-        attributes: FileAttributes { xattrs: Default::default(), ..state.attributes.clone() },
+        attributes: Box::new(FileAttributes { xattrs: Default::default(), ..state.attributes.clone() }),
         published: state.published.as_ref().map(|(name, object)| (name.clone(), object.0)),
         clean: state.clean.as_ref().map(|(stamp, _)| *stamp),
     };
@@ -79,7 +79,7 @@ impl FileSystem {
                 Ok(Note::Staged { ino, directory, component, attributes, published, clean }) => {
                     let target = Target::new(&directory, &component);
                     let published = published.map(|(name, object)| (name, ObjectId(object)));
-                    self.staging.adopt(ino, file, target, attributes, published, clean);
+                    self.staging.adopt(ino, file, target, *attributes, published, clean);
                 }
                 Err(error) => tracing::warn!("a memory file with an unknown note is dropped: {error}"),
             }

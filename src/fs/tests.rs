@@ -217,8 +217,7 @@ fn column(file: &[u8]) -> Vec<i64> {
     reader
         .flat_map(|batch| {
             let batch = batch.unwrap();
-            let column = batch.column(0).as_any().downcast_ref::<Int64Array>().unwrap().values().to_vec();
-            column
+            batch.column(0).as_any().downcast_ref::<Int64Array>().unwrap().values().to_vec()
         })
         .collect()
 }

@@ -290,26 +290,4 @@ mod tests {
             std::os::unix::fs::MetadataExt::blocks(self)
         }
     }
-
-    /// `ASSEMBLE_DIR=/a/tmpfs cargo test --release measure_assembling -- --ignored --nocapture`
-    #[test]
-    #[ignore = "a measurement"]
-    fn measure_assembling() {
-        let dir = std::env::var("ASSEMBLE_DIR").unwrap_or_else(|_| "/dev/shm".into());
-        for round in 0..3 {
-            for threads in [1, 2] {
-                let segments = Segments::new(1 << 30);
-                let mut file = Builder::new();
-                for i in 0..256 {
-                    file.bytes(&[7; 64]);
-                    file.span(segments.piece(i * (4 << 20), (4 << 20) - 64).0);
-                }
-                let image = file.finish();
-                let target = tempfile::tempfile_in(&dir).unwrap();
-                let start = std::time::Instant::now();
-                assemble(&image, &segments, &target, threads).unwrap();
-                println!("round {round}, {threads} threads: {:.3} s", start.elapsed().as_secs_f64());
-            }
-        }
-    }
 }
