@@ -31,8 +31,8 @@ const CLOCK_TICK: Duration = Duration::from_millis(20);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Stamp {
     pub size: u64,
-    mtime: i128,
-    ctime: i128,
+    mtime: i64,
+    ctime: i64,
 }
 
 /// What changes about a staged file.
@@ -52,6 +52,8 @@ pub(super) struct State {
     pub was_opened: bool,
     /// The backing id by which its open handles are served, if they are; one inode is served in one way at a time.
     pub passthrough: Option<u32>,
+    /// Its last writer is being closed: it is not decided yet what becomes of it.
+    pub settling: bool,
     /// Someone had it open for reading and writing: a shared mapping may still change it, unseen.
     pub shared_writable: bool,
     /// Someone opened it for reading: its bytes must not change any more once it is published.
@@ -113,7 +115,7 @@ impl Staged {
 
     pub(super) fn stamp(&self) -> Result<Stamp> {
         let meta = self.file.file.metadata().context(|| "stat of a staging file".into())?;
-        let nanos = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+        let nanos = |seconds: i64, nanos: i64| seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
         Ok(Stamp {
             size: meta.size(),
             mtime: nanos(meta.mtime(), meta.mtime_nsec()),
@@ -216,7 +218,7 @@ impl Staged {
     pub(super) fn attr(&self, options: &Options) -> Result<Attr> {
         let stamp = self.stamp()?;
         let state = self.state();
-        let changed = from_nanos(i64::try_from(stamp.mtime).unwrap_or(0));
+        let changed = from_nanos(stamp.mtime);
         // A time that was set by hand holds until the next write.
         let mtime = match (state.attributes.mtime, &state.clean) {
             (Some(mtime), _) if to_nanos(changed) <= mtime || state.attributes_changed => from_nanos(mtime),
@@ -233,7 +235,7 @@ impl Staged {
             gid: state.attributes.gid.unwrap_or(options.gid),
             atime: state.attributes.atime.map_or(mtime, from_nanos),
             mtime,
-            ctime: from_nanos(i64::try_from(stamp.ctime).unwrap_or(0)),
+            ctime: from_nanos(stamp.ctime),
         })
     }
 
@@ -380,6 +382,7 @@ impl Staging {
             writers: Vec::new(),
             opens: 0,
             was_opened: false,
+            settling: false,
             passthrough: None,
             shared_writable: false,
             had_readers: false,

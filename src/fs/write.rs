@@ -19,6 +19,9 @@ use crate::dataset::attributes::to_nanos;
 use crate::error::{Error, Kind, Result};
 use crate::image;
 
+/// How long a reader waits for the rest of a close, in milliseconds.
+const CLOSE_TAKES_MS: u32 = 20;
+
 impl FileSystem {
     /// Creates a file and opens it.
     ///
@@ -157,11 +160,25 @@ impl FileSystem {
             state.writers.push(caller.pid);
             state.shared_writable |= flags & libc::O_ACCMODE == libc::O_RDWR;
         } else {
+            // A close reaches us in two steps, the second a moment after the program went on: a reader that comes in
+            // between waits for it, so as to read the very file that was written.
+            for _ in 0..CLOSE_TAKES_MS {
+                if dirty || state.writers.is_empty() || state.writers.contains(&caller.pid) {
+                    break;
+                }
+                drop(state);
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                state = staged.state();
+            }
             let has_version = state.published.is_some() || state.replaces.is_some();
-            if !state.writers.is_empty() && has_version && !state.writers.contains(&caller.pid) {
+            let unsettled = !state.writers.is_empty() || (dirty && (state.settling || !state.was_opened));
+            if unsettled && has_version && !state.writers.contains(&caller.pid) {
                 // While it is being written, others read the version that is published.
                 self.staging.redirect_reader(&state.target.path(), caller.pid);
                 return Err(Error::stale("being written: the published version is read"));
+            }
+            if state.retired {
+                return Err(Error::stale("the path leads elsewhere now"));
             }
             state.had_readers = true;
         }
@@ -338,6 +355,7 @@ impl FileSystem {
         }
         let last_writer = writer && state.writers.is_empty();
         let detached = state.detached;
+        state.settling = last_writer && !detached;
         drop(state);
         {
             let mut state = inode.state();
@@ -345,6 +363,7 @@ impl FileSystem {
         }
         if last_writer && !detached {
             self.settle(staged);
+            staged.state().settling = false;
         }
         let state = inode.state();
         if state.opens == 0 && state.lookups == 0 {

@@ -116,8 +116,8 @@ def polars_reads(schema):
 def duckdb_reads(schema):
     for field in schema:
         for t in types_in(field.type):
-            # Parquet has no durations: DuckDB, which ignores ARROW:schema, reads integers.
-            if pa.types.is_null(t) or pa.types.is_decimal256(t) or pa.types.is_duration(t):
+            # Parquet has no durations: DuckDB, which ignores ARROW:schema, reads integers. It has no half floats.
+            if pa.types.is_null(t) or pa.types.is_decimal256(t) or pa.types.is_duration(t) or pa.types.is_float16(t):
                 return False
     return True
 

@@ -93,7 +93,13 @@ def frames(rng) -> list[Case]:
         Case("f_float_index", pd.DataFrame({"a": numbers}, index=numbers / 4), "arrow"),
         Case("f_string_index", pd.DataFrame({"a": numbers}, index=[f"k{i}" for i in range(n)]), "arrow"),
         Case("f_object_index", pd.DataFrame({"a": numbers}, index=pd.Index([f"k{i}" for i in range(n)], dtype=object)), "arrow"),
-        Case("f_multiindex", pd.DataFrame({"a": numbers}, index=pd.MultiIndex.from_product([range(10), list("abcde")], names=["i", "s"])), "arrow"),
+        # The official client stores the tuples of the index, and not the names of its levels.
+        Case(
+            "f_multiindex",
+            pd.DataFrame({"a": numbers}, index=pd.MultiIndex.from_product([range(10), list("abcde")], names=["i", "s"])),
+            "arrow",
+            expected=pd.DataFrame({"a": numbers}, index=pd.MultiIndex.from_product([range(10), list("abcde")])),
+        ),
         Case("f_multicolumns", pd.DataFrame(rng.random((5, 4)), columns=pd.MultiIndex.from_product([["a", "b"], ["x", "y"]])), "arrow"),
         Case("f_int_labels", pd.DataFrame(rng.random((5, 3))), "arrow"),
         Case("f_odd_labels", pd.DataFrame({"": [1.0, 2], "a b": [3.0, 4], "Größe": [5.0, 6], "__index_level_0__": [7.0, 8]}), "arrow"),
