@@ -299,13 +299,14 @@ pub(super) fn verdict(bytes: &[u8], format: Written, unfinished: Unfinished) -> 
     }
 }
 
-/// Whether a thread is on its way out: the flags of `/proc/PID/stat` (`proc(5)`) hold `PF_EXITING`.
+/// Whether a thread is on its way out: it has no memory any more when it closes its files, and `/proc/PID/status`
+/// (`proc(5)`) says nothing of its size then.
+///
+/// Most other files of `/proc/PID` must not be read here: they wait for a lock that a thread in `execve` holds while it
+/// closes files and waits for our answer.
 fn is_exiting(pid: u32) -> bool {
-    const PF_EXITING: u64 = 4;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The second field is the command in parentheses, which may hold anything; flags are the seventh after it.
-    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6)).and_then(|f| f.parse().ok());
-    flags.is_some_and(|flags: u64| flags & PF_EXITING != 0)
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    !status.is_empty() && !status.lines().any(|line| line.starts_with("VmSize:"))
 }
 
 /// A read-only mapping of a memory file that only this process can shorten.
