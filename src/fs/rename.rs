@@ -298,6 +298,7 @@ impl FileSystem {
         let settled = |found: Found| -> Result<Found> {
             let Found::Staged(staged) = &found else { return Ok(found) };
             self.publish_changed(staged, Unfinished::Publish)?;
+            staged.await_closes();
             if !staged.state().writers.is_empty() || staged.published().is_none() {
                 return Err(Error::new(Kind::Busy, "a file that is being written is not exchanged"));
             }
@@ -314,6 +315,7 @@ impl FileSystem {
             (Found::Directory { name: a }, Found::Directory { name: b }) => {
                 for staged in self.staging.tree(&a).into_iter().chain(self.staging.tree(&b)) {
                     self.publish_changed(&staged, Unfinished::Publish)?;
+                    staged.await_closes();
                     if !staged.state().writers.is_empty() || staged.published().is_none() {
                         return Err(Error::new(Kind::Busy, "a file below is being written"));
                     }

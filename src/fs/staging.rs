@@ -105,6 +105,16 @@ impl Staged {
         idle && !self.is_dirty().unwrap_or(true)
     }
 
+    /// Waits a moment for closes that are on their way: the last step of a close comes after the program went on.
+    pub(super) fn await_closes(&self) {
+        for _ in 0..200 {
+            if self.state().writers.is_empty() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     pub(super) fn file(&self) -> &Arc<MemoryFile> {
         &self.file
     }
