@@ -87,8 +87,8 @@ pub struct NewBlob {
     pub id: ObjectId,
     /// Size in bytes.
     pub size: u64,
-    /// The memory file that holds it, opened for reading and writing; `None` for size 0.
-    pub file: Option<std::sync::Arc<std::os::fd::OwnedFd>>,
+    /// The memory file that holds it; `None` for size 0.
+    pub file: Option<std::sync::Arc<super::memory::WritableFile>>,
     /// Offset of the blob in `file`.
     pub offset: u64,
 }
