@@ -150,7 +150,7 @@ def whole(rng: random.Random, dtype: pa.DataType, n: int, nullable: bool) -> pa.
         children = [array(rng, dtype.field(i).type, used[code]) for i, code in enumerate(dtype.type_codes)]
         return pa.UnionArray.from_dense(tags, pa.array(offsets, pa.int32()), children, names, dtype.type_codes)
     if types.is_dictionary(dtype):
-        values = array(rng, dtype.value_type, rng.randint(1, 7), rng.random() < 0.3)
+        values = array(rng, dtype.value_type, rng.randint(1, 7), nullable and rng.random() < 0.3)
         keys = [None if null else rng.randrange(len(values)) for null in nulls]
         return pa.DictionaryArray.from_arrays(pa.array(keys, dtype.index_type), values, ordered=dtype.ordered)
     if types.is_run_end_encoded(dtype):
