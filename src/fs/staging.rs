@@ -89,9 +89,12 @@ impl Staged {
         self.ino
     }
 
-    /// True if it was made for a writer who never came: the version that it would replace is the path's.
+    /// True if its path leads to the published version: the file is retired, or its writer never came.
     pub(super) fn is_abandoned(&self) -> bool {
         let state = self.state();
+        if state.retired {
+            return true;
+        }
         let has_version = state.published.is_some() || state.replaces.is_some();
         !state.was_opened && has_version && self.made.elapsed() > REDIRECT
     }
@@ -312,11 +315,18 @@ pub struct StagingStatus {
     pub failed: Vec<(String, String)>,
 }
 
+/// A process on its way to the published version of a path.
+struct Redirect {
+    since: Instant,
+    /// The version that its lookup found, which is kept for it until it opens it.
+    held: Option<ObjectId>,
+}
+
 /// All staged files, by path, and the directories that only exist here.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
     directories: Mutex<BTreeSet<String>>,
-    redirects: Mutex<HashMap<(String, u32), Instant>>,
+    redirects: Mutex<HashMap<(String, u32), Redirect>>,
     next: AtomicU64,
 }
 
@@ -503,23 +513,54 @@ impl Staging {
         out
     }
 
+    fn redirects(&self) -> MutexGuard<'_, HashMap<(String, u32), Redirect>> {
+        self.redirects.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// Sends a process that opens a path for reading to the published version at its next lookup.
     pub(super) fn redirect_reader(&self, path: &str, pid: u32) {
-        let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        redirects.retain(|_, at| at.elapsed() < REDIRECT);
-        redirects.insert((path.to_owned(), pid), Instant::now());
+        let redirect = |held| Redirect { since: Instant::now(), held };
+        let mut redirects = self.redirects();
+        let held = redirects.get(&(path.to_owned(), pid)).and_then(|former| former.held);
+        redirects.insert((path.to_owned(), pid), redirect(held));
     }
 
     /// Whether a process was sent to the published version. The kernel may look the name up several times before it
     /// opens what it found.
     pub(super) fn is_redirected(&self, path: &str, pid: u32) -> bool {
-        let redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|at| at.elapsed() < REDIRECT)
+        let redirects = self.redirects();
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.since.elapsed() < REDIRECT)
     }
 
-    /// The process has opened the published version.
-    pub(super) fn end_redirect(&self, path: &str, pid: u32) {
-        self.redirects.lock().unwrap_or_else(|e| e.into_inner()).remove(&(path.to_owned(), pid));
+    /// Notes which version a redirected process has found; returns the one that was noted before.
+    pub(super) fn hold(&self, path: &str, pid: u32, object: ObjectId) -> Option<ObjectId> {
+        let mut redirects = self.redirects();
+        let redirect = Redirect { since: Instant::now(), held: Some(object) };
+        redirects.insert((path.to_owned(), pid), redirect).and_then(|former| former.held)
+    }
+
+    /// Whether a version is kept for a process.
+    pub(super) fn holds(&self, path: &str, pid: u32, object: ObjectId) -> bool {
+        let redirects = self.redirects();
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.held == Some(object))
+    }
+
+    /// The process has opened the published version: returns the one that was kept for it.
+    pub(super) fn end_redirect(&self, path: &str, pid: u32) -> Option<ObjectId> {
+        let mut redirects = self.redirects();
+        if redirects.is_empty() { None } else { redirects.remove(&(path.to_owned(), pid)).and_then(|r| r.held) }
+    }
+
+    /// Ends the redirects of processes that never came; returns what was kept for them.
+    pub(super) fn end_old_redirects(&self) -> Vec<ObjectId> {
+        let mut redirects = self.redirects();
+        let mut held = Vec::new();
+        redirects.retain(|_, redirect| {
+            let keep = redirect.since.elapsed() < REDIRECT;
+            held.extend(redirect.held.filter(|_| !keep));
+            keep
+        });
+        held
     }
 
     /// Use of the staging area.
