@@ -125,15 +125,11 @@ impl FileSystem {
         self.stored_attributes(&inode).and_then(|a| a.xattrs.get(name).cloned()).ok_or_else(absent)
     }
 
-    /// Names of all extended attributes, each with a terminating NUL.
+    /// Names of the extended attributes that are kept with the dataset, each with a terminating NUL. Computed ones are
+    /// not listed: programs that copy attributes (`rsync -X`, `cp -a`) would try to set and remove them.
     pub fn listxattr(&self, ino: u64) -> Result<Vec<u8>> {
         let inode = self.inode(ino)?;
         let mut out = Vec::new();
-        for (key, _) in self.own_attributes(&inode) {
-            out.extend_from_slice(OWN.as_bytes());
-            out.extend_from_slice(key.as_bytes());
-            out.push(0);
-        }
         for name in self.stored_attributes(&inode).iter().flat_map(|a| a.xattrs.keys()) {
             out.extend_from_slice(name.as_bytes());
             out.push(0);

@@ -420,6 +420,7 @@ impl FileSystem {
         drop(opens);
         if self.doomed.lock().unwrap_or_else(|e| e.into_inner()).remove(&object) {
             self.delete_now(object);
+            self.forget_suspects(&[object]);
         }
     }
 
@@ -427,6 +428,7 @@ impl FileSystem {
     pub(super) fn delete_object(&self, object: crate::vineyard::ObjectId) {
         if self.lazy_opens().contains_key(&object) {
             self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
+            self.suspect_for_long(object);
         } else {
             self.delete_now(object);
         }

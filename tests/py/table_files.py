@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import images
-import tables
+import random_tables as tables
 
 
 @dataclass

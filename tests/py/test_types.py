@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import tables
+import random_tables as tables
 from table_files import Made, files, read_arrow
 
 ROUNDS = int(os.environ.get("VINEYARD_FS_TYPES_ROUNDS", "40"))

@@ -261,7 +261,11 @@ def plain(array: pa.Array | pa.ChunkedArray) -> list:
         return array.view({16: pa.int16(), 32: pa.int32(), 64: pa.int64()}[dtype.bit_width]).to_pylist()
     if types.is_temporal(dtype) and not types.is_interval(dtype):
         numbers = array.view(pa.int32() if dtype.bit_width == 32 else pa.int64()).to_pylist()
-        scale = 86_400 * 10**9 if types.is_date32(dtype) else 10**6 if types.is_date64(dtype) else SCALE[dtype.unit]
+        if types.is_date(dtype):
+            scale = 86_400 * 10**9 if types.is_date32(dtype) else 10**6
+        else:
+            # Parquet has no durations: they are integers there, which keep their unit.
+            scale = 1 if types.is_duration(dtype) else SCALE[dtype.unit]
         return [None if number is None else number * scale for number in numbers]
     return array.to_pylist()
 
