@@ -82,7 +82,14 @@ impl FileSystem {
     /// # Errors
     /// `Stale` if the inode is not known.
     pub fn getattr(&self, ino: u64, _fh: Option<u64>) -> Result<(Attr, Duration)> {
-        self.attributes(&self.inode(ino)?)
+        let inode = self.inode(ino)?;
+        let (mut attr, ttl) = self.attributes(&inode)?;
+        if let Node::Staged(staged) = &inode.node {
+            // Who opens a file to change it compares its number with that of the path (vim does): it is the same file,
+            // also where the bytes are in one of its own.
+            attr.ino = staged.state().shown.unwrap_or(attr.ino);
+        }
+        Ok((attr, ttl))
     }
 
     /// Changes attributes. They are kept with the dataset.
