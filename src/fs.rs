@@ -20,6 +20,7 @@ pub mod objects;
 mod open;
 mod options;
 mod publish;
+mod reclaim;
 mod rename;
 mod resolve;
 pub mod staging;

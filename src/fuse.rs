@@ -10,6 +10,7 @@ pub mod config;
 mod direntplus;
 pub mod handshake;
 pub mod host;
+pub mod journal;
 pub mod keeper;
 pub mod mount;
 pub mod mountinfo;

@@ -58,6 +58,8 @@ pub(super) struct State {
     pub shared_writable: bool,
     /// Someone opened it for reading: its bytes must not change any more once it is published.
     pub had_readers: bool,
+    /// The inode number that `stat` tells, that of the version before; its own if `None`.
+    pub shown: Option<u64>,
     /// The published version that this file replaces.
     pub replaces: Option<ViewNode>,
     /// The file as it was when it was last published, and a hash of its bytes if it may change unseen by its times.
@@ -406,6 +408,7 @@ impl Staging {
             passthrough: None,
             shared_writable: false,
             had_readers: false,
+            shown: None,
             replaces,
             clean: None,
             published: None,

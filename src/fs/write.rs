@@ -96,6 +96,7 @@ impl FileSystem {
         });
         let attributes = FileAttributes { mtime: None, atime: None, ..attributes };
         let staged = self.stage(target.clone(), attributes, Some(view.clone()))?;
+        staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
         if flags & libc::O_TRUNC == 0 {
             if let Err(error) = self.copy_view(view, &staged) {
                 self.staging.detach(&staged);
@@ -219,6 +220,8 @@ impl FileSystem {
                 None => base,
             };
             let staged = self.stage(target.clone(), attributes, base)?;
+            let shown = old.state().shown.unwrap_or(old.ino());
+            staged.state().shown = Some(shown);
             if !truncates {
                 let copied = copy_file(&old.file().file, &staged.file().file, old.stamp()?.size);
                 if let Err(error) = copied {
@@ -420,6 +423,7 @@ impl FileSystem {
         drop(opens);
         if self.doomed.lock().unwrap_or_else(|e| e.into_inner()).remove(&object) {
             self.delete_now(object);
+            self.forget_suspects(&[object]);
         }
     }
 
@@ -427,6 +431,7 @@ impl FileSystem {
     pub(super) fn delete_object(&self, object: crate::vineyard::ObjectId) {
         if self.lazy_opens().contains_key(&object) {
             self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
+            self.suspect_for_long(object);
         } else {
             self.delete_now(object);
         }

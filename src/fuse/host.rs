@@ -85,6 +85,17 @@ impl KeeperLink {
         }
     }
 
+    /// The journal of objects that no name reaches yet.
+    ///
+    /// # Errors
+    /// `NotFound` if the keeper has none.
+    pub fn journal(&self) -> Result<std::fs::File> {
+        match self.ask(&Request::Journal)? {
+            (Reply::Journal, Some(fd)) => Ok(fd.into()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     /// All kept files, as a server finds them at its start.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use self::children::{Server, Store};
 use self::files::Files;
 use super::config::MountConfig;
 use super::handshake::{Agreed, flag};
+use super::journal::KeeperJournal;
 use super::mount::{self, MountOptions, Mounted};
 use super::protocol::{self, FILES_PER_MESSAGE, Hello, Reply, Request};
 use super::runtime::{KeeperRecord, Runtime, start_time};
@@ -111,12 +112,21 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         0 => Some(format!("this kernel (FUSE 7.{}) has no passthrough; Linux 6.9 has", agreed.minor)),
         _ => files.probe(&mounted.fuse).err().map(|error| error.to_string()),
     };
+    let journal = match KeeperJournal::open(&config.socket) {
+        Ok(journal) if !config.read_only => Some(journal),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::warn!("there is no journal: what a killed server leaves in the store stays there: {error}");
+            None
+        }
+    };
     Ok(Keeper {
         config,
         agreed,
         no_passthrough,
         mounted,
         files,
+        journal,
         store: Store::default(),
         answers,
         status,
@@ -157,6 +167,7 @@ struct Keeper {
     no_passthrough: Option<String>,
     mounted: Mounted,
     files: Files,
+    journal: Option<KeeperJournal>,
     store: Store,
     answers: UnixListener,
     status: UnixListener,
@@ -346,6 +357,9 @@ impl Keeper {
         if let Some(mut server) = self.server.take() {
             server.kill();
         }
+        if let Some(journal) = &self.journal {
+            journal.end(self.config.launch.is_some());
+        }
         self.store.stop();
     }
 
@@ -403,6 +417,10 @@ impl Keeper {
                 self.files.release(key, self.mounted.fuse.as_fd());
                 Ok((Reply::Done, None))
             }
+            Request::Journal => match &self.journal {
+                Some(journal) => journal.share().map(|file| (Reply::Journal, Some(file.into()))),
+                None => Err(Error::not_found("the journal")),
+            },
             Request::Connect => children::connect(&self.config.socket).map(|fd| (Reply::Connected, Some(fd))),
             Request::PutState { key, value } => self.files.put_state(key, value).map(|()| (Reply::Done, None)),
             Request::GetState { key } => Ok((Reply::State { value: self.files.state(&key) }, None)),

@@ -64,6 +64,8 @@ pub enum Request {
     },
     /// A connected socket to the store.
     Connect,
+    /// The journal of objects that no name reaches yet.
+    Journal,
     /// Keeps a text for the next server; `None` removes it.
     PutState {
         /// Its name.
@@ -93,6 +95,8 @@ pub enum Reply {
     File(KeptFile),
     /// To [`Request::Connect`]; the descriptor comes along.
     Connected,
+    /// To [`Request::Journal`]; the descriptor comes along.
+    Journal,
     /// To [`Request::GetState`].
     State {
         /// The text, if there is one.

@@ -27,6 +27,7 @@ use super::workers::Workers;
 use super::{privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host};
+use crate::vineyard::journal::Journal;
 use crate::vineyard::{Client, ClientOptions, RemoteOptions};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
@@ -106,6 +107,8 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
     thread("warm-up", move || drop(fs.warm_up()))?;
+    let fs = shared.fs.clone();
+    thread("reclaim", move || reclaim(&fs))?;
     let reporter = Reporter { shared, restarts: hello.restarts, asking: Arc::default() };
     thread("status", move || status::serve(&listener, || reporter.report()))?;
 
@@ -116,6 +119,20 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     }
     drop(fuse);
     session.run().context(|| "the connection to the kernel".into())
+}
+
+/// Removes what a former server left over in the store.
+fn reclaim(fs: &FileSystem) {
+    // What the former server had sent is carried out by then.
+    let mut pause = Duration::from_millis(500);
+    loop {
+        std::thread::sleep(pause);
+        match fs.reclaim() {
+            Ok(_) => return,
+            Err(error) => tracing::info!("what a former server left is looked through later: {error}"),
+        }
+        pause = (pause * 2).min(Duration::from_secs(60));
+    }
 }
 
 /// Gives back the memory files of a former server that it left no note on: nobody can know what they are. Open
@@ -174,9 +191,17 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
+    let journal = match link.journal().and_then(Journal::open) {
+        Ok(journal) => Some(journal),
+        Err(error) => {
+            tracing::debug!("no journal: {error}");
+            None
+        }
+    };
     let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
         .deadline(Duration::from_millis(config.deadline_ms))
-        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() });
+        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() })
+        .journal(journal);
     // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
     let client = match hello.restarts {
         0 => Client::connect(options)?,

@@ -251,6 +251,14 @@ impl State {
         members.into_iter().for_each(|member| self.delete(member));
     }
 
+    fn delete_with_owners(&mut self, id: ObjectId) {
+        let owns = |content: &Map<String, Value>| content::members(content).any(|(_, member)| member == Some(id));
+        while let Some(owner) = self.objects.iter().find(|(_, c)| owns(c)).map(|(owner, _)| *owner) {
+            self.delete_with_owners(owner);
+        }
+        self.delete(id);
+    }
+
     fn expand(&self, id: ObjectId, instance: InstanceId) -> Option<Value> {
         if id.is_blob() {
             let size = match self.blobs.get(&id) {
@@ -470,6 +478,12 @@ impl Store for FakeStore {
     fn delete(&self, ids: &[ObjectId]) -> Result<()> {
         let mut state = self.enter(Op::Delete)?;
         ids.iter().for_each(|&id| state.delete(id));
+        Ok(())
+    }
+
+    fn delete_with_owners(&self, ids: &[ObjectId]) -> Result<()> {
+        let mut state = self.enter(Op::Delete)?;
+        ids.iter().for_each(|&id| state.delete_with_owners(id));
         Ok(())
     }
 
