@@ -13,6 +13,7 @@ pub mod cache;
 mod deferred;
 pub mod direct;
 mod directory;
+mod folders;
 pub mod host;
 pub mod inode;
 pub mod name;
@@ -193,6 +194,7 @@ pub struct FileSystem {
     next_handle: AtomicU64,
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
+    folders: folders::Folders,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
     /// Objects that nothing names any more, to be deleted when their last such handle is closed.
@@ -237,6 +239,7 @@ impl FileSystem {
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
+            folders: folders::Folders::new(host.clone()),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
             naming: Mutex::default(),

@@ -55,10 +55,11 @@ impl FileSystem {
                 let attributes = FileAttributes {
                     mode: Some((mode & !umask & 0o7777) as u16),
                     uid: Some(caller.uid),
-                    gid: Some(caller.gid),
+                    gid: Some(self.folders.inherited_group(&directory).unwrap_or(caller.gid)),
                     ..Default::default()
                 };
                 self.stage(target.clone(), attributes, None)?;
+                self.folders.touch(&directory);
             }
         }
         let staged = self.staging.at(&target.path()).ok_or_else(|| Error::stale("replaced while it was created"))?;
@@ -94,7 +95,7 @@ impl FileSystem {
             gid: Some(caller.gid),
             ..Default::default()
         });
-        let attributes = FileAttributes { mtime: None, atime: None, ..attributes };
+        let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
         let staged = self.stage(target.clone(), attributes, Some(view.clone()))?;
         if flags & libc::O_TRUNC == 0 {
             if let Err(error) = self.copy_view(view, &staged) {
@@ -147,7 +148,7 @@ impl FileSystem {
             let settled = state.published.is_some() && (state.had_readers || state.writers.is_empty());
             if (settled && (state.had_readers || truncates)) || (truncates && others_write) {
                 let target = state.target.clone();
-                let attributes = FileAttributes { mtime: None, atime: None, ..state.attributes.clone() };
+                let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..state.attributes.clone() };
                 let base = state.replaces.clone();
                 drop(state);
                 return Err(self.restage(staged, target, attributes, base, truncates));

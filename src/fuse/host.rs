@@ -126,14 +126,19 @@ impl KeeperLink {
         self.tell(&Request::PutState { key: key.into(), value: value.map(str::to_owned) })
     }
 
-    /// A text that this or an earlier server kept.
+    /// All texts that this or an earlier server kept, with their names.
     ///
     /// # Errors
     /// If the keeper does not answer as it should.
-    pub fn get_state(&self, key: &str) -> Result<Option<String>> {
-        match self.ask(&Request::GetState { key: key.into() })? {
-            (Reply::State { value }, _) => Ok(value),
-            (other, _) => Err(unexpected(&other)),
+    pub fn states(&self) -> Result<Vec<(String, String)>> {
+        let mut all: Vec<(String, String)> = Vec::new();
+        loop {
+            let after = all.last().map(|(name, _)| name.clone()).unwrap_or_default();
+            match self.ask(&Request::States { after })? {
+                (Reply::States { entries }, _) if entries.is_empty() => return Ok(all),
+                (Reply::States { entries }, _) => all.extend(entries),
+                (other, _) => return Err(unexpected(&other)),
+            }
         }
     }
 }
@@ -179,6 +184,16 @@ impl Host for KeeperHost {
         let files = self.link.files()?.into_iter();
         let tagged = files.filter_map(|file| Some((file.tag.clone()?, file)));
         tagged.map(|(tag, kept)| Ok(TaggedFile { tag, area: kept.area, file: self.link.file(kept.key)? })).collect()
+    }
+
+    fn note(&self, key: &str, text: Option<&str>) {
+        if let Err(error) = self.link.put_state(key, text) {
+            tracing::warn!("the next server will not know of {key:?}: {error}");
+        }
+    }
+
+    fn notes(&self) -> Result<Vec<(String, String)>> {
+        self.link.states()
     }
 
     fn release_file(&self, key: u64) {

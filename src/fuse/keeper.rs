@@ -17,7 +17,7 @@ use self::files::Files;
 use super::config::MountConfig;
 use super::handshake::{Agreed, flag};
 use super::mount::{self, MountOptions, Mounted};
-use super::protocol::{self, FILES_PER_MESSAGE, Hello, Reply, Request};
+use super::protocol::{self, Hello, Reply, Request};
 use super::runtime::{KeeperRecord, Runtime, start_time};
 use super::{mountinfo, status};
 use crate::error::{Context, Error, Kind, Result};
@@ -392,7 +392,7 @@ impl Keeper {
                 self.failed = Some(message);
                 Ok((Reply::Done, None))
             }
-            Request::Files { after } => Ok((Reply::Files { files: self.files.list(after, FILES_PER_MESSAGE) }, None)),
+            Request::Files { after } => Ok((Reply::Files { files: self.files.list(after) }, None)),
             Request::File { key } => self.files.get(key).map(|(kept, fd)| (Reply::File(kept), Some(fd))),
             Request::CreateFile { area, size } => {
                 let fuse = self.no_passthrough.is_none().then(|| self.mounted.fuse.as_fd());
@@ -405,7 +405,7 @@ impl Keeper {
             }
             Request::Connect => children::connect(&self.config.socket).map(|fd| (Reply::Connected, Some(fd))),
             Request::PutState { key, value } => self.files.put_state(key, value).map(|()| (Reply::Done, None)),
-            Request::GetState { key } => Ok((Reply::State { value: self.files.state(&key) }, None)),
+            Request::States { after } => Ok((Reply::States { entries: self.files.states(&after) }, None)),
         };
         answer.unwrap_or_else(|error| (Reply::Error { errno: error.errno(), message: error.to_string() }, None))
     }

@@ -15,10 +15,13 @@ use crate::fs::Area;
 
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// Most files in one answer to [`Request::Files`].
-pub const FILES_PER_MESSAGE: usize = 10;
+/// Most bytes of notes in one answer to [`Request::Files`], and most bytes of texts in one to [`Request::States`],
+/// unless a single one is longer. Escapes make a message several times as long at worst.
+pub const BYTES_PER_MESSAGE: usize = 8 << 10;
 /// Longest tag of a file in bytes.
-pub const MAX_TAG: usize = 4096;
+pub const MAX_TAG: usize = 16 << 10;
+/// Longest key and value of a kept text together, in bytes.
+pub const MAX_STATE: usize = 8 << 10;
 
 /// What a server asks its keeper.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -71,10 +74,10 @@ pub enum Request {
         /// The text.
         value: Option<String>,
     },
-    /// A text that this or an earlier server kept.
-    GetState {
-        /// Its name.
-        key: String,
+    /// All such texts with a name after this one, in the order of their names.
+    States {
+        /// Last name that is known already; empty to begin.
+        after: String,
     },
 }
 
@@ -86,17 +89,17 @@ pub enum Reply {
     Hello(Box<Hello>),
     /// To [`Request::Files`]; empty at the end.
     Files {
-        /// At most [`FILES_PER_MESSAGE`].
+        /// As many as fit one message.
         files: Vec<KeptFile>,
     },
     /// To [`Request::CreateFile`] and [`Request::File`]; the descriptor comes along.
     File(KeptFile),
     /// To [`Request::Connect`]; the descriptor comes along.
     Connected,
-    /// To [`Request::GetState`].
-    State {
-        /// The text, if there is one.
-        value: Option<String>,
+    /// To [`Request::States`]; empty at the end.
+    States {
+        /// Names and texts.
+        entries: Vec<(String, String)>,
     },
     /// Nothing more to say.
     Done,
