@@ -315,12 +315,12 @@ pub struct StagingStatus {
 /// All staged files, by path.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
-    redirects: Mutex<HashMap<(String, u32), Instant>>,
+    redirects: Mutex<HashMap<(String, u32), (Instant, Option<ObjectId>)>>,
     next: AtomicU64,
 }
 
 impl Staging {
-    /// Nothing staged; inode numbers start above `start`.
+    /// Nothing staged; inode numbers start above `start`, which is below 2^61.
     pub fn new(start: u64) -> Self {
         Staging { by_path: Mutex::default(), redirects: Mutex::default(), next: AtomicU64::new(start) }
     }
@@ -455,23 +455,31 @@ impl Staging {
         self.by_path().values().map(|staged| staged.state().target.directory.clone()).collect()
     }
 
-    /// Sends a process that opens a path for reading to the published version at its next lookup.
-    pub(super) fn redirect_reader(&self, path: &str, pid: u32) {
+    /// Sends a process that opens a path for reading to the published version at its next lookup. Returns the versions
+    /// of processes that never came.
+    pub(super) fn redirect_reader(&self, path: &str, pid: u32, version: Option<ObjectId>) -> Vec<ObjectId> {
         let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        redirects.retain(|_, at| at.elapsed() < REDIRECT);
-        redirects.insert((path.to_owned(), pid), Instant::now());
+        let former = redirects.insert((path.to_owned(), pid), (Instant::now(), version));
+        let mut late = Vec::from_iter(former.and_then(|(_, version)| version));
+        redirects.retain(|_, (at, version)| {
+            let keep = at.elapsed() < REDIRECT;
+            late.extend(version.filter(|_| !keep));
+            keep
+        });
+        late
     }
 
     /// Whether a process was sent to the published version. The kernel may look the name up several times before it
     /// opens what it found.
     pub(super) fn is_redirected(&self, path: &str, pid: u32) -> bool {
         let redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|at| at.elapsed() < REDIRECT)
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|(at, _)| at.elapsed() < REDIRECT)
     }
 
-    /// The process has opened the published version.
-    pub(super) fn end_redirect(&self, path: &str, pid: u32) {
-        self.redirects.lock().unwrap_or_else(|e| e.into_inner()).remove(&(path.to_owned(), pid));
+    /// The process has opened the published version; returns the one that was held for it.
+    pub(super) fn end_redirect(&self, path: &str, pid: u32) -> Option<ObjectId> {
+        let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
+        redirects.remove(&(path.to_owned(), pid)).and_then(|(_, version)| version)
     }
 
     /// Use of the staging area.

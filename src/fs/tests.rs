@@ -12,12 +12,16 @@ use serde_json::json;
 use super::*;
 use crate::vineyard::fake::{FakeStore, Op};
 
+mod model;
+
 /// Memory files of this process; "passthrough" hands out made-up ids.
+#[derive(Default)]
 struct LocalHost {
     passthrough: bool,
     next: AtomicU64,
     files: Mutex<HashMap<u64, Arc<File>>>,
     tags: Mutex<HashMap<u64, (Area, String)>>,
+    notes: Mutex<HashMap<String, String>>,
 }
 
 impl Host for LocalHost {
@@ -45,6 +49,16 @@ impl Host for LocalHost {
         });
         Ok(tagged.collect())
     }
+    fn note(&self, key: &str, text: Option<&str>) {
+        let mut notes = self.notes.lock().unwrap();
+        match text {
+            Some(text) => drop(notes.insert(key.to_owned(), text.to_owned())),
+            None => drop(notes.remove(key)),
+        }
+    }
+    fn notes(&self) -> Result<Vec<(String, String)>> {
+        Ok(self.notes.lock().unwrap().clone().into_iter().collect())
+    }
     fn release_file(&self, key: u64) {
         self.tags.lock().unwrap().remove(&key);
         assert!(self.files.lock().unwrap().remove(&key).is_some(), "file {key} is released once");
@@ -64,8 +78,7 @@ const OTHER: Caller = Caller { uid: 7, gid: 8, pid: 200, resent: false };
 
 fn bed_with(passthrough: bool, options: Options) -> Bed {
     let store = Arc::new(FakeStore::new(64 << 20));
-    let host =
-        Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), files: Mutex::default(), tags: Mutex::default() });
+    let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
     let fs = FileSystem::new(store.clone(), host.clone(), options);
     Bed { fs, store, host }
 }
@@ -252,12 +265,7 @@ fn what_was_written_reads_back_byte_for_byte_and_through_other_views() {
         assert_eq!(column(&bed.load("t.feather").unwrap()), [3, 1, 2]);
         assert_eq!(bed.list(""), ["t.arrow"]);
         // Another mount of the same store has only the store to make it from.
-        let host = Arc::new(LocalHost {
-            passthrough,
-            next: AtomicU64::new(1),
-            files: Mutex::default(),
-            tags: Mutex::default(),
-        });
+        let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
         let fs = FileSystem::new(bed.store.clone(), host.clone(), Options::default());
         let second = Bed { fs, store: bed.store.clone(), host };
         assert_eq!(second.load("t.arrow").unwrap(), file);

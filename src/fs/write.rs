@@ -18,6 +18,7 @@ use crate::dataset::FileAttributes;
 use crate::dataset::attributes::to_nanos;
 use crate::error::{Error, Kind, Result};
 use crate::image;
+use crate::vineyard::ObjectId;
 
 /// How long a reader waits for the rest of a close, in milliseconds.
 const CLOSE_TAKES_MS: u32 = 20;
@@ -134,12 +135,13 @@ impl FileSystem {
         let dirty = staged.is_dirty()?;
         if !dirty && !staged.is_current_version(&*self.store)? {
             self.staging.detach(staged);
-            return Err(Error::stale("somebody published another version"));
+            return Err(self.send_on(staged, flags, caller, "somebody published another version"));
         }
         let mut state = staged.state();
         if state.detached || state.retired {
-            // Removed while the kernel was on its way here.
-            return Err(Error::stale("the path leads elsewhere now"));
+            // Removed, or all in the store, while the kernel was on its way here.
+            drop(state);
+            return Err(self.send_on(staged, flags, caller, "the path leads elsewhere now"));
         }
         if write {
             let others_write = state.writers.iter().any(|pid| *pid != caller.pid);
@@ -175,7 +177,11 @@ impl FileSystem {
             let unsettled = !state.writers.is_empty() || (dirty && (state.settling || !state.was_opened));
             if unsettled && has_version && !state.writers.contains(&caller.pid) {
                 // While it is being written, others read the version that is published.
-                self.staging.redirect_reader(&state.target.path(), caller.pid);
+                let published = state.published.as_ref().map(|(_, object)| *object);
+                let version = published.or(state.replaces.as_ref().map(|view| view.object));
+                let path = state.target.path();
+                drop(state);
+                self.redirect_reader(&path, caller, version);
                 return Err(Error::stale("being written: the published version is read"));
             }
             if state.retired {
@@ -195,6 +201,30 @@ impl FileSystem {
         drop(state);
         inode.state().opens += 1;
         Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
+    }
+
+    /// The answer to an open of a file that is not the path's any more: the kernel looks the name up again, once. What a
+    /// writer then needs is made here, or a second answer of this kind would reach the program.
+    fn send_on(&self, staged: &Staged, flags: i32, caller: Caller, why: &str) -> Error {
+        let target = staged.state().target.clone();
+        if wants_write(flags)
+            && let Ok(Some(Found::View(view))) = self.resolve(&target, caller.pid)
+            && let Err(error) = self.stage_view(&target, &view, flags, caller)
+        {
+            return error;
+        }
+        Error::stale(why)
+    }
+
+    /// Sends a reader to the published version at its next lookup. The version stays until then, or for a moment, even if
+    /// it is replaced meanwhile.
+    fn redirect_reader(&self, path: &str, caller: Caller, version: Option<ObjectId>) {
+        if let Some(object) = version {
+            *self.lazy_opens().entry(object).or_default() += 1;
+        }
+        for object in self.staging.redirect_reader(path, caller.pid, version) {
+            self.end_lazy_open(object);
+        }
     }
 
     /// Replaces a staged file that must not change by a new one, and sends the writer there.
@@ -410,7 +440,7 @@ impl FileSystem {
     }
 
     /// Ends a lazy open; the object goes if nothing names it any more and this was the last.
-    pub(super) fn end_lazy_open(&self, object: crate::vineyard::ObjectId) {
+    pub(super) fn end_lazy_open(&self, object: ObjectId) {
         let mut opens = self.lazy_opens();
         let Some(count) = opens.get_mut(&object) else { return };
         *count -= 1;
@@ -425,7 +455,7 @@ impl FileSystem {
     }
 
     /// Deletes an object that nothing names any more, as soon as no open handle reads its blobs.
-    pub(super) fn delete_object(&self, object: crate::vineyard::ObjectId) {
+    pub(super) fn delete_object(&self, object: ObjectId) {
         if self.lazy_opens().contains_key(&object) {
             self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
         } else {
@@ -433,7 +463,7 @@ impl FileSystem {
         }
     }
 
-    fn delete_now(&self, object: crate::vineyard::ObjectId) {
+    fn delete_now(&self, object: ObjectId) {
         self.cache.forget(object);
         self.objects.forget(object);
         if let Err(error) = self.store.delete(&[object]) {

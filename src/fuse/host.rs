@@ -1,11 +1,13 @@
 //! The server's side of the control socket, and the queue of invalidations.
 
 use std::ffi::{OsStr, OsString};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
+use super::journal::Journal;
 use super::protocol::{self, Hello, KeptFile, Reply, Request};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::host::TaggedFile;
@@ -78,10 +80,35 @@ impl KeeperLink {
     /// # Errors
     /// `Unavailable` if nothing listens there.
     pub fn connect(&self) -> Result<UnixStream> {
-        match self.ask(&Request::Connect) {
-            Ok((Reply::Connected, Some(fd))) => Ok(UnixStream::from(fd)),
-            Ok((other, _)) => Err(unexpected(&other)),
-            Err(error) => Err(error),
+        match self.descriptor(&Request::Connect)? {
+            Some(fd) => Ok(UnixStream::from(fd)),
+            None => Err(unexpected(&Reply::Descriptor)),
+        }
+    }
+
+    /// The journal of requests.
+    ///
+    /// # Errors
+    /// If the keeper does not answer as it should.
+    pub fn journal(&self) -> Result<Journal> {
+        match self.descriptor(&Request::Journal)? {
+            Some(fd) => Journal::open(fd),
+            None => Err(unexpected(&Reply::Descriptor)),
+        }
+    }
+
+    /// The socket at which counters are asked for, if there is one.
+    ///
+    /// # Errors
+    /// If the keeper does not answer as it should.
+    pub fn metrics(&self) -> Result<Option<TcpListener>> {
+        Ok(self.descriptor(&Request::Metrics)?.map(TcpListener::from))
+    }
+
+    fn descriptor(&self, request: &Request) -> Result<Option<OwnedFd>> {
+        match self.ask(request)? {
+            (Reply::Descriptor, fd) => Ok(fd),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 

@@ -13,6 +13,8 @@ use super::config::MountConfig;
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::Area;
 
+/// Version of these messages. An upgrade brings a server together with a keeper of another version of this program.
+pub const VERSION: u32 = 1;
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most bytes of notes in one answer to [`Request::Files`], and most bytes of texts in one to [`Request::States`],
@@ -67,6 +69,10 @@ pub enum Request {
     },
     /// A connected socket to the store.
     Connect,
+    /// The journal of requests.
+    Journal,
+    /// The socket at which counters are asked for, if there is one.
+    Metrics,
     /// Keeps a text for the next server; `None` removes it.
     PutState {
         /// Its name.
@@ -94,8 +100,8 @@ pub enum Reply {
     },
     /// To [`Request::CreateFile`] and [`Request::File`]; the descriptor comes along.
     File(KeptFile),
-    /// To [`Request::Connect`]; the descriptor comes along.
-    Connected,
+    /// To [`Request::Connect`], [`Request::Journal`] and [`Request::Metrics`]; the descriptor comes along, if there is one.
+    Descriptor,
     /// To [`Request::States`]; empty at the end.
     States {
         /// Names and texts.
@@ -132,6 +138,9 @@ pub struct KeptFile {
 pub struct Hello {
     /// What was asked for on the command line.
     pub config: MountConfig,
+    /// What keeper and server say to each other.
+    #[serde(default)]
+    pub version: u32,
     /// Minor version of the protocol that the kernel speaks.
     pub minor: u32,
     /// Flags that were agreed on in INIT.

@@ -147,6 +147,16 @@ impl Files {
             .collect()
     }
 
+    /// Registers all files with a new connection.
+    pub fn register_again(&mut self, fuse: &OwnedFd) {
+        use std::os::fd::AsFd;
+        for kept in self.kept.values_mut().filter(|kept| kept.what.backing.is_some()) {
+            kept.what.backing = register(fuse.as_fd(), &kept.file)
+                .inspect_err(|error| tracing::warn!("memory file {} is not registered: {error}", kept.what.key))
+                .ok();
+        }
+    }
+
     /// Counts and sizes.
     pub fn report(&self) -> Value {
         let area = |area: Area, limit: u64| {
