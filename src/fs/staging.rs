@@ -24,6 +24,8 @@ use crate::vineyard::{ObjectId, Store};
 
 /// How long a reader that was sent back to the published version may take to look the name up again.
 const REDIRECT: Duration = Duration::from_secs(2);
+/// Most files that stay here after they were published.
+const MOST_FILES: usize = 4096;
 /// The coarsest clock tick that file times may have: a change within it may not show.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 
@@ -448,6 +450,24 @@ impl Staging {
             let state = s.state();
             state.target.dataset() == name || state.target.plain == name
         })
+    }
+
+    /// Lets go of files that the store has all of, when there are too many: each costs two descriptors. Their paths lead
+    /// to the published views from then on.
+    pub(super) fn retire_old(&self) {
+        let all: Vec<Arc<Staged>> = {
+            let by_path = self.by_path();
+            if by_path.len() < MOST_FILES {
+                return;
+            }
+            by_path.values().cloned().collect()
+        };
+        let mut settled: Vec<Arc<Staged>> = all.into_iter().filter(|staged| staged.is_settled()).collect();
+        settled.sort_unstable_by_key(|staged| staged.made);
+        for staged in settled.iter().take(MOST_FILES / 2) {
+            staged.state().retired = true;
+            self.detach(staged);
+        }
     }
 
     /// Full names of the directories that staged files are in.

@@ -78,6 +78,7 @@ impl FileSystem {
     ) -> Result<Arc<Staged>> {
         // Images that were written here stay until room is needed for what is written next.
         self.cache.shrink_staged(self.options.staging_size / 2);
+        self.staging.retire_old();
         let file = MemoryFile::create(&self.host, Area::Staging, 0)?;
         Ok(self.staging.add(file, target, attributes, replaces))
     }

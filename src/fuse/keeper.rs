@@ -22,7 +22,7 @@ use super::journal::Journal;
 use super::mount::{self, MountOptions, Mounted};
 use super::protocol::{self, Hello, Reply, Request, VERSION};
 use super::runtime::{KeeperRecord, Runtime, start_time};
-use super::{mountinfo, status};
+use super::{mountinfo, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 
 pub mod children;
@@ -58,6 +58,8 @@ pub type Report<'a> = &'a mut dyn FnMut(Result<String>);
 pub fn run(config: MountConfig, report: Report<'_>) -> Result<()> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     std::env::set_current_dir("/")?;
+    // It holds a descriptor for each memory file.
+    privileges::raise_open_files();
     let runtime = Runtime::at(&config.runtime);
     runtime.create()?;
     let signals = signals()?;

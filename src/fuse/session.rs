@@ -202,9 +202,7 @@ fn prepare_process(hello: &Hello) -> Result<Sandbox> {
         // SAFETY: ignoring a signal installs no code.
         unsafe { signal(ignored, SigHandler::SigIgn) }?;
     }
-    if let Ok((_, most)) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE) {
-        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, most, most).ok();
-    }
+    privileges::raise_open_files();
     privileges::drop_all()?;
     privileges::end_with_parent(hello.keeper_pid)?;
     let network = if hello.config.migrate == RemotePolicy::Never { Network::None } else { Network::Connects };
