@@ -85,7 +85,11 @@ impl FileSystem {
             let attributes = {
                 let mut state = staged.state();
                 state.attributes_changed = false;
-                FileAttributes { mtime: state.attributes.mtime.or(Some(Self::now())), ..state.attributes.clone() }
+                FileAttributes {
+                    mtime: state.attributes.mtime.or(Some(before.mtime)),
+                    ctime: Some(before.ctime.max(state.attributes.ctime.unwrap_or(before.ctime))),
+                    ..state.attributes.clone()
+                }
             };
             let input = StagedBytes { bytes: bytes.as_slice(), file: &staged.file().file };
             // Somebody may write while it is copied: what is in the store may be a mixture then.
