@@ -35,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use host::{Area, Host, HostFile, Serving};
+pub use open::FileBytes;
 pub use options::{Options, ServePolicy};
 
 use crate::error::{Error, Kind, Result};

@@ -23,5 +23,5 @@ pub use client::{Client, ClientOptions};
 pub use id::{BlobKey, InstanceId, ObjectId};
 pub use memory::{Blob, Segment};
 pub use meta::Meta;
-pub use remote::{RemoteOptions, RemotePolicy, RemoteStatus};
+pub use remote::{Arrived, MemoryMaker, RemoteOptions, RemotePolicy, RemoteStatus};
 pub use store::{BlobSource, Store};

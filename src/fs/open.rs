@@ -9,6 +9,7 @@ use super::resolve::Target;
 use super::{Caller, FileSystem, Handle, Opened, Serve, ServePolicy, Serving};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
+use crate::vineyard::Arrived;
 
 /// Files below this size are not worth a memory file: one request and a page serve them.
 const SMALL: u64 = 64 << 10;
@@ -26,6 +27,26 @@ const AHEAD_STEP: u64 = 8 << 20;
 
 pub(super) fn wants_write(flags: i32) -> bool {
     flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0
+}
+
+/// Bytes of a file.
+#[derive(Debug)]
+pub enum FileBytes {
+    /// A copy.
+    Copied(Vec<u8>),
+    /// The memory in which they came from another instance.
+    Arrived(Arrived),
+}
+
+impl std::ops::Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            FileBytes::Copied(bytes) => bytes,
+            FileBytes::Arrived(arrived) => arrived.as_ref(),
+        }
+    }
 }
 
 impl FileSystem {
@@ -143,11 +164,11 @@ impl FileSystem {
     ///
     /// # Errors
     /// `Stale` if the object was deleted by someone else: its memory may hold other bytes by now.
-    pub fn read(&self, ino: u64, _fh: u64, offset: u64, size: u32) -> Result<Vec<u8>> {
+    pub fn read(&self, ino: u64, _fh: u64, offset: u64, size: u32) -> Result<FileBytes> {
         let inode = self.inode(ino)?;
         let view = match &inode.node {
             Node::Directory { .. } => return Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Node::Staged(staged) => return staged.read(offset, size),
+            Node::Staged(staged) => return staged.read(offset, size).map(FileBytes::Copied),
             Node::View(view) => view,
         };
         let mode = inode.state().mode.clone();
@@ -168,10 +189,10 @@ impl FileSystem {
         };
         let end = offset.saturating_add(u64::from(size)).min(image_size);
         if offset >= end {
-            return Ok(Vec::new());
+            return Ok(FileBytes::Copied(Vec::new()));
         }
-        let mut out = vec![0; (end - offset) as usize];
-        match &mode {
+        let buffer = || vec![0; (end - offset) as usize];
+        let out = match &mode {
             Mode::Lazy { image, loaded } => {
                 let blobs = image.blobs(offset..end);
                 self.store.prepare(&blobs)?;
@@ -181,17 +202,31 @@ impl FileSystem {
                     self.store.want(&image.parts(offset..end), false)?;
                     self.bring_ahead(&inode, image, offset..end)?;
                 }
-                image.read(&*self.store, offset, &mut out)?;
+                let arrived = match image.single(offset..end).filter(|_| loaded.is_remote()) {
+                    Some((key, part)) => self.store.arrived(key, part)?,
+                    None => None,
+                };
+                let out = match arrived {
+                    Some(arrived) => FileBytes::Arrived(arrived),
+                    None => {
+                        let mut out = buffer();
+                        image.read(&*self.store, offset, &mut out)?;
+                        FileBytes::Copied(out)
+                    }
+                };
                 // The copy is whole; now it must still be this object's memory.
                 self.store.verify(&blobs)?;
-                inode.state().bytes_read += out.len() as u64;
+                inode.state().bytes_read += end - offset;
+                out
             }
-            Mode::Copied(bytes) => out.copy_from_slice(&bytes[offset as usize..end as usize]),
+            Mode::Copied(bytes) => FileBytes::Copied(bytes[offset as usize..end as usize].to_vec()),
             Mode::Assembled(assembled) => {
                 use std::os::unix::fs::FileExt;
+                let mut out = buffer();
                 assembled.file().file.read_exact_at(&mut out, offset)?;
+                FileBytes::Copied(out)
             }
-        }
+        };
         Ok(out)
     }
 

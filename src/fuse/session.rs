@@ -19,6 +19,7 @@ use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
 use super::adapter::{Adapter, Shared};
+use super::area::Maker;
 use super::handshake::{self, Agreed};
 use super::host::{KeeperHost, KeeperLink, forward};
 use super::protocol::{Hello, Request};
@@ -27,7 +28,7 @@ use super::workers::Workers;
 use super::{privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host};
-use crate::vineyard::{Client, ClientOptions, RemoteOptions};
+use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
@@ -86,11 +87,13 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     crate::telemetry::init(hello.config.log_format, &hello.config.log_level);
     let fuse = take(inherited.fuse)?;
     let listener = UnixListener::from(take(inherited.status)?);
+    // Needs a privilege that is dropped next.
+    let memory = Maker::own();
     prepare_process(&hello)?;
 
     release_unknown_files(link)?;
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
-    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
+    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host), memory)?);
     let loops = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
     let shared = Arc::new(Shared {
         fs,
@@ -171,12 +174,19 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 }
 
 /// The filesystem over the store that the keeper connects to.
-fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
+fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>, memory: Maker) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
+    let memory: MemoryMaker = Arc::new(move |size| memory.create(size));
+    let remote = RemoteOptions {
+        policy: config.migrate,
+        cache_size: config.cache_size,
+        memory: Some(memory),
+        ..RemoteOptions::default()
+    };
     let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
         .deadline(Duration::from_millis(config.deadline_ms))
-        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() });
+        .remote(remote);
     // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
     let client = match hello.restarts {
         0 => Client::connect(options)?,

@@ -16,7 +16,7 @@ use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
-use super::remote::{Remote, RemoteOptions, RemoteStatus};
+use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
     ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, GetDataReply, ListNameReply, Request,
     ShallowCopyReply, StatusReply, checked_id, name_pattern,
@@ -364,6 +364,10 @@ impl BlobSource for Client {
         let here = self.here()?;
         let remote: Vec<_> = parts.iter().filter(|(key, _)| key.instance != here).cloned().collect();
         self.remote.want(&remote, ahead, &|| self.cluster())
+    }
+
+    fn arrived(&self, key: BlobKey, part: Range<u64>) -> Result<Option<Arrived>> {
+        if self.is_remote(key)? { self.remote.arrived(key, part, &|| self.cluster()) } else { Ok(None) }
     }
 
     fn blob(&self, key: BlobKey) -> Result<Option<Blob>> {

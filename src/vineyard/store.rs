@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
 use super::meta::Meta;
-use super::remote::RemoteStatus;
+use super::remote::{Arrived, RemoteStatus};
 use crate::error::Result;
 
 /// The vineyardd behind a [`Store`].
@@ -127,6 +127,16 @@ pub trait BlobSource: Send + Sync {
     fn want(&self, parts: &[(BlobKey, Range<u64>)], ahead: bool) -> Result<()> {
         let _ = (parts, ahead);
         Ok(())
+    }
+
+    /// Bytes of a blob that need no copy, after they have come here from another instance. They may be passed on after
+    /// [`BlobSource::verify`], like copies. `None` if there are no such.
+    ///
+    /// # Errors
+    /// As [`BlobSource::read`].
+    fn arrived(&self, key: BlobKey, part: Range<u64>) -> Result<Option<Arrived>> {
+        let _ = (key, part);
+        Ok(None)
     }
 
     /// The mapped blob, for code that copies large parts by itself; `None` if the blob is not in local memory.

@@ -146,7 +146,7 @@ impl Bed {
                     if part.is_empty() {
                         return Ok(out);
                     }
-                    out.extend(part);
+                    out.extend_from_slice(&part);
                 }
             }
         }
