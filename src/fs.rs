@@ -10,9 +10,11 @@
 mod adopt;
 mod attributes;
 pub mod cache;
+pub mod copies;
 mod deferred;
 pub mod direct;
 mod directory;
+pub mod gc;
 pub mod host;
 pub mod inode;
 pub mod name;
@@ -22,6 +24,7 @@ mod options;
 mod publish;
 mod rename;
 mod resolve;
+mod saves;
 pub mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -201,6 +204,9 @@ pub struct FileSystem {
     /// Held while names are changed: what a name pointed to is read and replaced as one step.
     naming: Mutex<()>,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
+    /// Whether the vineyardd of a generation shares its metadata with others.
+    shared: Mutex<Option<(u64, bool)>>,
+    wishes: copies::Wishes,
     generation: AtomicU64,
     started: SystemTime,
     warnings: Mutex<Vec<String>>,
@@ -242,6 +248,8 @@ impl FileSystem {
             doomed: Mutex::default(),
             naming: Mutex::default(),
             store_status: Mutex::default(),
+            shared: Mutex::default(),
+            wishes: copies::Wishes::default(),
             generation: AtomicU64::new(u64::MAX),
             started: SystemTime::now(),
             warnings: Mutex::default(),

@@ -7,6 +7,7 @@ pub mod blobs;
 pub mod client;
 pub mod connection;
 pub mod content;
+pub mod copy;
 #[doc(hidden)]
 pub mod fake;
 pub mod id;

@@ -28,7 +28,7 @@ use super::workers::Workers;
 use super::{privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host};
-use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions};
+use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemotePolicy};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
@@ -109,6 +109,10 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
     thread("warm-up", move || drop(fs.warm_up()))?;
+    if hello.config.migrate == RemotePolicy::Full {
+        let fs = shared.fs.clone();
+        thread("copies", move || fs.copy_wishes())?;
+    }
     let reporter = Reporter { shared, restarts: hello.restarts, asking: Arc::default() };
     thread("status", move || status::serve(&listener, || reporter.report()))?;
 

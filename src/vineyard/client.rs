@@ -418,6 +418,11 @@ impl Store for Client {
     fn metas(&self, ids: &[ObjectId], sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>> {
         let mut metas = HashMap::with_capacity(ids.len());
         self.get_data(ids, sync, |id, value| {
+            // What etcd keeps of a deleted object that had a name; an instance that starts later reads it as metadata.
+            let is_remnant = |tree: &Map<String, Value>| tree.keys().all(|key| matches!(key.as_str(), "id" | "__name"));
+            if value.as_ref().is_ok_and(|value| value.as_object().is_some_and(is_remnant)) {
+                return;
+            }
             let meta = value.and_then(Meta::new).and_then(|meta| {
                 let own = meta.id();
                 if own == id { Ok(meta) } else { Err(meta.error(format!("is what the store has for {id}"))) }
@@ -452,6 +457,15 @@ impl Store for Client {
         })
     }
 
+    fn migrate_to(&self, instance: InstanceId, id: ObjectId) -> Result<ObjectId> {
+        let copy = self.remote.migrate(instance, id, &|| self.cluster())?;
+        // So that it is known here too.
+        match self.metas(&[copy], true)?.remove(&copy) {
+            Some(meta) => meta.map(|_| copy),
+            None => Err(Error::stale(format!("{copy}, the copy of {id} on instance {instance}, is not known here"))),
+        }
+    }
+
     fn remote_status(&self) -> Option<RemoteStatus> {
         Some(self.remote.status())
     }
@@ -463,8 +477,9 @@ impl Store for Client {
             let Some(number) = key.strip_prefix('i').and_then(|digits| digits.parse().ok()) else {
                 return Err(Error::malformed(format!("vineyardd lists an instance {key:.40?}")));
             };
-            let super::request::ClusterEntry { hostname, rpc_endpoint, ipc_socket } = entry;
-            cluster.insert(InstanceId(number), InstanceInfo { hostname, rpc_endpoint, ipc_socket });
+            let super::request::ClusterEntry { hostname, rpc_endpoint, ipc_socket, member_id } = entry;
+            let shared = member_id.is_some();
+            cluster.insert(InstanceId(number), InstanceInfo { hostname, rpc_endpoint, ipc_socket, shared });
         }
         Ok(cluster)
     }

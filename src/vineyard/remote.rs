@@ -44,6 +44,8 @@ pub enum RemotePolicy {
     /// What is read is brought.
     #[default]
     Lazy,
+    /// The same, and the filesystem makes copies in the local vineyardd of what was opened.
+    Full,
     /// Reading is refused with `Remote`; sizes are still told.
     Never,
 }
@@ -144,7 +146,7 @@ impl Remote {
 
     fn permitted(&self, key: BlobKey) -> Result<()> {
         match self.options.policy {
-            RemotePolicy::Lazy => Ok(()),
+            RemotePolicy::Lazy | RemotePolicy::Full => Ok(()),
             RemotePolicy::Never => {
                 let what = format!("blob {key} lives on another instance, and this mount brings nothing here");
                 Err(Error::new(Kind::Remote, format!("{what} (--migrate never)")))
@@ -352,6 +354,17 @@ impl Remote {
         peer.locate(cluster)?;
         self.fetcher.counters.requests.fetch_add(2, Ordering::Relaxed);
         peer.shallow_copy(id, extra)
+    }
+
+    /// Lets an instance copy an object of another one for itself.
+    ///
+    /// # Errors
+    /// `Unreachable`; what that instance answers.
+    pub fn migrate(&self, instance: InstanceId, id: ObjectId, cluster: Cluster) -> Result<ObjectId> {
+        let peer = self.peer(instance);
+        peer.locate(cluster)?;
+        self.fetcher.counters.requests.fetch_add(1, Ordering::Relaxed);
+        peer.migrate(id)
     }
 
     /// Lets an instance delete objects of its own.

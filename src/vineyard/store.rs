@@ -10,7 +10,7 @@ use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::remote::{Arrived, RemoteStatus};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 
 /// The vineyardd behind a [`Store`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct InstanceInfo {
     pub rpc_endpoint: String,
     /// Its Unix socket on its own host.
     pub ipc_socket: String,
+    /// Its metadata is in etcd, and so that of a cluster.
+    pub shared: bool,
 }
 
 /// Use of the store's memory, in bytes, and of its connections.
@@ -159,6 +161,14 @@ pub trait Store: BlobSource {
 
     /// Sizes of blobs of this instance, without taking references. Unknown ones are absent.
     fn blob_sizes(&self, ids: &[ObjectId]) -> Result<HashMap<ObjectId, u64>>;
+
+    /// Lets another instance make a permanent copy of an object for itself, by its own means. May take long.
+    ///
+    /// # Errors
+    /// `Unreachable`; `Timeout`; what that instance answers.
+    fn migrate_to(&self, instance: InstanceId, id: ObjectId) -> Result<ObjectId> {
+        Err(Error::new(Kind::Unsupported, format!("this store has no instance {instance} to copy {id} to")))
+    }
 
     /// Use of memory and connections.
     fn status(&self) -> Result<StoreStatus>;
