@@ -194,13 +194,13 @@ def migrate(report, arguments, cluster, name):
         first.append(size / seconds(lambda: read_file(there / f"{name}.arrow")))
         there.unmount()
         start = time.perf_counter()
-        cli("migrate", name, "--socket", cluster[1].socket)
+        cli("pin", name, "--socket", cluster[1].socket)
         ours.append(size / (time.perf_counter() - start))
-        cli("migrate", name, "--drop", "--socket", cluster[1].socket)
+        cli("pin", "--drop", name, "--socket", cluster[1].socket)
     official = statistics.median(rates)
     report.figure("official migrate", official / 1e9, "GB/s", None, rates=rates)
     report.figure("first read, against official migrate", statistics.median(first) / official, "× official", 3, better="more", rates=first)
-    report.figure("vineyard-fs migrate, against official migrate", statistics.median(ours) / official, "× official", 3, better="more", rates=ours)
+    report.figure("vineyard-fs pin, against official migrate", statistics.median(ours) / official, "× official", 3, better="more", rates=ours)
 
 
 def first_byte(report, arguments, cluster, name):

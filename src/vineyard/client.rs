@@ -1,5 +1,7 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
+mod elsewhere;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -269,35 +271,6 @@ impl Client {
         Ok(())
     }
 
-    /// Lets other instances delete what is theirs; returns the rest. Deleted through another instance, an object whose
-    /// members had two owners in turn leaves them behind.
-    fn delete_elsewhere(&self, mut ids: Vec<u64>) -> Result<Vec<u64>> {
-        let here = self.here()?;
-        // Ten bits of an object's id are of its instance's number (`GenerateObjectID`, `src/common/util/uuid.h`).
-        let foreign = |id: &u64| !ObjectId(*id).is_blob() && (id >> 12 & 0x3ff) != (here.0 & 0x3ff);
-        let suspects: Vec<ObjectId> = ids.iter().filter(|id| foreign(id)).map(|id| ObjectId(*id)).collect();
-        if suspects.is_empty() {
-            return Ok(ids);
-        }
-        let mut owned: BTreeMap<InstanceId, Vec<ObjectId>> = BTreeMap::new();
-        for (id, meta) in self.metas(&suspects, false)? {
-            let owner = meta.map(|meta| meta.instance()).unwrap_or(InstanceId::UNSPECIFIED);
-            if owner != InstanceId::UNSPECIFIED && owner != here {
-                owned.entry(owner).or_default().push(id);
-            }
-        }
-        for (owner, theirs) in owned {
-            match self.remote.delete(owner, &theirs, &|| self.cluster()) {
-                Ok(()) => ids.retain(|id| !theirs.contains(&ObjectId(*id))),
-                // Told to the cluster's metadata then; the owner hears of it when it can.
-                Err(error) => tracing::warn!(%owner, objects = theirs.len(), "not deleted by their owner: {error}"),
-            }
-        }
-        // So that nobody here finds them any more.
-        self.get_data(&suspects, true, |_, _| ())?;
-        Ok(ids)
-    }
-
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
     fn give_back(&self, made: &[NewBlob]) {
         let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
@@ -459,11 +432,7 @@ impl Store for Client {
 
     fn migrate_to(&self, instance: InstanceId, id: ObjectId) -> Result<ObjectId> {
         let copy = self.remote.migrate(instance, id, &|| self.cluster())?;
-        // So that it is known here too.
-        match self.metas(&[copy], true)?.remove(&copy) {
-            Some(meta) => meta.map(|_| copy),
-            None => Err(Error::stale(format!("{copy}, the copy of {id} on instance {instance}, is not known here"))),
-        }
+        self.heard_of(copy, id, instance)
     }
 
     fn remote_status(&self) -> Option<RemoteStatus> {
@@ -621,11 +590,7 @@ impl Store for Client {
             && owner != self.here()?
         {
             let copy = self.remote.shallow_copy(owner, id, &extra, &|| self.cluster())?;
-            // The local vineyardd hears of it now, before it is told to name the one and delete the other.
-            return match self.metas(&[copy], true)?.remove(&copy) {
-                Some(meta) => meta.map(|_| copy),
-                None => Err(Error::stale(format!("{copy}, the copy of {id} on instance {owner}, is not known here"))),
-            };
+            return self.heard_of(copy, id, owner);
         }
         let request = Request::ShallowCopy { id: id.0, extra: &extra };
         let reply: ShallowCopyReply = self.call(Repeat::UnlessSent, &request, "shallow_copy_reply")?;

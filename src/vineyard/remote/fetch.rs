@@ -18,6 +18,8 @@ use crate::vineyard::wire::{Broken, bad_reply};
 const BUFFER: usize = 256 << 10;
 /// The same where they are received to where they stay.
 const STRAIGHT: u64 = 1 << 20;
+/// Bytes that are waited for together while so many are wanted.
+const LOW_WATER: (usize, u64) = (256 << 10, 1 << 20);
 
 /// Blobs that are asked for with one request: a large one, or several small ones.
 pub type Job = Vec<Arc<Transfer>>;
@@ -165,6 +167,7 @@ fn receive(
     let ends = |error| Broken { error, sent: true };
     let mut inflate = if reply.compress { Some(Inflate::new().map_err(ends)?) } else { None };
     let mut buffer = vec![0; BUFFER];
+    let mut low_water = 1;
     let mut expected = job.iter();
     for payload in &reply.payloads {
         // In the order of the request; what does not exist is left out.
@@ -198,6 +201,11 @@ fn receive(
                 tracing::debug!(blob = %transfer.key(), position, size = transfer.len(), "a transfer is parked");
                 return Err(ends(Error::new(Kind::Busy, "enough")));
             };
+            let due = if wanted >= LOW_WATER.1 { LOW_WATER.0 } else { 1 };
+            if due != low_water {
+                connection.set_low_water(due);
+                low_water = due;
+            }
             let straight = transfer.receive(position, wanted.min(STRAIGHT), |space| connection.receive_some(space));
             if let Some(received) = straight {
                 let n = received.map_err(no_memory)?;
