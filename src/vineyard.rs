@@ -11,6 +11,7 @@ pub mod copy;
 #[doc(hidden)]
 pub mod fake;
 pub mod id;
+pub mod journal;
 pub mod launch;
 pub mod memory;
 pub mod meta;

@@ -28,6 +28,7 @@ use super::workers::Workers;
 use super::{privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host};
+use crate::vineyard::journal::Keep;
 use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemotePolicy};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
@@ -177,6 +178,9 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
     Ok(session)
 }
 
+/// Key under which the keeper holds the list of what has no name yet.
+const UNNAMED: &str = "unnamed";
+
 /// The filesystem over the store that the keeper connects to.
 fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>, memory: Maker) -> Result<FileSystem> {
     let config = &hello.config;
@@ -188,15 +192,32 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>, m
         memory: Some(memory),
         ..RemoteOptions::default()
     };
-    let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
+    let unfinished = link.get_state(UNNAMED)?;
+    let notes = link.clone();
+    let journal: Keep = Arc::new(move |list: &str| {
+        if let Err(error) = notes.put_state(UNNAMED, Some(list)) {
+            tracing::debug!("what is being saved is not noted: {error}");
+        }
+    });
+    let mut options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
         .deadline(Duration::from_millis(config.deadline_ms))
         .remote(remote);
+    options.journal = Some(journal);
     // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
     let client = match hello.restarts {
         0 => Client::connect(options)?,
         _ => Client::new(options)?,
     };
-    let fs = FileSystem::new(Arc::new(client), host, config.filesystem());
+    let client = Arc::new(client);
+    if let Some(list) = unfinished.filter(|list| !list.is_empty()) {
+        let client = client.clone();
+        thread("reclaim", move || {
+            if let Err(error) = client.reclaim(&list) {
+                tracing::warn!("what a former server has left unfinished stays in the store: {error}");
+            }
+        })?;
+    }
+    let fs = FileSystem::new(client, host, config.filesystem());
     fs.adopt();
     Ok(fs)
 }

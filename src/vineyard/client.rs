@@ -1,6 +1,8 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
 mod elsewhere;
+mod metadata;
+mod reclaim;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -15,27 +17,19 @@ use super::blobs::Memories;
 use super::connection::{Answer, Connection};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
+use super::journal::{Journal, Keep};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
 use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
-    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, GetDataReply, ListNameReply, Request,
-    ShallowCopyReply, StatusReply, checked_id, name_pattern,
+    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, ListNameReply, Request, ShallowCopyReply,
+    StatusReply, checked_id, name_pattern,
 };
 use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
 use super::wire::{Broken, Refusal, bad_reply};
 use crate::error::{Context, Error, Kind, Result};
 
-/// Objects in the first `get_data` of many; later ones are sized by what came back.
-const FIRST_BATCH: usize = 64;
-/// Most objects in one `get_data`.
-const LARGEST_BATCH: usize = 512;
-/// Size in bytes that the reply to one `get_data` should have. vineyardd has one thread for all metadata, so a larger
-/// one would keep everybody waiting (it makes about 10 MB/s).
-const BATCH_BYTES: usize = 512 << 10;
-/// `get_data` requests that are sent back to back.
-const BATCHES_AHEAD: usize = 8;
 /// Most ids in one request that returns little or nothing about each.
 const IDS_PER_REQUEST: usize = 4096;
 /// Most objects in one `create_datas`.
@@ -51,6 +45,8 @@ pub struct ClientOptions {
     pub places: usize,
     /// How data of other instances is treated.
     pub remote: RemoteOptions,
+    /// Keeps a list of what was made and has no name yet; see [`super::journal`].
+    pub journal: Option<Keep>,
 }
 
 impl ClientOptions {
@@ -62,7 +58,7 @@ impl ClientOptions {
     /// Connects through `connector`; a deadline of 10 s.
     pub fn connector(connector: Connector) -> Self {
         let deadline = Duration::from_secs(10);
-        ClientOptions { connector, deadline, places: 1 << 17, remote: RemoteOptions::default() }
+        ClientOptions { connector, deadline, places: 1 << 17, remote: RemoteOptions::default(), journal: None }
     }
 
     /// With another deadline.
@@ -91,6 +87,7 @@ pub struct Client {
     memories: Arc<Memories>,
     deadline: Duration,
     remote: Remote,
+    journal: Journal,
 }
 
 impl Client {
@@ -102,7 +99,7 @@ impl Client {
         let memories = Arc::new(Memories::new(options.places)?);
         let pool = Pool::new(options.connector, options.deadline, memories.clone());
         let remote = Remote::new(options.remote, options.deadline);
-        Ok(Client { pool, memories, deadline: options.deadline, remote })
+        Ok(Client { pool, memories, deadline: options.deadline, remote, journal: Journal::new(options.journal) })
     }
 
     /// A client that is connected.
@@ -210,65 +207,6 @@ impl Client {
             return Ok(blob);
         }
         self.fetch(&[key], true)?.remove(&key).ok_or_else(|| gone(key))
-    }
-
-    /// Metadata by text id, in batches that are answered in good time. An object whose metadata is beyond parsing maps
-    /// to the error.
-    fn get_data(&self, ids: &[ObjectId], sync: bool, mut each: impl FnMut(ObjectId, Result<Value>)) -> Result<()> {
-        let mut wanted: Vec<u64> = ids.iter().filter(|&&id| id != ObjectId::INVALID).map(|id| id.0).collect();
-        wanted.sort_unstable();
-        wanted.dedup();
-        let mut todo: &[u64] = &wanted;
-        let mut batch = FIRST_BATCH;
-        // While one reply is parsed, the server makes the next.
-        let mut window = BATCHES_AHEAD;
-        let mut sync = sync;
-        while !todo.is_empty() {
-            let (now, later) = todo.split_at(batch.saturating_mul(window).min(todo.len()));
-            let requests: Vec<Request> = now
-                .chunks(batch)
-                .enumerate()
-                .map(|(i, ids)| Request::GetData { id: ids.to_vec(), sync_remote: sync && i == 0, wait: false })
-                .collect();
-            let mut size = 0;
-            let replies = self.run(Repeat::Safe, |connection| {
-                size = 0;
-                connection.calls(&requests, "get_data_reply", |connection, reply: GetDataReply| {
-                    size += connection.last_reply_len();
-                    Ok(reply.content.map(|content| content.0).unwrap_or_default())
-                })
-            });
-            match replies {
-                Ok(replies) => {
-                    for reply in replies {
-                        for (text, value) in reply? {
-                            match text.parse::<ObjectId>() {
-                                Ok(id) if now.binary_search(&id.0).is_ok() => each(id, Ok(value)),
-                                _ => {
-                                    let what = format!("vineyardd sent metadata of {text:.40?} unasked");
-                                    return Err(Error::malformed(what));
-                                }
-                            }
-                        }
-                    }
-                    todo = later;
-                    batch = (BATCH_BYTES / (size / now.len()).max(1)).clamp(1, LARGEST_BATCH);
-                    window = BATCHES_AHEAD;
-                    sync = false;
-                }
-                // One object may spoil the reply for all (nesting that no parser accepts): find it by halving.
-                Err(error) if error.kind() == Kind::Malformed => match now {
-                    [id] => {
-                        each(ObjectId(*id), Err(error));
-                        todo = later;
-                    }
-                    _ if requests.len() > 1 => window = 1,
-                    _ => batch = now.len() / 2,
-                },
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
@@ -473,6 +411,7 @@ impl Store for Client {
                 Ok(())
             })
         });
+        self.journal.blobs(made.iter().map(|blob| blob.id));
         let refusal = answers.and_then(|answers| match answers.into_iter().find_map(|answer| answer.err()) {
             Some(refusal) => Err(refusal.into()),
             None => Ok(()),
@@ -513,7 +452,9 @@ impl Store for Client {
     fn drop_blobs(&self, ids: &[ObjectId]) -> Result<()> {
         let requests: Vec<Request> =
             ids.iter().filter(|id| id.is_stored_blob()).map(|id| Request::DropBuffer { id: id.0 }).collect();
-        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)
+        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)?;
+        self.journal.settled(ids);
+        Ok(())
     }
 
     fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>> {
@@ -538,9 +479,13 @@ impl Store for Client {
                     if ids.len() != chunk.len() || signatures.len() != chunk.len() {
                         return Err(Error::malformed("vineyardd made another number of objects than it was asked for"));
                     }
+                    let first = created.len();
                     for (id, signature) in ids.into_iter().zip(signatures) {
                         created.push(Created { id: checked_id(id)?, signature });
                     }
+                    let members = |content| content::members(content).filter_map(|(_, id)| id).collect();
+                    let fresh = created.iter().skip(first).map(|created| created.id);
+                    self.journal.objects(fresh.zip(chunk.iter().map(members)));
                 }
                 Ok(created)
             };
@@ -556,7 +501,7 @@ impl Store for Client {
 
     fn put_name(&self, name: &str, id: ObjectId) -> Result<()> {
         self.call::<Empty>(Repeat::Safe, &Request::PutName { object_id: id.0, name }, "put_name_reply")
-            .map(|_| ())
+            .map(|_| self.journal.settled(&[id]))
             .context(|| format!("giving {id} the name {name:.80?}"))
     }
 
@@ -568,6 +513,7 @@ impl Store for Client {
         let mut seen = HashSet::new();
         let wanted =
             |&id: &ObjectId| (id != ObjectId::INVALID && id != ObjectId::EMPTY_BLOB && seen.insert(id)).then_some(id.0);
+        self.journal.settled(ids);
         let ids: Vec<u64> = ids.iter().filter_map(wanted).collect();
         let ids = self.delete_elsewhere(ids)?;
         let requests: Vec<Request> = ids
