@@ -42,10 +42,11 @@ def end(process, hard=False):
 
 
 class Etcd:
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, host: str = "127.0.0.1"):
         self.folder = folder
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        # What etcd calls itself must be right for all: vineyardd asks it for its addresses, and looks there.
+        self.url = f"http://{host}:{self.port}"
         self.start()
 
     def start(self):
@@ -137,12 +138,11 @@ class Instance:
     def start(self):
         log = open(self.folder / "vineyardd.log", "ab")
         command = [vineyardd_binary(), "--socket", self.socket, "--size", self.size, "--meta", "etcd"]
-        etcd, environment = self.etcd.url, dict(os.environ)
+        environment = dict(os.environ)
         if self.link:
-            etcd = f"http://{self.link.here}:{self.etcd.port}"
             environment["MY_HOST_NAME"] = self.link.there
             command = ["ip", "netns", "exec", self.link.name] + command
-        command += ["--etcd_endpoint", etcd, "--rpc_socket_port", str(self.port)]
+        command += ["--etcd_endpoint", self.etcd.url, "--rpc_socket_port", str(self.port)]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env=environment)
         for _ in range(600):
             if self.process.poll() is not None:
@@ -183,7 +183,7 @@ class Cluster:
         self.instances, self.mounts = [], []
         self.link = Link() if linked else None
         try:
-            self.etcd = Etcd(folder)
+            self.etcd = Etcd(folder, self.link.here) if linked else Etcd(folder)
             for number in range(size):
                 link = self.link if number == 0 else None
                 self.instances.append(Instance(folder / f"i{number}", self.etcd, memory, link))
