@@ -211,3 +211,34 @@ def test_an_instance_that_ended_leaves_names_that_gc_finds(cluster):
     there = cluster.mount(1)
     assert sorted(os.listdir(there.path)) == ["mine.arrow", "theirs.arrow"]
     assert len(pd.read_feather(there / "theirs.arrow")) == 10
+
+
+def test_a_server_that_is_killed_in_a_save_leaves_nothing(store, make_mount):
+    import random
+    import signal
+    import threading
+
+    mount = make_mount()
+    frame = numbers(2_000_000, 4)
+    chance = random.Random(1)
+    for turn in range(8):
+
+        def save():
+            try:
+                frame.to_feather(mount / f"x{turn}.arrow", compression="uncompressed")
+            except OSError:
+                pass
+
+        saver = threading.Thread(target=save)
+        before, pid = store.usage(), mount.status()["server"]["pid"]
+        saver.start()
+        # In the middle of publishing: the store has blobs of it.
+        until(lambda: store.usage() > before or not saver.is_alive(), 30)
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        saver.join(60)
+        assert not saver.is_alive()
+        if (mount / f"x{turn}.arrow").exists():
+            pd.testing.assert_frame_equal(pd.read_feather(mount / f"x{turn}.arrow"), frame)
+            (mount / f"x{turn}.arrow").unlink()
+        until(lambda: store.usage() == 0, 20)
