@@ -1,5 +1,6 @@
 //! Names: mkdir, rmdir, unlink, rename.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::sync::Arc;
 
@@ -95,6 +96,7 @@ impl FileSystem {
         }
         self.staging.detach(staged);
         staged.state().detached = true;
+        super::adopt::note_staged(staged);
         Ok(())
     }
 
@@ -184,6 +186,7 @@ impl FileSystem {
         if to.plain.starts_with(&format!("{from}/")) {
             return Err(Error::new(Kind::Invalid, "a directory cannot move into itself"));
         }
+        self.know_directories(from)?;
         for staged in self.staging.tree(from) {
             let mut target = staged.state().target.clone();
             target.directory = format!("{}{}", to.plain, &target.directory[from.len()..]);
@@ -198,6 +201,28 @@ impl FileSystem {
         self.folders.remove(&to.plain);
         self.move_directories(&[(from, &to.plain)]);
         self.folders.stay(&to.plain);
+        Ok(())
+    }
+
+    /// Makes the inodes of a directory and of all below it, whose numbers the kernel may have from a former server: it
+    /// keeps those numbers when it renames.
+    fn know_directories(&self, top: &str) -> Result<()> {
+        if self.options.epoch == 0 {
+            return Ok(());
+        }
+        let prefix = format!("{top}/");
+        let mut known = BTreeSet::from([top.to_owned()]);
+        let names =
+            self.names_below(&prefix)?.into_iter().filter_map(|(name, _)| Some(name.rsplit_once('/')?.0.to_owned()));
+        let staged = self.staging.directories().into_iter().filter(|directory| directory.starts_with(&prefix));
+        for directory in names.chain(staged).chain(self.folders.below(&prefix)) {
+            let parts = directory.match_indices('/').map(|(at, _)| at).filter(|at| *at > top.len());
+            known.extend(parts.map(|at| directory.get(..at).unwrap_or_default().to_owned()));
+            known.insert(directory);
+        }
+        for name in known {
+            self.inodes.ensure(self.inodes.directory(&name), || Node::Directory { name });
+        }
         Ok(())
     }
 
@@ -267,6 +292,7 @@ impl FileSystem {
         if let Some(other) = other {
             // What it published was replaced with the name; what it did not publish ends here.
             other.state().detached = true;
+            super::adopt::note_staged(&other);
         }
         if let Some(view) = replaces {
             // The version under the old path goes with the path.
@@ -303,6 +329,7 @@ impl FileSystem {
             let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
             self.staging.detach(other);
             other.state().detached = true;
+            super::adopt::note_staged(other);
         }
         let name = self.point_path(to, same_view, view.object)?;
         if name == view.name {
@@ -331,6 +358,8 @@ impl FileSystem {
                 self.store.put_name(&b.name, a.object)
             }
             (Found::Directory { name: a }, Found::Directory { name: b }) => {
+                self.know_directories(&a)?;
+                self.know_directories(&b)?;
                 for staged in self.staging.tree(&a).into_iter().chain(self.staging.tree(&b)) {
                     self.publish_changed(&staged, Unfinished::Publish)?;
                     staged.await_closes();
@@ -382,6 +411,9 @@ impl FileSystem {
     pub fn forget(&self, ino: u64, count: u64) {
         let node = self.inodes.get(ino).map(|inode| inode.node.clone());
         self.inodes.forget(ino, count);
+        if self.inodes.get(ino).is_none() {
+            self.staging.forget(ino);
+        }
         // A published file that the kernel forgot is found through the store from now on.
         if let Some(Node::Staged(staged)) = node
             && self.inodes.get(ino).is_none()
