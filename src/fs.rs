@@ -21,6 +21,7 @@ pub mod objects;
 mod open;
 mod options;
 mod publish;
+mod reclaim;
 mod rename;
 mod resolve;
 pub mod staging;

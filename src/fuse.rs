@@ -12,6 +12,7 @@ pub mod handshake;
 pub mod host;
 pub mod journal;
 pub mod keeper;
+pub mod leftovers;
 pub mod metrics;
 pub mod mount;
 pub mod mountinfo;

@@ -10,6 +10,7 @@ pub mod content;
 #[doc(hidden)]
 pub mod fake;
 pub mod id;
+pub mod journal;
 pub mod launch;
 pub mod memory;
 pub mod meta;

@@ -85,7 +85,14 @@ impl FileSystem {
     /// # Errors
     /// `Stale` if the inode is not known.
     pub fn getattr(&self, ino: u64, _fh: Option<u64>) -> Result<(Attr, Duration)> {
-        self.attributes(&self.inode(ino)?)
+        let inode = self.inode(ino)?;
+        let (mut attr, ttl) = self.attributes(&inode)?;
+        if let Node::Staged(staged) = &inode.node {
+            // Who opens a file to change it compares its number with that of the path (vim does): it is the same file,
+            // also where the bytes are in one of its own.
+            attr.ino = staged.state().shown.unwrap_or(attr.ino);
+        }
+        Ok((attr, ttl))
     }
 
     /// Changes attributes. They are kept with the dataset; those of directories as long as the mount.
@@ -127,15 +134,11 @@ impl FileSystem {
         self.stored_attributes(&inode).and_then(|a| a.xattrs.get(name).cloned()).ok_or_else(absent)
     }
 
-    /// Names of all extended attributes, each with a terminating NUL.
+    /// Names of the extended attributes that are kept with the dataset, each with a terminating NUL. Computed ones are
+    /// not listed: programs that copy attributes (`rsync -X`, `cp -a`) would try to set and remove them.
     pub fn listxattr(&self, ino: u64) -> Result<Vec<u8>> {
         let inode = self.inode(ino)?;
         let mut out = Vec::new();
-        for (key, _) in self.own_attributes(&inode) {
-            out.extend_from_slice(OWN.as_bytes());
-            out.extend_from_slice(key.as_bytes());
-            out.push(0);
-        }
         for name in self.stored_attributes(&inode).iter().flat_map(|a| a.xattrs.keys()) {
             out.extend_from_slice(name.as_bytes());
             out.push(0);

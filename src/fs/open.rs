@@ -49,10 +49,8 @@ impl FileSystem {
     }
 
     fn open_view(&self, inode: &Arc<Inode>, view: &ViewNode, caller: Caller) -> Result<Opened> {
-        // A reader that was sent here from a file that is being written gets this very version.
         let path = super::name::join(&view.directory, &view.component);
-        let held = || self.staging.is_redirected(&path, caller.pid) && self.lazy_opens().contains_key(&view.object);
-        if self.object_of(&view.name)? != Some(view.object) && !held() {
+        if !self.staging.holds(&path, caller.pid, view.object) && self.object_of(&view.name)? != Some(view.object) {
             return Err(Error::stale(format!("{:?} has another value now", view.name)));
         }
         if let Some(reason) = &view.summary.broken {

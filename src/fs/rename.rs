@@ -90,6 +90,8 @@ impl FileSystem {
             let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
             if self.object_of(&name)? == Some(object) {
                 self.keep_directory(&directory);
+                let _unit = self.unit();
+                self.suspect(&[object]);
                 self.store.drop_name(&name)?;
                 self.delete_unnamed(object);
             }
@@ -110,6 +112,8 @@ impl FileSystem {
         let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
         // Somebody may have replaced it since it was looked up: the name goes with its present object.
         let object = self.object_of(name)?;
+        let _unit = self.unit();
+        self.suspect(object.as_slice());
         self.store.drop_name(name)?;
         if let Some(object) = object {
             self.delete_unnamed(object);
@@ -302,6 +306,8 @@ impl FileSystem {
         if let Some((name, object)) = former.filter(|_| !same_format) {
             let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
             if self.object_of(&name)? == Some(object) {
+                let _unit = self.unit();
+                self.suspect(&[object]);
                 self.store.drop_name(&name)?;
                 self.delete_unnamed(object);
             }

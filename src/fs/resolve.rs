@@ -13,6 +13,9 @@ use crate::image::View;
 use crate::vineyard::ObjectId;
 use crate::vineyard::store::{NameQuery, NamedObject};
 
+/// How often a redirected reader's lookup starts over because another version was published meanwhile.
+const HOLD_ATTEMPTS: usize = 3;
+
 /// What a path leads to.
 #[derive(Clone, Debug)]
 pub(super) enum Found {
@@ -175,10 +178,42 @@ impl FileSystem {
         self.follow_store()?;
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
-        match self.resolve(&target, caller.pid)? {
+        for object in self.staging.end_old_redirects() {
+            self.end_lazy_open(object);
+        }
+        let mut found = self.resolve(&target, caller.pid)?;
+        for _ in 0..HOLD_ATTEMPTS {
+            match &found {
+                Some(Found::View(view)) if !self.hold_for_open(&target.path(), view, caller.pid)? => {
+                    found = self.resolve(&target, caller.pid)?;
+                }
+                _ => break,
+            }
+        }
+        match found {
             Some(found) => self.enter(&target, found),
             None => Err(Error::not_found(format!("no dataset behind {:?}", target.path()))),
         }
+    }
+
+    /// Keeps a version for a process that was sent to it until it opens it: the kernel looks a name up again only once,
+    /// and the writer may publish the next version in between. False if that happened already.
+    fn hold_for_open(&self, path: &str, view: &ViewNode, pid: u32) -> Result<bool> {
+        if !self.staging.is_redirected(path, pid) || self.staging.holds(path, pid, view.object) {
+            return Ok(true);
+        }
+        let former = {
+            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            if self.object_of(&view.name)? != Some(view.object) {
+                return Ok(false);
+            }
+            *self.lazy_opens().entry(view.object).or_default() += 1;
+            self.staging.hold(path, pid, view.object)
+        };
+        if let Some(object) = former {
+            self.end_lazy_open(object);
+        }
+        Ok(true)
     }
 
     /// Makes the inode of what was found, counts a lookup, and describes it.

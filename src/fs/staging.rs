@@ -60,6 +60,8 @@ pub(super) struct State {
     pub shared_writable: bool,
     /// Someone opened it for reading: its bytes must not change any more once it is published.
     pub had_readers: bool,
+    /// The inode number that `stat` tells, that of the version before; its own if `None`.
+    pub shown: Option<u64>,
     /// The published version that this file replaces.
     pub replaces: Option<ViewNode>,
     /// The file as it was when it was last published, and a hash of its bytes if it may change unseen by its times.
@@ -91,9 +93,12 @@ impl Staged {
         self.ino
     }
 
-    /// True if it was made for a writer who never came: the version that it would replace is the path's.
+    /// True if its path leads to the published version: the file is retired, or its writer never came.
     pub(super) fn is_abandoned(&self) -> bool {
         let state = self.state();
+        if state.retired {
+            return true;
+        }
         let has_version = state.published.is_some() || state.replaces.is_some();
         !state.was_opened && has_version && self.made.elapsed() > REDIRECT
     }
@@ -314,12 +319,19 @@ pub struct StagingStatus {
     pub failed: Vec<(String, String)>,
 }
 
+/// A process on its way to the published version of a path.
+struct Redirect {
+    since: Instant,
+    /// The version that its lookup found, which is kept for it until it opens it.
+    held: Option<ObjectId>,
+}
+
 /// All staged files, by path.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
     /// Files of former servers that were removed or replaced while they were open, by inode number.
     gone: Mutex<HashMap<u64, Arc<Staged>>>,
-    redirects: Mutex<HashMap<(String, u32), (Instant, Option<ObjectId>)>>,
+    redirects: Mutex<HashMap<(String, u32), Redirect>>,
     next: AtomicU64,
 }
 
@@ -401,6 +413,7 @@ impl Staging {
             passthrough: None,
             shared_writable: false,
             had_readers: false,
+            shown: None,
             replaces,
             clean: None,
             published: None,
@@ -498,31 +511,54 @@ impl Staging {
         self.by_path().values().map(|staged| staged.state().target.directory.clone()).collect()
     }
 
-    /// Sends a process that opens a path for reading to the published version at its next lookup. Returns the versions
-    /// of processes that never came.
-    pub(super) fn redirect_reader(&self, path: &str, pid: u32, version: Option<ObjectId>) -> Vec<ObjectId> {
-        let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        let former = redirects.insert((path.to_owned(), pid), (Instant::now(), version));
-        let mut late = Vec::from_iter(former.and_then(|(_, version)| version));
-        redirects.retain(|_, (at, version)| {
-            let keep = at.elapsed() < REDIRECT;
-            late.extend(version.filter(|_| !keep));
-            keep
-        });
-        late
+    fn redirects(&self) -> MutexGuard<'_, HashMap<(String, u32), Redirect>> {
+        self.redirects.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Sends a process that opens a path for reading to the published version at its next lookup.
+    pub(super) fn redirect_reader(&self, path: &str, pid: u32) {
+        let redirect = |held| Redirect { since: Instant::now(), held };
+        let mut redirects = self.redirects();
+        let held = redirects.get(&(path.to_owned(), pid)).and_then(|former| former.held);
+        redirects.insert((path.to_owned(), pid), redirect(held));
     }
 
     /// Whether a process was sent to the published version. The kernel may look the name up several times before it
     /// opens what it found.
     pub(super) fn is_redirected(&self, path: &str, pid: u32) -> bool {
-        let redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|(at, _)| at.elapsed() < REDIRECT)
+        let redirects = self.redirects();
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.since.elapsed() < REDIRECT)
     }
 
-    /// The process has opened the published version; returns the one that was held for it.
+    /// Notes which version a redirected process has found; returns the one that was noted before.
+    pub(super) fn hold(&self, path: &str, pid: u32, object: ObjectId) -> Option<ObjectId> {
+        let mut redirects = self.redirects();
+        let redirect = Redirect { since: Instant::now(), held: Some(object) };
+        redirects.insert((path.to_owned(), pid), redirect).and_then(|former| former.held)
+    }
+
+    /// Whether a version is kept for a process.
+    pub(super) fn holds(&self, path: &str, pid: u32, object: ObjectId) -> bool {
+        let redirects = self.redirects();
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.held == Some(object))
+    }
+
+    /// The process has opened the published version: returns the one that was kept for it.
     pub(super) fn end_redirect(&self, path: &str, pid: u32) -> Option<ObjectId> {
-        let mut redirects = self.redirects.lock().unwrap_or_else(|e| e.into_inner());
-        redirects.remove(&(path.to_owned(), pid)).and_then(|(_, version)| version)
+        let mut redirects = self.redirects();
+        if redirects.is_empty() { None } else { redirects.remove(&(path.to_owned(), pid)).and_then(|r| r.held) }
+    }
+
+    /// Ends the redirects of processes that never came; returns what was kept for them.
+    pub(super) fn end_old_redirects(&self) -> Vec<ObjectId> {
+        let mut redirects = self.redirects();
+        let mut held = Vec::new();
+        redirects.retain(|_, redirect| {
+            let keep = redirect.since.elapsed() < REDIRECT;
+            held.extend(redirect.held.filter(|_| !keep));
+            keep
+        });
+        held
     }
 
     /// Use of the staging area.

@@ -99,6 +99,7 @@ impl FileSystem {
         });
         let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
         let staged = self.stage(target.clone(), attributes, Some(view.clone()))?;
+        staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
         if flags & libc::O_TRUNC == 0 {
             if let Err(error) = self.copy_view(view, &staged) {
                 self.staging.detach(&staged);
@@ -178,11 +179,7 @@ impl FileSystem {
             let unsettled = !state.writers.is_empty() || (dirty && (state.settling || !state.was_opened));
             if unsettled && has_version && !state.writers.contains(&caller.pid) {
                 // While it is being written, others read the version that is published.
-                let published = state.published.as_ref().map(|(_, object)| *object);
-                let version = published.or(state.replaces.as_ref().map(|view| view.object));
-                let path = state.target.path();
-                drop(state);
-                self.redirect_reader(&path, caller, version);
+                self.staging.redirect_reader(&state.target.path(), caller.pid);
                 return Err(Error::stale("being written: the published version is read"));
             }
             if state.retired {
@@ -217,17 +214,6 @@ impl FileSystem {
         Error::stale(why)
     }
 
-    /// Sends a reader to the published version at its next lookup. The version stays until then, or for a moment, even if
-    /// it is replaced meanwhile.
-    fn redirect_reader(&self, path: &str, caller: Caller, version: Option<ObjectId>) {
-        if let Some(object) = version {
-            *self.lazy_opens().entry(object).or_default() += 1;
-        }
-        for object in self.staging.redirect_reader(path, caller.pid, version) {
-            self.end_lazy_open(object);
-        }
-    }
-
     /// Replaces a staged file that must not change by a new one, and sends the writer there.
     fn restage(
         &self,
@@ -251,6 +237,8 @@ impl FileSystem {
                 None => base,
             };
             let staged = self.stage(target.clone(), attributes, base)?;
+            let shown = old.state().shown.unwrap_or(old.ino());
+            staged.state().shown = Some(shown);
             if !truncates {
                 let copied = copy_file(&old.file().file, &staged.file().file, old.stamp()?.size);
                 if let Err(error) = copied {
@@ -453,6 +441,7 @@ impl FileSystem {
         drop(opens);
         if self.doomed.lock().unwrap_or_else(|e| e.into_inner()).remove(&object) {
             self.delete_now(object);
+            self.forget_suspects(&[object]);
         }
     }
 
@@ -460,6 +449,7 @@ impl FileSystem {
     pub(super) fn delete_object(&self, object: ObjectId) {
         if self.lazy_opens().contains_key(&object) {
             self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
+            self.suspect_for_long(object);
         } else {
             self.delete_now(object);
         }

@@ -112,6 +112,14 @@ impl KeeperLink {
         }
     }
 
+    /// The journal of objects that no name reaches yet.
+    ///
+    /// # Errors
+    /// If the keeper does not answer as it should.
+    pub fn leftovers(&self) -> Result<Option<std::fs::File>> {
+        Ok(self.descriptor(&Request::Leftovers)?.map(std::fs::File::from))
+    }
+
     /// All kept files, as a server finds them at its start.
     ///
     /// # Errors

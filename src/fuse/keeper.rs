@@ -19,6 +19,7 @@ use self::watchdog::{LOOK, Watchdog};
 use super::config::MountConfig;
 use super::handshake::{Agreed, flag};
 use super::journal::Journal;
+use super::leftovers::Leftovers;
 use super::mount::{self, MountOptions, Mounted};
 use super::protocol::{self, Hello, Reply, Request, VERSION};
 use super::runtime::{KeeperRecord, Runtime, start_time};
@@ -111,12 +112,21 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         0 => Some(format!("this kernel (FUSE 7.{}) has no passthrough; Linux 6.9 has", agreed.minor)),
         _ => files.probe(&mounted.fuse).err().map(|error| error.to_string()),
     };
+    let leftovers = match Leftovers::open(&config.socket) {
+        Ok(leftovers) if !config.read_only => Some(leftovers),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::warn!("there is no journal: what a killed server leaves in the store stays there: {error}");
+            None
+        }
+    };
     Ok(Keeper {
         config,
         agreed,
         no_passthrough,
         mounted,
         files,
+        leftovers,
         store: Store::default(),
         answers,
         status,
@@ -194,6 +204,7 @@ struct Keeper {
     no_passthrough: Option<String>,
     mounted: Mounted,
     files: Files,
+    leftovers: Option<Leftovers>,
     store: Store,
     answers: UnixListener,
     status: UnixListener,
@@ -418,6 +429,9 @@ impl Keeper {
         if let Some(mut server) = self.server.take() {
             server.kill();
         }
+        if let Some(leftovers) = &self.leftovers {
+            leftovers.end(self.config.launch.is_some());
+        }
         self.store.stop();
     }
 
@@ -476,6 +490,10 @@ impl Keeper {
                 self.files.release(key, self.mounted.fuse.as_fd());
                 Ok((Reply::Done, None))
             }
+            Request::Leftovers => match &self.leftovers {
+                Some(leftovers) => leftovers.share().map(|file| (Reply::Descriptor, Some(file.into()))),
+                None => Ok((Reply::Descriptor, None)),
+            },
             Request::Connect => children::connect(&self.config.socket).map(|fd| (Reply::Descriptor, Some(fd))),
             Request::Journal => self.journal.try_clone().map(|fd| (Reply::Descriptor, Some(fd))).map_err(Error::from),
             Request::Metrics => {

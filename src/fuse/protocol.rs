@@ -69,6 +69,8 @@ pub enum Request {
     },
     /// A connected socket to the store.
     Connect,
+    /// The journal of objects that no name reaches yet.
+    Leftovers,
     /// The journal of requests.
     Journal,
     /// The socket at which counters are asked for, if there is one.
@@ -100,7 +102,7 @@ pub enum Reply {
     },
     /// To [`Request::CreateFile`] and [`Request::File`]; the descriptor comes along.
     File(KeptFile),
-    /// To [`Request::Connect`], [`Request::Journal`] and [`Request::Metrics`]; the descriptor comes along, if there is one.
+    /// To [`Request::Connect`], [`Request::Leftovers`], [`Request::Journal`] and [`Request::Metrics`]; the descriptor comes along, if there is one.
     Descriptor,
     /// To [`Request::States`]; empty at the end.
     States {

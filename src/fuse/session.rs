@@ -29,6 +29,7 @@ use super::workers::Workers;
 use super::{metrics, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host, Options};
+use crate::vineyard::journal::Journal;
 use crate::vineyard::{Client, ClientOptions, RemoteOptions, RemotePolicy};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
@@ -128,6 +129,8 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
     thread("warm-up", move || drop(fs.warm_up()))?;
+    let fs = shared.fs.clone();
+    thread("reclaim", move || reclaim(&fs))?;
     let reporter = Arc::new(Reporter { shared, restarts: hello.restarts, sandbox, asking: Arc::default() });
     let dumping = reporter.clone();
     thread("state dump", move || dump_on_signal(&dumping))?;
@@ -145,6 +148,20 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     }
     drop(fuse);
     session.run().context(|| "the connection to the kernel".into())
+}
+
+/// Removes what a former server left over in the store.
+fn reclaim(fs: &FileSystem) {
+    // What the former server had sent is carried out by then.
+    let mut pause = Duration::from_millis(500);
+    loop {
+        std::thread::sleep(pause);
+        match fs.reclaim() {
+            Ok(_) => return,
+            Err(error) => tracing::info!("what a former server left is looked through later: {error}"),
+        }
+        pause = (pause * 2).min(Duration::from_secs(60));
+    }
 }
 
 /// Answers EIO to what the last server had read and not answered, on a kernel that does not send it again: whoever waits
@@ -240,9 +257,17 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
+    let leftovers = match link.leftovers().and_then(|file| file.map(Journal::open).transpose()) {
+        Ok(leftovers) => leftovers,
+        Err(error) => {
+            tracing::warn!("what this server leaves in the store if it is killed stays there: {error}");
+            None
+        }
+    };
     let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
         .deadline(Duration::from_millis(config.deadline_ms))
-        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() });
+        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() })
+        .journal(leftovers);
     // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
     let client = match hello.restarts {
         0 => Client::connect(options)?,

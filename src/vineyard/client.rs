@@ -1,6 +1,8 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod delete;
+
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use super::blobs::Memories;
 use super::connection::{Answer, Connection};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
+use super::journal::Journal;
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
@@ -49,6 +52,8 @@ pub struct ClientOptions {
     pub places: usize,
     /// How data of other instances is treated.
     pub remote: RemoteOptions,
+    /// Where objects are noted that no name reaches yet.
+    pub journal: Option<Journal>,
 }
 
 impl ClientOptions {
@@ -60,7 +65,7 @@ impl ClientOptions {
     /// Connects through `connector`; a deadline of 10 s.
     pub fn connector(connector: Connector) -> Self {
         let deadline = Duration::from_secs(10);
-        ClientOptions { connector, deadline, places: 1 << 17, remote: RemoteOptions::default() }
+        ClientOptions { connector, deadline, places: 1 << 17, remote: RemoteOptions::default(), journal: None }
     }
 
     /// With another deadline.
@@ -71,6 +76,11 @@ impl ClientOptions {
     /// With another treatment of remote data.
     pub fn remote(self, remote: RemoteOptions) -> Self {
         ClientOptions { remote, ..self }
+    }
+
+    /// With a journal, or without.
+    pub fn journal(self, journal: Option<Journal>) -> Self {
+        ClientOptions { journal, ..self }
     }
 }
 
@@ -89,6 +99,7 @@ pub struct Client {
     memories: Arc<Memories>,
     deadline: Duration,
     remote: Remote,
+    journal: Option<Journal>,
 }
 
 impl Client {
@@ -100,7 +111,7 @@ impl Client {
         let memories = Arc::new(Memories::new(options.places)?);
         let pool = Pool::new(options.connector, options.deadline, memories.clone());
         let remote = Remote::new(options.remote, options.deadline);
-        Ok(Client { pool, memories, deadline: options.deadline, remote })
+        Ok(Client { pool, memories, deadline: options.deadline, remote, journal: options.journal })
     }
 
     /// A client that is connected.
@@ -269,33 +280,10 @@ impl Client {
         Ok(())
     }
 
-    /// Lets other instances delete what is theirs; returns the rest. Deleted through another instance, an object whose
-    /// members had two owners in turn leaves them behind.
-    fn delete_elsewhere(&self, mut ids: Vec<u64>) -> Result<Vec<u64>> {
-        let here = self.here()?;
-        // Ten bits of an object's id are of its instance's number (`GenerateObjectID`, `src/common/util/uuid.h`).
-        let foreign = |id: &u64| !ObjectId(*id).is_blob() && (id >> 12 & 0x3ff) != (here.0 & 0x3ff);
-        let suspects: Vec<ObjectId> = ids.iter().filter(|id| foreign(id)).map(|id| ObjectId(*id)).collect();
-        if suspects.is_empty() {
-            return Ok(ids);
+    fn note(&self, ids: impl IntoIterator<Item = ObjectId>) {
+        if let Some(journal) = &self.journal {
+            journal.note(ids);
         }
-        let mut owned: BTreeMap<InstanceId, Vec<ObjectId>> = BTreeMap::new();
-        for (id, meta) in self.metas(&suspects, false)? {
-            let owner = meta.map(|meta| meta.instance()).unwrap_or(InstanceId::UNSPECIFIED);
-            if owner != InstanceId::UNSPECIFIED && owner != here {
-                owned.entry(owner).or_default().push(id);
-            }
-        }
-        for (owner, theirs) in owned {
-            match self.remote.delete(owner, &theirs, &|| self.cluster()) {
-                Ok(()) => ids.retain(|id| !theirs.contains(&ObjectId(*id))),
-                // Told to the cluster's metadata then; the owner hears of it when it can.
-                Err(error) => tracing::warn!(%owner, objects = theirs.len(), "not deleted by their owner: {error}"),
-            }
-        }
-        // So that nobody here finds them any more.
-        self.get_data(&suspects, true, |_, _| ())?;
-        Ok(ids)
     }
 
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
@@ -481,6 +469,7 @@ impl Store for Client {
                     return Err(bad_reply(format!("names the new blob {} as {}", blob.key().id, ObjectId(reply.id))));
                 }
                 let offset = payload.data_offset;
+                self.note([blob.key().id]);
                 made.push(NewBlob { id: blob.key().id, size: blob.len(), file: Some(file.file.clone()), offset });
                 Ok(())
             })
@@ -550,6 +539,7 @@ impl Store for Client {
                     if ids.len() != chunk.len() || signatures.len() != chunk.len() {
                         return Err(Error::malformed("vineyardd made another number of objects than it was asked for"));
                     }
+                    self.note(ids.iter().map(|id| ObjectId(*id)));
                     for (id, signature) in ids.into_iter().zip(signatures) {
                         created.push(Created { id: checked_id(id)?, signature });
                     }
@@ -577,22 +567,15 @@ impl Store for Client {
     }
 
     fn delete(&self, ids: &[ObjectId]) -> Result<()> {
-        let mut seen = HashSet::new();
-        let wanted =
-            |&id: &ObjectId| (id != ObjectId::INVALID && id != ObjectId::EMPTY_BLOB && seen.insert(id)).then_some(id.0);
-        let ids: Vec<u64> = ids.iter().filter_map(wanted).collect();
-        let ids = self.delete_elsewhere(ids)?;
-        let requests: Vec<Request> = ids
-            .chunks(IDS_PER_REQUEST)
-            .map(|chunk| Request::DelData {
-                id: chunk.to_vec(),
-                force: false,
-                deep: true,
-                memory_trim: false,
-                fastpath: false,
-            })
-            .collect();
-        self.tell(&requests, "del_data_reply", Refusal::is_absence)
+        self.delete_data(ids, false)
+    }
+
+    fn delete_with_owners(&self, ids: &[ObjectId]) -> Result<()> {
+        self.delete_data(ids, true)
+    }
+
+    fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
     }
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {
@@ -610,6 +593,7 @@ impl Store for Client {
         }
         let request = Request::ShallowCopy { id: id.0, extra: &extra };
         let reply: ShallowCopyReply = self.call(Repeat::UnlessSent, &request, "shallow_copy_reply")?;
+        self.note([ObjectId(reply.target_id)]);
         checked_id(reply.target_id)
     }
 }

@@ -6,6 +6,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use super::bed::*;
 use super::*;
 
 const FOLDERS: &[&str] = &["", "d", "d/e", "f"];
