@@ -326,3 +326,20 @@ impl Reporter {
         answer.recv_timeout(STORE_PATIENCE).unwrap_or_else(|_| json!({"error": "the store does not answer"}))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn lost_requests_are_answered_with_an_error() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        refuse_unanswered(&write, &[5]);
+        let mut reply = [0; 17];
+        assert_eq!(nix::unistd::read(&read, &mut reply).unwrap(), 16);
+        assert_eq!(reply[..4], 16u32.to_ne_bytes());
+        assert_eq!(reply[4..8], (-libc::EIO).to_ne_bytes());
+        assert_eq!(reply[8..16], 5u64.to_ne_bytes());
+    }
+}
