@@ -23,14 +23,14 @@ use super::handshake::{self, Agreed};
 use super::host::{KeeperHost, KeeperLink, forward};
 use super::keeper::watchdog::BEAT;
 use super::protocol::{Hello, Request, VERSION};
-use super::sandbox::{self, Network, Sandbox};
+use super::sandbox::{self, Sandbox};
 use super::stats::Stats;
 use super::workers::Workers;
 use super::{metrics, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host, Options};
 use crate::vineyard::journal::Journal;
-use crate::vineyard::{Client, ClientOptions, RemoteOptions, RemotePolicy};
+use crate::vineyard::{Client, ClientOptions, RemoteOptions};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
@@ -222,8 +222,7 @@ fn prepare_process(hello: &Hello) -> Result<Sandbox> {
     privileges::raise_open_files();
     privileges::drop_all()?;
     privileges::end_with_parent(hello.keeper_pid)?;
-    let network = if hello.config.migrate == RemotePolicy::Never { Network::None } else { Network::Connects };
-    let sandbox = sandbox::enter(network);
+    let sandbox = sandbox::enter();
     for missing in &sandbox.missing {
         tracing::warn!("the server is not locked in as it should be: {missing}");
     }
