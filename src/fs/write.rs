@@ -417,6 +417,7 @@ impl FileSystem {
         let Some((_, object)) = published else {
             if staged.state().retired {
                 self.staging.detach(staged);
+                super::adopt::note_staged(staged);
             }
             return;
         };
