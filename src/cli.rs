@@ -25,6 +25,7 @@ pub mod rm;
 pub mod status;
 pub mod store;
 pub mod unmount;
+pub mod upgrade;
 
 /// Every vineyard dataset is a file.
 #[derive(Debug, Parser)]
@@ -54,6 +55,8 @@ enum Command {
     Unmount(unmount::Args),
     /// How a mount is doing, or all of them
     Status(status::Args),
+    /// Let a running mount go on with this program, without a break
+    Upgrade(upgrade::Args),
     /// Share the data of a Kedro pipeline through vineyard
     #[command(subcommand)]
     Kedro(kedro::KedroCommand),
@@ -114,6 +117,7 @@ pub fn main() -> ExitCode {
         Command::Mount(arguments) => mount::run(*arguments),
         Command::Unmount(arguments) => unmount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Upgrade(arguments) => upgrade::run(&arguments),
         Command::Kedro(command) => kedro::run(command),
         Command::Run(arguments) => kedro::run_command(arguments),
         Command::Ls(arguments) => ls::run(&arguments),

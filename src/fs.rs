@@ -14,6 +14,7 @@ pub mod copies;
 mod deferred;
 pub mod direct;
 mod directory;
+mod folders;
 pub mod gc;
 pub mod host;
 pub mod inode;
@@ -22,6 +23,7 @@ pub mod objects;
 mod open;
 mod options;
 mod publish;
+mod reclaim;
 mod rename;
 mod resolve;
 mod saves;
@@ -197,6 +199,7 @@ pub struct FileSystem {
     next_handle: AtomicU64,
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
+    folders: folders::Folders,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
     /// Objects that nothing names any more, to be deleted when their last such handle is closed.
@@ -228,14 +231,18 @@ enum Handle {
     Directory(Arc<Listing>),
 }
 
+/// Handles and numbers of staged files that one server may give out: 2^40, 12 days of a million a second.
+const EPOCH_SHIFT: u32 = 40;
+/// Servers of a mount before ranges are used again.
+const EPOCHS: u64 = (1 << 20) - 1;
 /// Most warnings that `status` keeps.
 const WARNINGS_KEPT: usize = 20;
 
 impl FileSystem {
     /// A filesystem over a store.
     pub fn new(store: Arc<dyn Store>, host: Arc<dyn Host>, options: Options) -> Self {
-        // Handles of a former server must not meet ours: numbers start at a point that no server reached before.
-        let start = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64) << 20;
+        // Handles of a former server must not meet ours: each has a range of its own, whatever the clock does.
+        let start = (options.epoch % EPOCHS + 1) << EPOCH_SHIFT;
         FileSystem {
             objects: objects::Objects::default(),
             inodes: Inodes::new(options.prefix.clone()),
@@ -244,6 +251,7 @@ impl FileSystem {
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
+            folders: folders::Folders::new(host.clone()),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
             naming: Mutex::default(),

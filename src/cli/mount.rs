@@ -94,6 +94,9 @@ pub struct Args {
     /// Longest time for one request to vineyardd, such as 10s
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = options::millis)]
     pub deadline: u64,
+    /// Serve counters for Prometheus at this address, such as 127.0.0.1:9464
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<std::net::SocketAddr>,
     /// Keep all other users out, root included
     #[arg(long)]
     pub no_allow_other: bool,
@@ -172,6 +175,7 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         dir_mode: arguments.dir_mode,
         file_mode: arguments.file_mode,
         deadline_ms: arguments.deadline,
+        metrics: arguments.metrics,
         runtime: runtime.folder().to_owned(),
         log_file,
         log_format: arguments.log_format,

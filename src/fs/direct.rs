@@ -309,6 +309,7 @@ impl FileSystem {
             gid: former.gid.or(attributes.gid),
             mtime: attributes.mtime.or(Some(Self::now())),
             atime: attributes.atime,
+            ctime: Some(Self::now()),
             xattrs: if former.xattrs.is_empty() { attributes.xattrs } else { former.xattrs },
         };
         let input = StagedBytes { bytes: bytes.as_slice(), file };

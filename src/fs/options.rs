@@ -23,6 +23,8 @@ pub struct Options {
     pub prefix: String,
     /// Refuse every change with EROFS.
     pub read_only: bool,
+    /// How many servers the mount had before: handles and inode numbers of theirs are never used again.
+    pub epoch: u64,
     /// Owner of files that carry none of their own.
     pub uid: u32,
     /// Group of files that carry none of their own.
@@ -53,6 +55,7 @@ impl Default for Options {
         Options {
             prefix: String::new(),
             read_only: false,
+            epoch: 0,
             uid: 0,
             gid: 0,
             file_mode: 0o644,

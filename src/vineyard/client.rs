@@ -1,10 +1,9 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
-mod elsewhere;
+mod delete;
 mod metadata;
-mod reclaim;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,7 +16,7 @@ use super::blobs::Memories;
 use super::connection::{Answer, Connection};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::journal::{Journal, Keep};
+use super::journal::Journal;
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
@@ -45,8 +44,8 @@ pub struct ClientOptions {
     pub places: usize,
     /// How data of other instances is treated.
     pub remote: RemoteOptions,
-    /// Keeps a list of what was made and has no name yet; see [`super::journal`].
-    pub journal: Option<Keep>,
+    /// Where objects are noted that no name reaches yet.
+    pub journal: Option<Journal>,
 }
 
 impl ClientOptions {
@@ -70,6 +69,11 @@ impl ClientOptions {
     pub fn remote(self, remote: RemoteOptions) -> Self {
         ClientOptions { remote, ..self }
     }
+
+    /// With a journal, or without.
+    pub fn journal(self, journal: Option<Journal>) -> Self {
+        ClientOptions { journal, ..self }
+    }
 }
 
 /// Whether a request may be sent again although the first may have been executed.
@@ -87,7 +91,7 @@ pub struct Client {
     memories: Arc<Memories>,
     deadline: Duration,
     remote: Remote,
-    journal: Journal,
+    journal: Option<Journal>,
 }
 
 impl Client {
@@ -99,7 +103,7 @@ impl Client {
         let memories = Arc::new(Memories::new(options.places)?);
         let pool = Pool::new(options.connector, options.deadline, memories.clone());
         let remote = Remote::new(options.remote, options.deadline);
-        Ok(Client { pool, memories, deadline: options.deadline, remote, journal: Journal::new(options.journal) })
+        Ok(Client { pool, memories, deadline: options.deadline, remote, journal: options.journal })
     }
 
     /// A client that is connected.
@@ -207,6 +211,12 @@ impl Client {
             return Ok(blob);
         }
         self.fetch(&[key], true)?.remove(&key).ok_or_else(|| gone(key))
+    }
+
+    fn note(&self, ids: impl IntoIterator<Item = ObjectId>) {
+        if let Some(journal) = &self.journal {
+            journal.note(ids);
+        }
     }
 
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
@@ -407,11 +417,11 @@ impl Store for Client {
                     return Err(bad_reply(format!("names the new blob {} as {}", blob.key().id, ObjectId(reply.id))));
                 }
                 let offset = payload.data_offset;
+                self.note([blob.key().id]);
                 made.push(NewBlob { id: blob.key().id, size: blob.len(), file: Some(file.file.clone()), offset });
                 Ok(())
             })
         });
-        self.journal.blobs(made.iter().map(|blob| blob.id));
         let refusal = answers.and_then(|answers| match answers.into_iter().find_map(|answer| answer.err()) {
             Some(refusal) => Err(refusal.into()),
             None => Ok(()),
@@ -452,9 +462,7 @@ impl Store for Client {
     fn drop_blobs(&self, ids: &[ObjectId]) -> Result<()> {
         let requests: Vec<Request> =
             ids.iter().filter(|id| id.is_stored_blob()).map(|id| Request::DropBuffer { id: id.0 }).collect();
-        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)?;
-        self.journal.settled(ids);
-        Ok(())
+        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)
     }
 
     fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>> {
@@ -479,13 +487,10 @@ impl Store for Client {
                     if ids.len() != chunk.len() || signatures.len() != chunk.len() {
                         return Err(Error::malformed("vineyardd made another number of objects than it was asked for"));
                     }
-                    let first = created.len();
+                    self.note(ids.iter().map(|id| ObjectId(*id)));
                     for (id, signature) in ids.into_iter().zip(signatures) {
                         created.push(Created { id: checked_id(id)?, signature });
                     }
-                    let members = |content| content::members(content).filter_map(|(_, id)| id).collect();
-                    let fresh = created.iter().skip(first).map(|created| created.id);
-                    self.journal.objects(fresh.zip(chunk.iter().map(members)));
                 }
                 Ok(created)
             };
@@ -501,7 +506,7 @@ impl Store for Client {
 
     fn put_name(&self, name: &str, id: ObjectId) -> Result<()> {
         self.call::<Empty>(Repeat::Safe, &Request::PutName { object_id: id.0, name }, "put_name_reply")
-            .map(|_| self.journal.settled(&[id]))
+            .map(|_| ())
             .context(|| format!("giving {id} the name {name:.80?}"))
     }
 
@@ -510,23 +515,15 @@ impl Store for Client {
     }
 
     fn delete(&self, ids: &[ObjectId]) -> Result<()> {
-        let mut seen = HashSet::new();
-        let wanted =
-            |&id: &ObjectId| (id != ObjectId::INVALID && id != ObjectId::EMPTY_BLOB && seen.insert(id)).then_some(id.0);
-        self.journal.settled(ids);
-        let ids: Vec<u64> = ids.iter().filter_map(wanted).collect();
-        let ids = self.delete_elsewhere(ids)?;
-        let requests: Vec<Request> = ids
-            .chunks(IDS_PER_REQUEST)
-            .map(|chunk| Request::DelData {
-                id: chunk.to_vec(),
-                force: false,
-                deep: true,
-                memory_trim: false,
-                fastpath: false,
-            })
-            .collect();
-        self.tell(&requests, "del_data_reply", Refusal::is_absence)
+        self.delete_data(ids, false)
+    }
+
+    fn delete_with_owners(&self, ids: &[ObjectId]) -> Result<()> {
+        self.delete_data(ids, true)
+    }
+
+    fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
     }
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {
@@ -540,6 +537,7 @@ impl Store for Client {
         }
         let request = Request::ShallowCopy { id: id.0, extra: &extra };
         let reply: ShallowCopyReply = self.call(Repeat::UnlessSent, &request, "shallow_copy_reply")?;
+        self.note([ObjectId(reply.target_id)]);
         checked_id(reply.target_id)
     }
 }

@@ -5,7 +5,6 @@
 //! where they stay. Like vineyardd's, a copy has new ids and the signatures of the original.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 
 use serde_json::{Map, Value, json};
 
@@ -116,21 +115,9 @@ fn fill(store: &dyn Store, keys: &[BlobKey], blobs: &[NewBlob], progress: Progre
     Ok(())
 }
 
-/// Writes into the store's memory file: for pages that this process never touched faster than a mapping.
 fn write(blob: &NewBlob, position: u64, bytes: &[u8]) -> Result<()> {
     let Some(file) = &blob.file else { return Err(Error::malformed("a blob without memory")) };
-    let mut done = 0;
-    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-        let at = blob.offset.checked_add(position).and_then(|at| i64::try_from(at + done as u64).ok());
-        let at = at.ok_or_else(|| Error::malformed("a blob past the end of files"))?;
-        match nix::sys::uio::pwrite(file.as_fd(), rest, at) {
-            Ok(0) => return Err(Error::new(Kind::Full, "the store's memory takes no more bytes")),
-            Ok(n) => done += n,
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context(|| format!("writing blob {}", blob.id)),
-        }
-    }
-    Ok(())
+    file.write(blob.offset.saturating_add(position), bytes).context(|| format!("writing blob {}", blob.id))
 }
 
 /// An object that is to be copied, and after how many others.

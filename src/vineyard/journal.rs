@@ -1,108 +1,212 @@
-//! What a client has made in the store and no name leads to yet.
+//! A journal of objects that no name reaches yet, or no longer: should this process be killed, the next one finds out
+//! what became of them and removes what is left over. vineyardd never reclaims them by itself.
 //!
-//! vineyardd keeps blobs and objects of a client that dies for ever, and tells nobody whose they were. So a client may
-//! keep a list outside of its process; whoever comes after it removes what is on the list and still leads nowhere.
+//! The file holds lines `+ ID ID ...`. What is noted here is only a suspect: whoever reads it asks the store whether a
+//! name leads to it before anything is removed. So notes may stay longer than needed and may be cut short by a kill; what
+//! matters is that a note is written before an object can be forgotten.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::id::ObjectId;
+use crate::error::{Context, Result};
 
-/// Keeps a list, in place of the one before. Must not block for long.
-pub type Keep = Arc<dyn Fn(&str) + Send + Sync>;
+/// Most bytes before work waits until all work under way has ended, so that the journal can begin anew.
+const MAX_LEN: u64 = 16 << 20;
+/// Most bytes that are read of a journal that others may have written to.
+const MAX_READ: u64 = 64 << 20;
 
-#[derive(Default)]
-struct State {
-    blobs: BTreeSet<ObjectId>,
-    /// Objects with their members.
-    objects: HashMap<ObjectId, Vec<ObjectId>>,
-}
-
-/// See the [module](self). Without a keeper nothing is noted.
+/// The journal of a client.
+#[derive(Debug)]
 pub struct Journal {
-    keep: Option<Keep>,
+    file: File,
     state: Mutex<State>,
+    idle: Condvar,
 }
+
+#[derive(Debug, Default)]
+struct State {
+    len: u64,
+    /// Pieces of work under way.
+    units: usize,
+    /// What outlives the work it came from: what a former process left, and deletions that wait for readers.
+    kept: BTreeSet<ObjectId>,
+}
+
+/// A piece of work under way: what is noted meanwhile is forgotten when all work has ended.
+#[derive(Debug)]
+pub struct Unit<'a>(&'a Journal);
 
 impl Journal {
-    /// An empty list.
-    pub fn new(keep: Option<Keep>) -> Self {
-        Journal { keep, state: Mutex::default() }
+    /// A journal in a file. What a former process noted there is kept until it is [settled](Self::settle).
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn open(file: File) -> Result<Self> {
+        let len = file.metadata().context(|| "looking at the journal".into())?.len();
+        let mut text = vec![0; len.min(MAX_READ) as usize];
+        file.read_exact_at(&mut text, 0).context(|| "reading the journal".into())?;
+        let state = State { len, units: 0, kept: parse(&text) };
+        Ok(Journal { file, state: Mutex::new(state), idle: Condvar::new() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, change: impl FnOnce(&mut State)) {
-        let Some(keep) = &self.keep else { return };
-        // Kept in the order of the changes: the lock is held.
+    /// Begins a piece of work.
+    pub fn enter(&self) -> Unit<'_> {
         let mut state = self.state();
-        change(&mut state);
-        keep(&state.text());
-    }
-
-    /// Blobs were made.
-    pub fn blobs(&self, ids: impl Iterator<Item = ObjectId>) {
-        self.note(|state| state.blobs.extend(ids.filter(|id| id.is_stored_blob())));
-    }
-
-    /// Objects were made, of these members.
-    pub fn objects(&self, made: impl Iterator<Item = (ObjectId, Vec<ObjectId>)>) {
-        self.note(|state| state.objects.extend(made));
-    }
-
-    /// These have a name, or are gone. The kept list goes on naming them until something else is made: who reads it
-    /// finds that they need nothing.
-    pub fn settled(&self, ids: &[ObjectId]) {
-        if self.keep.is_none() {
-            return;
+        while state.units > 0 && state.len > MAX_LEN {
+            state = self.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        state.units += 1;
+        Unit(self)
+    }
+
+    /// Notes what exists now, or is about to lose its name. Without room for a note, work goes on without one.
+    pub fn note(&self, ids: impl IntoIterator<Item = ObjectId>) {
+        let text = line(ids);
+        if !text.is_empty() {
+            let mut state = self.state();
+            self.append(&mut state, &text);
+        }
+    }
+
+    fn append(&self, state: &mut State, text: &str) {
+        match self.file.write_all_at(text.as_bytes(), state.len) {
+            Ok(()) => state.len += text.len() as u64,
+            Err(error) => tracing::warn!("no note in the journal: {error}"),
+        }
+    }
+
+    /// Notes what outlives the work under way.
+    pub fn keep(&self, ids: impl IntoIterator<Item = ObjectId>) {
+        let ids: Vec<ObjectId> = ids.into_iter().collect();
         let mut state = self.state();
-        let mut todo = ids.to_vec();
-        while let Some(id) = todo.pop() {
-            state.blobs.remove(&id);
-            todo.extend(state.objects.remove(&id).into_iter().flatten());
+        self.append(&mut state, &line(ids.iter().copied()));
+        state.kept.extend(ids);
+    }
+
+    /// What is kept.
+    pub fn kept(&self) -> Vec<ObjectId> {
+        self.state().kept.iter().copied().collect()
+    }
+
+    /// These exist no more, or have names.
+    pub fn settle(&self, ids: &[ObjectId]) {
+        let mut state = self.state();
+        for id in ids {
+            state.kept.remove(id);
+        }
+        if state.units == 0 {
+            self.renew(&mut state);
+        }
+    }
+
+    /// Writes anew what is kept. A kill between the two steps leaves too many notes and none too few.
+    fn renew(&self, state: &mut State) {
+        let text = line(state.kept.iter().copied());
+        if let Err(error) = self.file.write_all_at(text.as_bytes(), 0) {
+            return tracing::warn!("the journal cannot be shortened: {error}");
+        }
+        match self.file.set_len(text.len() as u64) {
+            Ok(()) => state.len = text.len() as u64,
+            Err(error) => tracing::warn!("the journal cannot be shortened: {error}"),
         }
     }
 }
 
-impl State {
-    fn text(&self) -> String {
-        let ids = self.objects.keys().chain(&self.blobs);
-        ids.map(ObjectId::to_string).collect::<Vec<_>>().join(" ")
+impl Drop for Unit<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.units = state.units.saturating_sub(1);
+        if state.units == 0 {
+            if state.len > 0 {
+                self.0.renew(&mut state);
+            }
+            self.0.idle.notify_all();
+        }
     }
 }
 
-/// Reads a list. What is no id is passed over.
-pub fn parse(text: &str) -> Vec<ObjectId> {
-    text.split_whitespace().filter_map(|id| id.parse().ok()).filter(|id| *id != ObjectId::EMPTY_BLOB).collect()
+fn line(ids: impl IntoIterator<Item = ObjectId>) -> String {
+    let mut text = String::new();
+    for id in ids.into_iter().filter(|id| !matches!(*id, ObjectId::EMPTY_BLOB | ObjectId::INVALID)) {
+        text.push_str(if text.is_empty() { "+ " } else { " " });
+        text.push_str(&id.to_string());
+    }
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    text
+}
+
+/// The ids of all lines that are one. A line that a kill cut short, and what a shorter text was written over, is none.
+fn parse(text: &[u8]) -> BTreeSet<ObjectId> {
+    let mut ids = BTreeSet::new();
+    let whole = text.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1);
+    for line in text.get(..whole).unwrap_or_default().split(|&b| b == b'\n') {
+        let Some(list) = std::str::from_utf8(line).ok().and_then(|line| line.strip_prefix("+ ")) else { continue };
+        ids.extend(list.split(' ').filter_map(|id| id.parse::<ObjectId>().ok()));
+    }
+    ids.remove(&ObjectId::EMPTY_BLOB);
+    ids.remove(&ObjectId::INVALID);
+    ids
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
+    fn ids(range: std::ops::Range<u64>) -> Vec<ObjectId> {
+        range.map(ObjectId).collect()
+    }
+
     #[test]
-    fn the_list_holds_what_leads_nowhere() {
-        let kept = Arc::new(Mutex::new(String::new()));
-        let keeper = kept.clone();
-        let journal = Journal::new(Some(Arc::new(move |text: &str| *keeper.lock().unwrap() = text.to_owned())));
-        let list = || {
-            let mut list = parse(&kept.lock().unwrap());
-            list.sort_unstable();
-            list
-        };
-        let (blob, other) = (ObjectId(1 << 63 | 1), ObjectId(1 << 63 | 2));
-        let (leaf, root) = (ObjectId(3), ObjectId(4));
-        journal.blobs([blob, other, ObjectId::EMPTY_BLOB].into_iter());
-        journal.objects([(leaf, vec![blob])].into_iter());
-        journal.objects([(root, vec![leaf])].into_iter());
-        assert_eq!(list(), [leaf, root, blob, other]);
-        journal.settled(&[root]);
-        journal.blobs(std::iter::empty());
-        assert_eq!(list(), [other], "what a named object consists of is settled with it");
-        assert!(parse("o1 nonsense o8000000000000000").is_empty());
+    fn what_work_under_way_made_is_found_after_a_kill() {
+        let file = tempfile::tempfile().unwrap();
+        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
+        let unit = journal.enter();
+        journal.note(ids(1..4));
+        journal.note([ObjectId::EMPTY_BLOB]);
+        let other = journal.enter();
+        journal.note(ids(4..5));
+        drop(other);
+        // As another process finds it.
+        assert_eq!(Journal::open(file.try_clone().unwrap()).unwrap().kept(), ids(1..5));
+        drop(unit);
+        assert_eq!(file.metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn what_outlives_its_work_stays_until_it_is_settled() {
+        let file = tempfile::tempfile().unwrap();
+        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
+        let unit = journal.enter();
+        journal.note(ids(1..50));
+        journal.keep(ids(7..9));
+        drop(unit);
+        let next = Journal::open(file.try_clone().unwrap()).unwrap();
+        assert_eq!(next.kept(), ids(7..9));
+        next.settle(&ids(7..8));
+        assert_eq!(Journal::open(file).unwrap().kept(), ids(8..9));
+    }
+
+    #[test]
+    fn a_line_that_was_cut_is_none() {
+        let one = ObjectId(0x1234);
+        let text = line([one, ObjectId(u64::MAX)]);
+        assert_eq!(text, "+ o0000000000001234\n");
+        assert_eq!(parse(text.as_bytes()), [one].into());
+        for end in 0..text.len() {
+            assert!(parse(&text.as_bytes()[..end]).is_empty(), "{end}");
+        }
+        // The rest of a longer line after a shorter text.
+        assert_eq!(parse(b"+ o0000000000001234\n34 o0000000000005678\n"), [one].into());
+        assert!(parse(b"\xff\xfe\n+ \n+ o\n").is_empty());
     }
 }

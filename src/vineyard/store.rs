@@ -89,8 +89,8 @@ pub struct NewBlob {
     pub id: ObjectId,
     /// Size in bytes.
     pub size: u64,
-    /// The memory file that holds it, opened for reading and writing; `None` for size 0.
-    pub file: Option<std::sync::Arc<std::os::fd::OwnedFd>>,
+    /// The memory file that holds it; `None` for size 0.
+    pub file: Option<std::sync::Arc<super::memory::WritableFile>>,
     /// Offset of the blob in `file`.
     pub offset: u64,
 }
@@ -209,6 +209,14 @@ pub trait Store: BlobSource {
 
     /// Deletes objects with their members and blobs, as far as no other object uses them. Unknown ids are ignored.
     fn delete(&self, ids: &[ObjectId]) -> Result<()>;
+
+    /// Deletes what [`Store::delete`] deletes, and every object that has one of these as a member, in turn.
+    fn delete_with_owners(&self, ids: &[ObjectId]) -> Result<()>;
+
+    /// The journal of what no name reaches yet; `None` for a client that keeps none.
+    fn journal(&self) -> Option<&super::journal::Journal> {
+        None
+    }
 
     /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
     /// Of an object on another instance the copy is made there, and is permanent.
