@@ -99,11 +99,11 @@ fn fill(store: &dyn Store, keys: &[BlobKey], blobs: &[NewBlob], progress: Progre
         while position < blob.size {
             let end = position.saturating_add(PIECE).min(blob.size);
             match store.arrived(key, position..end)? {
-                Some(bytes) => write(blob, position, bytes.as_ref())?,
+                Some(bytes) => blob.write(position, bytes.as_ref())?,
                 None => {
                     let mut bytes = vec![0; (end - position) as usize];
                     store.read(key, position, &mut bytes)?;
-                    write(blob, position, &bytes)?;
+                    blob.write(position, &bytes)?;
                 }
             }
             progress(end - position)?;
@@ -113,11 +113,6 @@ fn fill(store: &dyn Store, keys: &[BlobKey], blobs: &[NewBlob], progress: Progre
         ahead = ahead.saturating_sub(blob.size);
     }
     Ok(())
-}
-
-fn write(blob: &NewBlob, position: u64, bytes: &[u8]) -> Result<()> {
-    let Some(file) = &blob.file else { return Err(Error::malformed("a blob without memory")) };
-    file.write(blob.offset.saturating_add(position), bytes).context(|| format!("writing blob {}", blob.id))
 }
 
 /// An object that is to be copied, and after how many others.

@@ -10,7 +10,7 @@ use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::remote::{Arrived, RemoteStatus};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 /// The vineyardd behind a [`Store`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +93,26 @@ pub struct NewBlob {
     pub file: Option<std::sync::Arc<super::memory::WritableFile>>,
     /// Offset of the blob in `file`.
     pub offset: u64,
+}
+
+impl NewBlob {
+    /// Fills a part of the blob, which is not sealed yet.
+    ///
+    /// # Errors
+    /// `Malformed` past its end; `Full` or the errno if there is no memory.
+    pub fn write(&self, position: u64, bytes: &[u8]) -> Result<()> {
+        if position.checked_add(bytes.len() as u64).is_none_or(|end| end > self.size) {
+            return Err(Error::malformed(format!("bytes past blob {} of {}", self.id, self.size)));
+        }
+        match &self.file {
+            Some(file) => {
+                let at = self.offset.saturating_add(position);
+                file.write(at, bytes).context(|| format!("writing blob {}", self.id))
+            }
+            None if bytes.is_empty() => Ok(()),
+            None => Err(Error::malformed("a blob without memory")),
+        }
+    }
 }
 
 /// The bytes of blobs, wherever they live. Reading gives no promise that a blob still exists: call
