@@ -481,6 +481,7 @@ impl Keeper {
             }
             Request::Files { after } => Ok((Reply::Files { files: self.files.list(after) }, None)),
             Request::File { key } => self.files.get(key).map(|(kept, fd)| (Reply::File(kept), Some(fd))),
+            Request::Memory { size } => self.files.memory(size).map(|fd| (Reply::Descriptor, Some(fd))),
             Request::CreateFile { area, size } => {
                 let fuse = self.no_passthrough.is_none().then(|| self.mounted.fuse.as_fd());
                 self.files.create(area, size, fuse).map(|(kept, fd)| (Reply::File(kept), Some(fd)))
