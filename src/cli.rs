@@ -10,6 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 
+pub mod csi;
 pub mod get;
 pub mod helper;
 pub mod info;
@@ -52,6 +53,9 @@ enum Command {
     Unmount(unmount::Args),
     /// How a mount is doing, or all of them
     Status(status::Args),
+    /// The driver that puts mounts into Kubernetes pods
+    #[command(subcommand)]
+    Csi(csi::CsiCommand),
     /// Share the data of a Kedro pipeline through vineyard
     #[command(subcommand)]
     Kedro(kedro::KedroCommand),
@@ -106,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Mount(arguments) => mount::run(*arguments),
         Command::Unmount(arguments) => unmount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Csi(command) => csi::run(command),
         Command::Kedro(command) => kedro::run(command),
         Command::Run(arguments) => kedro::run_command(arguments),
         Command::Ls(arguments) => ls::run(&arguments),

@@ -1,0 +1,462 @@
+//! The Kubernetes driver from outside: both of its processes, asked over gRPC as a kubelet asks, with a real vineyardd
+//! and real mounts. Needs root and `/dev/fuse`.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::vineyardd::Vineyardd;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+use vineyard_fs::csi::proto::identity_client::IdentityClient;
+use vineyard_fs::csi::proto::node_client::NodeClient;
+use vineyard_fs::csi::proto::volume_capability::access_mode::Mode;
+use vineyard_fs::csi::proto::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+use vineyard_fs::csi::proto::volume_usage::Unit;
+use vineyard_fs::csi::proto::{
+    GetPluginCapabilitiesRequest, GetPluginInfoRequest, NodeGetCapabilitiesRequest, NodeGetInfoRequest,
+    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodeUnpublishVolumeRequest,
+    ProbeRequest, VolumeCapability,
+};
+
+/// One line of the list of mounts.
+#[derive(Clone, Debug)]
+struct Mounted {
+    device: String,
+    root: String,
+    options: String,
+}
+
+fn mounts_at(path: &Path) -> Vec<Mounted> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let lines = text.lines().map(|line| line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+    let here = lines.filter(|fields| Path::new(&fields[4]) == path);
+    here.map(|f| Mounted { device: f[2].clone(), root: f[3].clone(), options: f[5].clone() }).collect()
+}
+
+/// A node: a kubelet's folder, the driver's two processes, and a place for sockets of vineyardds.
+struct Node {
+    folder: TempDir,
+    plugin: Option<Child>,
+    mounter: Option<Child>,
+    runtime: tokio::runtime::Runtime,
+    channel: Option<Channel>,
+}
+
+impl Node {
+    fn new() -> Self {
+        Node::with("10s")
+    }
+
+    fn with(deadline: &str) -> Self {
+        let folder = TempDir::with_prefix("vineyard-fs-csi-").unwrap();
+        for name in ["kubelet/pods", "sockets"] {
+            std::fs::create_dir_all(folder.path().join(name)).unwrap();
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut node = Node { folder, plugin: None, mounter: None, runtime, channel: None };
+        node.start_mounter();
+        node.start_plugin(deadline);
+        node
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().canonicalize().unwrap().join(name)
+    }
+
+    fn spawn(&self, name: &str, arguments: &[&str]) -> Child {
+        let log = std::fs::File::options().create(true).append(true).open(self.path(name)).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vineyard-fs"));
+        command.arg("csi").args(arguments).arg("--state-dir").arg(self.path("kubelet/plugins/fs"));
+        command.args(["--log-level", "debug"]);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
+    }
+
+    fn start_mounter(&mut self) {
+        let sockets = self.path("sockets");
+        let arguments = ["mounter", "--sockets", sockets.to_str().unwrap(), "--idle", "1h", "-o", "cache_size=64M"];
+        self.mounter = Some(self.spawn("mounter.log", &arguments));
+    }
+
+    fn start_plugin(&mut self, deadline: &str) {
+        let (socket, kubelet) = (self.path("csi.sock"), self.path("kubelet"));
+        let endpoint = format!("unix://{}", socket.display());
+        let arguments = ["node", "--endpoint", &endpoint, "--node-id", "n1", "--deadline", deadline];
+        let folders = ["--kubelet-dir", kubelet.to_str().unwrap()];
+        self.plugin = Some(self.spawn("plugin.log", &[&arguments[..], &folders[..]].concat()));
+        let start = Instant::now();
+        let channel = loop {
+            let connecting = Endpoint::from_shared(endpoint.clone()).unwrap();
+            match self.runtime.block_on(connecting.connect()) {
+                Ok(channel) => break channel,
+                Err(error) => assert!(start.elapsed() < Duration::from_secs(20), "{error}: {}", self.log("plugin.log")),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        self.channel = Some(channel);
+    }
+
+    fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap_or_default()
+    }
+
+    /// Makes a vineyardd known as `system/<name>`.
+    fn add(&self, store: &Vineyardd, name: &str) {
+        let folder = self.path("sockets/system").join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::os::unix::fs::symlink(store.socket(), folder.join("vineyard.sock")).unwrap();
+    }
+
+    fn node(&self) -> NodeClient<Channel> {
+        NodeClient::new(self.channel.clone().unwrap())
+    }
+
+    fn target(&self, pod: &str) -> PathBuf {
+        self.path("kubelet/pods").join(pod).join("volumes/kubernetes.io~csi/vineyard/mount")
+    }
+
+    /// An inline volume of a pod, as the kubelet asks for it.
+    fn request(&self, pod: &str, attributes: &[(&str, &str)]) -> NodePublishVolumeRequest {
+        let fixed =
+            [("vineyard", "system/v"), ("csi.storage.k8s.io/ephemeral", "true"), ("csi.storage.k8s.io/pod.name", pod)];
+        let pairs = fixed.iter().chain(attributes);
+        NodePublishVolumeRequest {
+            volume_id: format!("csi-{pod}"),
+            target_path: self.target(pod).to_str().unwrap().into(),
+            volume_capability: Some(writer("")),
+            volume_context: pairs.map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+            ..NodePublishVolumeRequest::default()
+        }
+    }
+
+    fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
+        self.runtime.block_on(self.node().node_publish_volume(request)).map(drop)
+    }
+
+    fn unpublish(&self, request: &NodePublishVolumeRequest) -> Result<(), Status> {
+        self.runtime.block_on(self.node().node_unpublish_volume(undo(request))).map(drop)
+    }
+
+    fn stats(&self, request: &NodePublishVolumeRequest) -> Result<NodeGetVolumeStatsResponse, Status> {
+        let asked = NodeGetVolumeStatsRequest {
+            volume_id: request.volume_id.clone(),
+            volume_path: request.target_path.clone(),
+            staging_target_path: String::new(),
+        };
+        self.runtime.block_on(self.node().node_get_volume_stats(asked)).map(tonic::Response::into_inner)
+    }
+
+    /// The report of the only mount's keeper.
+    fn keeper(&self) -> serde_json::Value {
+        let mounts = std::fs::read_dir(self.path("kubelet/plugins/fs/mounts")).unwrap();
+        let mount = mounts.map(|entry| entry.unwrap().path()).find(|path| !mounts_at(path).is_empty()).unwrap();
+        let output = Command::new("timeout")
+            .args(["-s", "KILL", "20", env!("CARGO_BIN_EXE_vineyard-fs"), "status", "--json"])
+            .arg(mount)
+            .output()
+            .unwrap();
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn stop(child: &mut Option<Child>, with: Signal) {
+        if let Some(mut child) = child.take() {
+            kill(Pid::from_raw(child.id() as i32), with).unwrap();
+            child.wait().unwrap();
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("plugin:\n{}\nmounter:\n{}", self.log("plugin.log"), self.log("mounter.log"));
+        }
+        // Whatever a failed test left: targets first, then mounts, through the list of mounts alone.
+        Node::stop(&mut self.plugin, Signal::SIGTERM);
+        let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let folder = self.path("kubelet");
+        let ours = |part: &str| -> Vec<PathBuf> {
+            let below = folder.join(part);
+            text.lines()
+                .filter_map(|line| line.split(' ').nth(4))
+                .map(PathBuf::from)
+                .filter(|p| p.starts_with(&below))
+                .collect()
+        };
+        for target in ours("pods") {
+            nix::mount::umount2(&target, nix::mount::MntFlags::MNT_DETACH).ok();
+        }
+        Node::stop(&mut self.mounter, Signal::SIGTERM);
+        for mount in ours("plugins") {
+            Command::new("timeout")
+                .args(["-s", "KILL", "20", env!("CARGO_BIN_EXE_vineyard-fs"), "unmount", "--force"])
+                .arg(mount)
+                .stderr(Stdio::null())
+                .status()
+                .unwrap();
+        }
+    }
+}
+
+fn undo(request: &NodePublishVolumeRequest) -> NodeUnpublishVolumeRequest {
+    NodeUnpublishVolumeRequest { volume_id: request.volume_id.clone(), target_path: request.target_path.clone() }
+}
+
+fn writer(group: &str) -> VolumeCapability {
+    VolumeCapability {
+        access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
+        access_type: Some(AccessType::Mount(MountVolume {
+            volume_mount_group: group.into(),
+            ..MountVolume::default()
+        })),
+    }
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(20), "waited too long until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Runs something that looks into a mount with a time limit of its own.
+#[track_caller]
+fn shell(command: &str) -> String {
+    let output = Command::new("timeout").args(["-s", "KILL", "30", "sh", "-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_driver_tells_what_it_is() {
+    let node = Node::new();
+    let mut identity = IdentityClient::new(node.channel.clone().unwrap());
+    node.runtime.block_on(async {
+        let info = identity.get_plugin_info(GetPluginInfoRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.name, "fs.vineyard.v6d.io");
+        assert!(!info.vendor_version.is_empty());
+        let capable = identity.get_plugin_capabilities(GetPluginCapabilitiesRequest {}).await.unwrap().into_inner();
+        assert!(capable.capabilities.is_empty());
+        let info = node.node().node_get_info(NodeGetInfoRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.node_id, "n1");
+        let capable = node.node().node_get_capabilities(NodeGetCapabilitiesRequest {}).await.unwrap().into_inner();
+        assert_eq!(capable.capabilities.len(), 3);
+    });
+    let ready = |identity: &mut IdentityClient<Channel>| {
+        node.runtime.block_on(identity.probe(ProbeRequest {})).unwrap().into_inner().ready
+    };
+    wait_until("the mounter answers", || ready(&mut identity) == Some(true));
+}
+
+#[test]
+fn an_inline_volume_is_published_written_measured_and_taken_away_twice_each() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request = node.request("p1", &[]);
+    let target = node.target("p1");
+    node.publish(request.clone()).unwrap();
+    node.publish(request.clone()).unwrap();
+    assert_eq!(mounts_at(&target).len(), 1, "published twice, mounted once");
+    std::fs::write(target.join("a.txt"), "hello").unwrap();
+    assert_eq!(std::fs::read_to_string(target.join("a.txt")).unwrap(), "hello");
+    let stats = node.stats(&request).unwrap();
+    assert!(!stats.volume_condition.as_ref().unwrap().abnormal, "{stats:?}");
+    let bytes = stats.usage.iter().find(|usage| usage.unit() == Unit::Bytes).unwrap();
+    assert_eq!(bytes.total, 64 << 20);
+    assert_eq!(bytes.total, bytes.used + bytes.available);
+    let mut other = request.clone();
+    other.volume_id = "other".into();
+    assert_eq!(node.stats(&other).unwrap_err().code(), Code::NotFound);
+    node.unpublish(&request).unwrap();
+    node.unpublish(&request).unwrap();
+    assert!(mounts_at(&target).is_empty() && !target.exists());
+    assert_eq!(node.stats(&request).unwrap_err().code(), Code::NotFound);
+    assert_eq!(std::fs::read_dir(node.path("kubelet/plugins/fs/targets")).unwrap().count(), 0);
+}
+
+#[test]
+fn another_way_to_publish_at_the_same_place_is_refused() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request = node.request("p1", &[("prefix", "run-1")]);
+    node.publish(request.clone()).unwrap();
+    let read_only = NodePublishVolumeRequest { readonly: true, ..request.clone() };
+    let volume = NodePublishVolumeRequest { volume_id: "other".into(), ..request.clone() };
+    let group = NodePublishVolumeRequest { volume_capability: Some(writer("5")), ..request.clone() };
+    let prefix = node.request("p1", &[("prefix", "run-2")]);
+    for (differs, what) in
+        [(read_only, "readonly"), (volume, "volume_id"), (group, "volume_mount_group"), (prefix, "attributes")]
+    {
+        let status = node.publish(differs).unwrap_err();
+        assert_eq!(status.code(), Code::AlreadyExists, "{what}");
+        assert!(status.message().contains(what), "{}", status.message());
+    }
+    node.publish(request.clone()).unwrap();
+    assert_eq!(mounts_at(&node.target("p1")).len(), 1);
+    node.unpublish(&request).unwrap();
+}
+
+#[test]
+fn read_only_volumes_refuse_writing_and_leave_others_alone() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let writable = node.request("w", &[]);
+    node.publish(writable.clone()).unwrap();
+    std::fs::write(node.target("w").join("a.txt"), "hello").unwrap();
+    let by_pod = NodePublishVolumeRequest { readonly: true, ..node.request("r1", &[]) };
+    let by_attribute = node.request("r2", &[("readOnly", "true")]);
+    let mut capability = writer("");
+    capability.access_mode = Some(AccessMode { mode: Mode::MultiNodeReaderOnly.into() });
+    let by_mode = NodePublishVolumeRequest { volume_capability: Some(capability), ..node.request("r3", &[]) };
+    for (pod, request) in [("r1", by_pod), ("r2", by_attribute), ("r3", by_mode)] {
+        node.publish(request.clone()).unwrap();
+        let target = node.target(pod);
+        assert_eq!(std::fs::read_to_string(target.join("a.txt")).unwrap(), "hello");
+        let refused = std::fs::write(target.join("b.txt"), "").unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(nix::libc::EROFS), "{pod}");
+        assert!(mounts_at(&target)[0].options.split(',').any(|option| option == "ro"));
+        node.unpublish(&request).unwrap();
+    }
+    std::fs::write(node.target("w").join("b.txt"), "still").unwrap();
+    node.unpublish(&writable).unwrap();
+}
+
+#[test]
+fn prefixes_keep_pods_apart_and_go_with_the_last_one() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let (all, one, same, two) = (
+        node.request("all", &[]),
+        node.request("one", &[("prefix", "team/run 1")]),
+        node.request("same", &[("prefix", "team/run 1")]),
+        node.request("two", &[("prefix", "team/run-2")]),
+    );
+    for request in [&all, &one, &same, &two] {
+        node.publish(request.clone()).unwrap();
+    }
+    assert_eq!(mounts_at(&node.target("one"))[0].root, "/team/run\\0401");
+    assert_eq!(mounts_at(&node.target("one"))[0].device, mounts_at(&node.target("two"))[0].device, "one server");
+    std::fs::write(node.target("one").join("a.txt"), "mine").unwrap();
+    assert_eq!(std::fs::read_to_string(node.target("same").join("a.txt")).unwrap(), "mine");
+    assert_eq!(std::fs::read_to_string(node.target("all").join("team/run 1/a.txt")).unwrap(), "mine");
+    assert_eq!(std::fs::read_dir(node.target("two")).unwrap().count(), 0);
+    assert_eq!(shell(&format!("cd '{}' && cd .. && pwd -P && ls", node.target("two").display())).lines().count(), 2);
+    std::fs::remove_file(node.target("same").join("a.txt")).unwrap();
+    let shown = |name: &str| node.target("all").join("team").join(name).exists();
+    node.unpublish(&one).unwrap();
+    assert!(shown("run 1"), "another pod still uses it");
+    node.unpublish(&same).unwrap();
+    assert!(!shown("run 1") && shown("run-2"));
+    std::fs::write(node.target("two").join("b.txt"), "stays").unwrap();
+    node.unpublish(&two).unwrap();
+    assert_eq!(std::fs::read_to_string(node.target("all").join("team/run-2/b.txt")).unwrap(), "stays");
+    node.unpublish(&all).unwrap();
+    // What is saved under the name of the first part is not a directory.
+    node.publish(all.clone()).unwrap();
+    std::fs::write(node.target("all").join("plain"), "file").unwrap();
+    let status = node.publish(node.request("three", &[("prefix", "plain/x")])).unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{}", status.message());
+    node.unpublish(&all).unwrap();
+}
+
+#[test]
+fn the_group_of_a_pod_owns_the_files_and_may_write() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request =
+        NodePublishVolumeRequest { volume_capability: Some(writer("8737")), ..node.request("g", &[("prefix", "x")]) };
+    let plain = node.request("p", &[("prefix", "x")]);
+    node.publish(request.clone()).unwrap();
+    node.publish(plain.clone()).unwrap();
+    let at = |pod: &str| node.target(pod).display().to_string();
+    let set = "setpriv --clear-groups --reuid 1000 --regid 1000";
+    let by = |groups: &str| format!("setpriv --groups {groups} --reuid 1000 --regid 1000");
+    assert_eq!(shell(&format!("stat -c %g:%a {}", at("g"))), "8737:775\n");
+    // The test's folder itself is closed to others, so the mount is entered as root.
+    shell(&format!("cd {} && {} sh -c 'echo hello > a.txt'", at("g"), by("8737")));
+    shell(&format!("cd {} && ! {set} sh -c 'echo hello > b.txt' 2>/dev/null", at("g")));
+    shell(&format!("cd {} && {set} sh -c 'echo hello > c.txt && cat a.txt'", at("p")));
+    assert_ne!(mounts_at(&node.target("g"))[0].device, mounts_at(&node.target("p"))[0].device);
+    for request in [request, plain] {
+        node.unpublish(&request).unwrap();
+    }
+}
+
+#[test]
+fn requests_that_cannot_work_are_refused_with_a_reason() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let good = || node.request("p", &[]);
+    let block = VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..writer("") };
+    let mut empty = good();
+    empty.volume_context = HashMap::new();
+    for (request, what) in [
+        (NodePublishVolumeRequest { volume_id: String::new(), ..good() }, "volume_id"),
+        (NodePublishVolumeRequest { target_path: String::new(), ..good() }, "target_path"),
+        (NodePublishVolumeRequest { target_path: "/etc/x".into(), ..good() }, "kubelet"),
+        (NodePublishVolumeRequest { volume_capability: None, ..good() }, "volume_capability"),
+        (NodePublishVolumeRequest { volume_capability: Some(VolumeCapability::default()), ..good() }, "access_type"),
+        (NodePublishVolumeRequest { volume_capability: Some(block), ..good() }, "block"),
+        (node.request("p", &[("socket", "/run/x")]), "socket"),
+        (node.request("p", &[("prefix", "../x")]), "prefix"),
+        (node.request("p", &[("format", "csv")]), "format"),
+        (node.request("p", &[("vineyard", "../x")]), "NAMESPACE/NAME"),
+        (empty, "vineyard"),
+    ] {
+        let status = node.publish(request).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{what}: {}", status.message());
+        assert!(status.message().contains(what), "{}", status.message());
+    }
+    for wrong in [
+        NodeUnpublishVolumeRequest { volume_id: "v".into(), target_path: String::new() },
+        NodeUnpublishVolumeRequest { volume_id: String::new(), target_path: good().target_path },
+        NodeUnpublishVolumeRequest { volume_id: "v".into(), target_path: "/etc".into() },
+    ] {
+        let status = node.runtime.block_on(node.node().node_unpublish_volume(wrong)).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+    }
+    assert!(!node.target("p").exists(), "nothing is left of what was refused");
+}
+
+#[test]
+fn a_target_that_is_something_else_is_left_as_it_is() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let at = |pod: &str| {
+        std::fs::create_dir_all(node.target(pod).parent().unwrap()).unwrap();
+        node.target(pod)
+    };
+    std::fs::write(at("file"), "precious").unwrap();
+    std::os::unix::fs::symlink("/etc", at("link")).unwrap();
+    std::fs::create_dir(at("used")).unwrap();
+    std::fs::write(at("used").join("x"), "precious").unwrap();
+    std::fs::create_dir(at("other")).unwrap();
+    shell(&format!("mount -t tmpfs none '{}'", at("other").display()));
+    for (pod, code, what) in [
+        ("file", Code::InvalidArgument, "is a file"),
+        ("link", Code::InvalidArgument, "symbolic link"),
+        ("used", Code::FailedPrecondition, "not empty"),
+        ("other", Code::FailedPrecondition, "tmpfs"),
+    ] {
+        let status = node.publish(node.request(pod, &[])).unwrap_err();
+        assert_eq!(status.code(), code, "{pod}");
+        assert!(status.message().contains(what), "{}", status.message());
+    }
+    assert_eq!(std::fs::read_to_string(at("used").join("x")).unwrap(), "precious");
+    assert_eq!(mounts_at(&at("other")).len(), 1);
+    // But a pod can always be deleted.
+    for pod in ["file", "link", "used", "other"] {
+        node.unpublish(&node.request(pod, &[])).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(at("file")).unwrap(), "precious");
+    assert!(mounts_at(&at("other")).is_empty());
+}
