@@ -75,13 +75,13 @@ impl Node {
         let log = std::fs::File::options().create(true).append(true).open(self.path(name)).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_vineyard-fs"));
         command.arg("csi").args(arguments).arg("--state-dir").arg(self.path("kubelet/plugins/fs"));
-        command.args(["--log-level", "debug"]);
+        command.args(["--log-level", "info,vineyard_fs=debug"]);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
     }
 
     fn start_mounter(&mut self) {
         let sockets = self.path("sockets");
-        let arguments = ["mounter", "--sockets", sockets.to_str().unwrap(), "--idle", "1h", "-o", "cache_size=64M"];
+        let arguments = ["mounter", "--sockets", sockets.to_str().unwrap(), "--idle", "10m", "-o", "cache_size=64M"];
         self.mounter = Some(self.spawn("mounter.log", &arguments));
     }
 
@@ -179,6 +179,7 @@ impl Drop for Node {
             eprintln!("plugin:\n{}\nmounter:\n{}", self.log("plugin.log"), self.log("mounter.log"));
         }
         // Whatever a failed test left: targets first, then mounts, through the list of mounts alone.
+        self.channel = None;
         Node::stop(&mut self.plugin, Signal::SIGTERM);
         let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let folder = self.path("kubelet");

@@ -24,7 +24,7 @@ const REPAIR: Duration = Duration::from_secs(2);
 /// Calls at once; a waiting one costs a thread.
 const THREADS: usize = 64;
 /// How long calls may go on after a signal.
-const LAST_CALLS: Duration = Duration::from_secs(5);
+const LAST_CALLS: Duration = Duration::from_secs(2);
 
 /// What a node plugin is told.
 #[derive(Clone, Debug)]
@@ -96,18 +96,28 @@ async fn serve(mut options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tracing::info!("node {} listens on {:?}", options.node.node_id, options.endpoint);
+    let (ended, mut is_ended) = tokio::sync::watch::channel(false);
     let end = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
         tracing::info!("ending");
+        ended.send(true).ok();
     };
     let served = Server::builder()
         .add_service(IdentityServer::new(identity))
         .add_service(NodeServer::new(node))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), end);
-    let served = served.await.map_err(|error| Error::new(Kind::Internal, "gRPC").with_source(error));
+    // A caller that keeps its connection open would keep this process.
+    let patience = async move {
+        is_ended.wait_for(|ended| *ended).await.ok();
+        tokio::time::sleep(LAST_CALLS).await;
+    };
+    let served = tokio::select! {
+        served = served => served.map_err(|error| Error::new(Kind::Internal, "gRPC").with_source(error)),
+        () = patience => Ok(()),
+    };
     std::fs::remove_file(&options.endpoint).ok();
     state.tidy();
     served
