@@ -7,12 +7,14 @@
 //!   replaced only when somebody wants it.
 //! - The **node plugin** ([`node`], [`identity`]) answers the kubelet: it bind-mounts those mounts, or a directory of
 //!   them, into pods. It knows nothing that is not in the list of mounts and in one small file for each target
-//!   ([`record`]), so it may end at any time.
+//!   ([`record`]), so it may end at any time. It also holds a copy of every mount's connection ([`holder`]), so that
+//!   the mounter may end too, as long as not both do at once.
 //!
 //! Nobody here looks into a mount without a deadline: see [`steps`].
 
 pub mod attributes;
 pub mod failure;
+pub mod holder;
 pub mod identity;
 pub mod link;
 pub mod metrics;

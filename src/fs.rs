@@ -230,7 +230,7 @@ impl FileSystem {
         // Handles of a former server must not meet ours: numbers start at a point that no server reached before.
         let start = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64) << 20;
         FileSystem {
-            objects: objects::Objects::default(),
+            objects: objects::Objects::new(options.tables),
             inodes: Inodes::new(options.prefix.clone()),
             cache: cache::ImageCache::new(options.cache_size, host.clone()),
             handles: Mutex::default(),

@@ -461,3 +461,274 @@ fn a_target_that_is_something_else_is_left_as_it_is() {
     assert_eq!(std::fs::read_to_string(at("file")).unwrap(), "precious");
     assert!(mounts_at(&at("other")).is_empty());
 }
+
+#[test]
+fn two_calls_for_one_target_at_once_leave_one_mount() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request = node.request("p", &[]);
+    let results: Vec<_> = node.runtime.block_on(async {
+        let calls = (0..8).map(|_| {
+            let (mut client, request) = (node.node(), request.clone());
+            tokio::spawn(async move { client.node_publish_volume(request).await })
+        });
+        let mut results = Vec::new();
+        for call in calls.collect::<Vec<_>>() {
+            results.push(call.await.unwrap());
+        }
+        results
+    });
+    assert!(results.iter().any(Result::is_ok));
+    for status in results.into_iter().filter_map(Result::err) {
+        assert_eq!(status.code(), Code::Aborted, "{}", status.message());
+    }
+    assert_eq!(mounts_at(&node.target("p")).len(), 1);
+    node.unpublish(&request).unwrap();
+}
+
+#[test]
+fn a_vineyardd_that_comes_late_is_waited_for_and_one_that_does_not_is_named() {
+    let node = Node::with("3s");
+    let request = node.request("p", &[]);
+    let begun = Instant::now();
+    let status = node.publish(request.clone()).unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("no vineyardd system/v on this node"), "{}", status.message());
+    assert!(begun.elapsed() > Duration::from_secs(1) && begun.elapsed() < Duration::from_secs(6));
+    assert!(mounts_at(&node.target("p")).is_empty());
+    let store = Vineyardd::start("64Mi");
+    std::thread::scope(|scope| {
+        let publishing = scope.spawn(|| node.publish(request.clone()));
+        std::thread::sleep(Duration::from_millis(500));
+        node.add(&store, "v");
+        publishing.join().unwrap().unwrap();
+    });
+    assert_eq!(mounts_at(&node.target("p")).len(), 1);
+    node.unpublish(&request).unwrap();
+    // A pod that never got its volume can be deleted too.
+    node.unpublish(&node.request("never", &[])).unwrap();
+}
+
+#[test]
+fn a_dead_mount_is_repaired_under_its_targets_and_by_publishing_again() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request = node.request("p", &[("prefix", "run")]);
+    node.publish(request.clone()).unwrap();
+    let target = node.target("p");
+    std::fs::write(target.join("a.txt"), "safe").unwrap();
+    let device = mounts_at(&target)[0].device.clone();
+    let minor: u32 = device.split(':').nth(1).unwrap().parse().unwrap();
+    vineyard_fs::fuse::mount::abort((0, minor)).unwrap();
+    assert_eq!(std::fs::read_dir(&target).unwrap_err().raw_os_error(), Some(nix::libc::ENOTCONN));
+    node.publish(request.clone()).unwrap();
+    assert_eq!(std::fs::read_to_string(target.join("a.txt")).unwrap(), "safe");
+    let again = mounts_at(&target);
+    assert!(again.len() == 1 && again[0].device != device);
+    // Without a kubelet that asks: the driver looks by itself.
+    let minor: u32 = again[0].device.split(':').nth(1).unwrap().parse().unwrap();
+    vineyard_fs::fuse::mount::abort((0, minor)).unwrap();
+    wait_until("the target is bound again", || {
+        std::fs::read_to_string(target.join("a.txt")).is_ok_and(|text| text == "safe")
+    });
+    node.unpublish(&request).unwrap();
+}
+
+#[test]
+fn a_hung_mount_is_measured_revived_and_unmounted_in_time() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request = node.request("p", &[]);
+    node.publish(request.clone()).unwrap();
+    let target = node.target("p");
+    std::fs::write(target.join("a.txt"), "safe").unwrap();
+    let server = |node: &Node| Pid::from_raw(node.keeper()["server"]["pid"].as_i64().unwrap() as i32);
+    let stopped = server(&node);
+    kill(stopped, Signal::SIGSTOP).unwrap();
+    let begun = Instant::now();
+    let stats = node.stats(&request).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(8));
+    // Its own watch over targets may have replaced the server already.
+    if let Some(condition) = stats.volume_condition.filter(|condition| condition.abnormal) {
+        assert!(condition.message.contains("has not answered"), "{}", condition.message);
+    }
+    node.publish(request.clone()).unwrap();
+    assert_ne!(server(&node), stopped, "the server was replaced");
+    assert_eq!(shell(&format!("cat {}/a.txt", target.display())), "safe");
+    let stopped = server(&node);
+    kill(stopped, Signal::SIGSTOP).unwrap();
+    let begun = Instant::now();
+    node.unpublish(&request).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(mounts_at(&target).is_empty());
+    kill(stopped, Signal::SIGCONT).ok();
+}
+
+#[test]
+fn both_processes_may_be_replaced_while_a_pod_reads_and_writes() {
+    let (store, mut node) = (Vineyardd::start("256Mi"), Node::new());
+    node.add(&store, "v");
+    let request = node.request("p", &[("prefix", "run")]);
+    node.publish(request.clone()).unwrap();
+    let target = node.target("p");
+    let bytes: Vec<u8> = (0..8 << 20).map(|i: u32| (i / 7) as u8).collect();
+    std::fs::write(target.join("big.bin"), &bytes).unwrap();
+    let device = mounts_at(&target)[0].device.clone();
+    let open = std::fs::File::open(target.join("big.bin")).unwrap();
+    let half = std::fs::File::create(target.join("half.bin")).unwrap();
+    use std::os::unix::fs::FileExt;
+    half.write_all_at(&bytes[..4 << 20], 0).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let relaxed = std::sync::atomic::Ordering::Relaxed;
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut rounds = 0;
+            while !done.load(relaxed) {
+                assert!(std::fs::read(target.join("big.bin")).unwrap() == bytes);
+                std::fs::write(target.join(format!("note-{}", rounds % 3)), "x").unwrap();
+                rounds += 1;
+            }
+            rounds
+        });
+        // The mounter first: its keeper hands the mount to the node plugin, and the next one takes it from there.
+        for signal in [Signal::SIGTERM, Signal::SIGTERM, Signal::SIGKILL] {
+            if signal == Signal::SIGKILL {
+                // What happens to the processes of a container that is killed.
+                let keeper = node.keeper()["keeper"]["pid"].as_i64().unwrap();
+                kill(Pid::from_raw(keeper as i32), signal).unwrap();
+            }
+            Node::stop(&mut node.mounter, signal);
+            assert_eq!(mounts_at(&target)[0].device, device);
+            node.start_mounter();
+            std::thread::sleep(Duration::from_secs(1));
+            node.publish(request.clone()).unwrap();
+            assert_eq!(mounts_at(&target)[0].device, device, "the same mount");
+        }
+        node.channel = None;
+        Node::stop(&mut node.plugin, Signal::SIGTERM);
+        std::thread::sleep(Duration::from_millis(300));
+        node.start_plugin("10s");
+        // Its keepers give the new plugin their connections, so the mounter may be replaced once more.
+        std::thread::sleep(Duration::from_millis(1500));
+        Node::stop(&mut node.mounter, Signal::SIGTERM);
+        node.start_mounter();
+        node.publish(request.clone()).unwrap();
+        assert_eq!(mounts_at(&target)[0].device, device);
+        done.store(true, relaxed);
+        assert!(reader.join().unwrap() > 0);
+    });
+    let mut read = vec![0; bytes.len()];
+    open.read_exact_at(&mut read, 0).unwrap();
+    assert!(read == bytes, "an open file goes on");
+    half.write_all_at(&bytes[4 << 20..], 4 << 20).unwrap();
+    half.sync_all().unwrap();
+    assert!(std::fs::read(target.join("half.bin")).unwrap() == bytes, "and so does one that is being written");
+    drop((open, half));
+    node.unpublish(&request).unwrap();
+}
+
+#[test]
+fn several_vineyardds_have_mounts_of_their_own_which_go_when_nobody_uses_them() {
+    let (one, two) = (Vineyardd::start("64Mi"), Vineyardd::start("64Mi"));
+    let mut node = Node::new();
+    node.add(&one, "v");
+    node.add(&two, "w");
+    let (first, second) = (node.request("p", &[]), node.request("q", &[("vineyard", "system/w")]));
+    node.publish(first.clone()).unwrap();
+    node.publish(second.clone()).unwrap();
+    std::fs::write(node.target("p").join("a.txt"), "in v").unwrap();
+    assert_eq!(std::fs::read_dir(node.target("q")).unwrap().count(), 0);
+    node.unpublish(&first).unwrap();
+    node.unpublish(&second).unwrap();
+    node.channel = None;
+    Node::stop(&mut node.mounter, Signal::SIGTERM);
+    Node::stop(&mut node.plugin, Signal::SIGTERM);
+    let left = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!left.contains(node.path("kubelet").to_str().unwrap()), "no mount is left");
+    assert!(!node.path("kubelet/plugins/fs").exists(), "no file is left");
+}
+
+#[test]
+fn tables_are_listed_in_the_format_that_a_volume_asks_for() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let (arrow, parquet) = (node.request("a", &[]), node.request("b", &[("format", "parquet")]));
+    node.publish(arrow.clone()).unwrap();
+    // A table that another client put, not saved as a file: its recipe would name the view.
+    let environment = common::vineyardd::binary().ancestors().nth(6).unwrap().to_owned();
+    let code = "import sys, pandas, vineyard; \
+                vineyard.connect(sys.argv[1]).put(pandas.DataFrame({'a': [1, 2]}), name='t', persist=True)";
+    let output = Command::new("timeout")
+        .args(["-s", "KILL", "60"])
+        .arg(environment.join("bin/python"))
+        .args(["-c", code])
+        .arg(store.socket())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    node.publish(parquet.clone()).unwrap();
+    let listed = |pod: &str| -> Vec<String> {
+        let entries = std::fs::read_dir(node.target(pod)).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    assert_eq!((listed("a"), listed("b")), (vec!["t.arrow".to_owned()], vec!["t.parquet".to_owned()]));
+    node.unpublish(&arrow).unwrap();
+    node.unpublish(&parquet).unwrap();
+}
+
+/// Prints the figures; the limits are wide, because tests share the machine.
+#[test]
+fn a_hundred_volumes_come_and_go_at_once() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let first = node.request("first", &[]);
+    node.publish(first.clone()).unwrap();
+    let mut times: Vec<Duration> = Vec::new();
+    for round in 0..20 {
+        let request = node.request(&format!("one-{round}"), &[("prefix", "x")]);
+        let begun = Instant::now();
+        node.publish(request.clone()).unwrap();
+        times.push(begun.elapsed());
+        node.unpublish(&request).unwrap();
+    }
+    times.sort_unstable();
+    let requests: Vec<_> =
+        (0..100).map(|pod| node.request(&format!("pod-{pod}"), &[("prefix", &format!("run-{}", pod % 10))])).collect();
+    let begun = Instant::now();
+    let all = |publish: bool| {
+        node.runtime.block_on(async {
+            let calls = requests.iter().cloned().map(|request| {
+                let mut client = node.node();
+                tokio::spawn(async move {
+                    match publish {
+                        true => client.node_publish_volume(request).await.map(drop),
+                        false => client.node_unpublish_volume(undo(&request)).await.map(drop),
+                    }
+                })
+            });
+            for call in calls.collect::<Vec<_>>() {
+                call.await.unwrap().unwrap();
+            }
+        });
+    };
+    all(true);
+    let published = begun.elapsed();
+    assert!(requests.iter().all(|request| mounts_at(Path::new(&request.target_path)).len() == 1));
+    all(false);
+    let took = begun.elapsed();
+    assert!(requests.iter().all(|request| !Path::new(&request.target_path).exists()));
+    node.unpublish(&first).unwrap();
+    assert_eq!(std::fs::read_dir(node.path("kubelet/plugins/fs/targets")).unwrap().count(), 0);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", node.plugin.as_ref().unwrap().id())).unwrap();
+    let memory = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    let kib: u64 = memory.split_whitespace().nth(1).unwrap().parse().unwrap();
+    println!(
+        "publish to a running mount: median {:?}, worst {:?}; 100 at once: published in {published:?}, all in {took:?}; \
+         peak memory of the node plugin {} MiB",
+        times[10],
+        times[19],
+        kib >> 10
+    );
+    assert!(times[10] < Duration::from_millis(500) && took < Duration::from_secs(60));
+    assert!(kib < 40 << 10, "{kib} KiB");
+}

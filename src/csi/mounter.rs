@@ -150,7 +150,6 @@ impl Mounter {
             if running.lives() && self.answers(&path, running) {
                 return Ok(Live { key: key.clone(), path, device: running.device });
             }
-            tracing::warn!("{}: the mount is dead; making it anew", key.name());
             self.give_up(&mut slot, key)?;
         }
         let running = self.start(key, until)?;
@@ -196,10 +195,16 @@ impl Mounter {
         }
     }
 
-    /// Ends a mount that does not work, and whoever waits for it gets an error.
+    /// Ends a mount that does not work, and whoever waits for it gets an error. One whose keeper has ended may still be
+    /// taken over by the next.
     fn give_up(&self, slot: &mut Slot, key: &MountKey) -> Outcome<()> {
         let path = self.state.mount(key);
         if let Some(mut running) = slot.running.take() {
+            if !running.lives() {
+                tracing::warn!("{path:?}: the keeper has ended; starting another");
+                return Ok(());
+            }
+            tracing::warn!("{path:?} does not work; making it anew");
             if let Err(error) = mounting::abort(running.device) {
                 tracing::info!("{path:?}: {error}");
             }
@@ -254,16 +259,17 @@ impl Mounter {
             let Ok(mut slot) = slot.try_lock() else { continue };
             let recent = slot.asked.is_some_and(|asked| asked.elapsed() < self.options.idle);
             let Some(running) = &mut slot.running else { continue };
-            if running.lives() && (recent || in_use(running.device, &self.state).unwrap_or(true)) {
+            let device = running.device;
+            // A keeper that has ended is started again when the node plugin looks after its targets.
+            if recent || in_use(device, &self.state).unwrap_or(true) {
                 continue;
             }
-            if running.lives() {
-                tracing::info!("{}: unused; unmounting", key.name());
-            } else {
-                tracing::warn!("{}: the keeper has ended", key.name());
-            }
+            tracing::info!("{}: unused; unmounting", key.name());
             running.end();
             slot.running = None;
+            if let Err(failure) = target::unmount(&self.state.mount(&key)) {
+                tracing::warn!("{}", failure.message);
+            }
             self.remove(&key);
         }
     }

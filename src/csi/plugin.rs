@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
+use super::holder::Holder;
 use super::identity::IdentityService;
 use super::metrics::Metrics;
 use super::node::{NodeOptions, NodeService};
@@ -82,13 +83,20 @@ async fn serve(mut options: Options) -> Result<()> {
         tokio::spawn(metrics.clone().serve(listener));
     }
     let identity = IdentityService { mounter: state.mounter_socket() };
+    let holder = Holder::start(&state.holder_socket())?;
     let node = NodeService::new(options.node.clone(), state.clone(), metrics);
     let repairing = node.clone();
     tokio::spawn(async move {
         loop {
-            let repairing = repairing.clone();
+            let (repairing, holder) = (repairing.clone(), holder.clone());
+            let work = move || {
+                repairing.repair();
+                if let Err(error) = holder.drop_unused() {
+                    tracing::warn!("{error}");
+                }
+            };
             // Fails only when the runtime ends.
-            tokio::task::spawn_blocking(move || repairing.repair()).await.ok();
+            tokio::task::spawn_blocking(work).await.ok();
             tokio::time::sleep(REPAIR).await;
         }
     });
@@ -119,6 +127,7 @@ async fn serve(mut options: Options) -> Result<()> {
         () = patience => Ok(()),
     };
     std::fs::remove_file(&options.endpoint).ok();
+    std::fs::remove_file(state.holder_socket()).ok();
     state.tidy();
     served
 }

@@ -164,9 +164,16 @@ struct Known {
 #[derive(Default)]
 pub struct Objects {
     known: Mutex<Known>,
+    /// The listed view of tables that were not saved as files.
+    tables: View,
 }
 
 impl Objects {
+    /// An empty table. Listings show tables that were not saved as files as this view, where they have it.
+    pub fn new(tables: View) -> Self {
+        Objects { tables, ..Objects::default() }
+    }
+
     fn known(&self) -> std::sync::MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -253,7 +260,7 @@ impl Objects {
                     continue;
                 }
             };
-            let summary = summarize(meta, &recorder);
+            let summary = summarize(meta, &recorder, self.tables);
             let sizes = recorder.take();
             if sizes.is_empty() {
                 summaries.insert(id, summary?);
@@ -268,7 +275,7 @@ impl Objects {
             let all = store.prepare(&wanted);
             for (meta, sizes) in again {
                 let sizes = if all.is_ok() { Ok(()) } else { store.prepare(&sizes) };
-                match sizes.and_then(|()| summarize(meta, store)) {
+                match sizes.and_then(|()| summarize(meta, store, self.tables)) {
                     Ok(summary) => drop(summaries.insert(meta.id(), summary)),
                     Err(error) if is_elsewhere(&error) => absent = Some(error),
                     Err(error) => return Err(error),
@@ -347,7 +354,7 @@ fn is_elsewhere(error: &Error) -> bool {
 
 /// # Errors
 /// Only what says nothing about the object itself.
-fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
+fn summarize(meta: &Meta, source: &dyn BlobSource, tables: View) -> Result<Summary> {
     let described = dataset::decode(meta, source).and_then(|dataset| {
         let mut sizes: Vec<(View, Option<u64>)> = Vec::new();
         for view in image::views_of(&dataset) {
@@ -357,6 +364,9 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
             sizes.push((view, size));
         }
         let mut listed = image::listed_view(&dataset);
+        if listed == View::Arrow && sizes.iter().any(|(view, _)| *view == tables) {
+            listed = tables;
+        }
         if let Some(recipe) = recipe_of(meta)? {
             let written = view_of(recipe.view);
             sizes.retain(|(view, _)| *view != written);

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::image::View;
+
 /// How files are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -33,6 +35,8 @@ pub struct Options {
     pub dir_mode: u16,
     /// How files are served.
     pub serve: ServePolicy,
+    /// Which view listings show of a table that was not saved as a file, where the table has it.
+    pub tables: View,
     /// Most bytes of assembled images.
     pub cache_size: u64,
     /// Most bytes of files being written.
@@ -56,6 +60,7 @@ impl Default for Options {
             file_mode: 0o644,
             dir_mode: 0o755,
             serve: ServePolicy::Auto,
+            tables: View::Arrow,
             cache_size: 1 << 30,
             staging_size: 1 << 30,
             entry_ttl: Duration::from_secs(1),

@@ -14,7 +14,9 @@ use serde_json::{Value, json};
 
 use self::children::{Server, Store};
 use self::files::Files;
+use self::successor::{Successor, connection, mount_anew};
 use super::config::MountConfig;
+use super::handover::Handed;
 use super::handshake::{Agreed, flag};
 use super::mount::{self, MountOptions, Mounted};
 use super::protocol::{self, FILES_PER_MESSAGE, Hello, Reply, Request};
@@ -24,6 +26,7 @@ use crate::error::{Context, Error, Kind, Result};
 
 pub mod children;
 pub mod files;
+pub mod successor;
 
 /// Pauses before the next start of a server, one after the other; the last one again and again.
 const BACK_OFF: [Duration; 5] = [
@@ -92,21 +95,27 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         read_only: config.read_only,
         allow_other: config.allow_other,
     };
-    let mounted = mount::mount(&options)?;
-    let prepared = mount::initialise(&mounted.fuse).and_then(|agreed| {
-        record.device = Some(mounted.device);
-        runtime.write_record(record)?;
-        Ok(agreed)
-    });
-    let agreed = match prepared {
-        Ok(agreed) => agreed,
-        Err(error) => {
-            mount::detach(&config.mountpoint).ok();
-            return Err(error);
+    let mut successor = config.holder.as_deref().map(Successor::at);
+    let handed = successor.as_ref().and_then(|successor| successor.take(&config.mountpoint));
+    let resumed = handed.is_some();
+    let mut files = Files::new(&config);
+    let (mounted, agreed) = match handed {
+        Some(handed) => {
+            tracing::info!("going on with the mount that another keeper left");
+            handed.files.into_iter().for_each(|(what, file)| files.adopt(what, file));
+            for (key, value) in handed.state {
+                files.put_state(key, Some(value))?;
+            }
+            let Handed { fuse, device, allow_other, agreed, .. } = handed;
+            record.device = Some(device);
+            runtime.write_record(record)?;
+            (Mounted { fuse, device, allow_other }, agreed)
         }
+        None => mount_anew(&options, config.holder.is_some(), runtime, record)?,
     };
-    mount::raise_readahead(mounted.device);
-    let files = Files::new(&config);
+    if let Some(successor) = &mut successor {
+        successor.deposit(&connection(&config.mountpoint, &mounted, agreed)?);
+    }
     let no_passthrough = match agreed.flags & flag::PASSTHROUGH {
         0 => Some(format!("this kernel (FUSE 7.{}) has no passthrough; Linux 6.9 has", agreed.minor)),
         _ => files.probe(&mounted.fuse).err().map(|error| error.to_string()),
@@ -123,7 +132,10 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         server: None,
         next_start: Some(Instant::now()),
         failures: 0,
-        starts: 0,
+        successor,
+        handed_over: false,
+        // A server that is not the mount's first one adopts what is there.
+        starts: u64::from(resumed),
         ready: false,
         failed: None,
         ending: None,
@@ -166,6 +178,10 @@ struct Keeper {
     /// Servers that died soon after their start, in a row.
     failures: usize,
     starts: u64,
+    /// Who holds a copy of the connection.
+    successor: Option<Successor>,
+    /// The mount is the holder's now, and must stay.
+    handed_over: bool,
     /// Some server has been serving.
     ready: bool,
     /// Why the first server could not.
@@ -180,6 +196,7 @@ struct Keeper {
 struct Woken {
     signal: bool,
     disconnected: bool,
+    holder: bool,
     request: bool,
     question: bool,
 }
@@ -198,9 +215,13 @@ impl Keeper {
             if woken.request {
                 self.answer_server();
             }
+            self.follow_holder(woken.holder)?;
             if woken.signal {
                 while let Some(signal) = signals.read_signal()? {
                     if signal.ssi_signo != Signal::SIGCHLD as u32 {
+                        if self.hand_over() {
+                            return Ok(());
+                        }
                         self.end("a signal");
                     }
                 }
@@ -236,6 +257,10 @@ impl Keeper {
         if let (Some(next), None) = (self.next_start, self.ending) {
             longest = Some(next.saturating_duration_since(Instant::now()));
         }
+        if let (Some(due), None) = (self.successor.as_ref().and_then(Successor::due), self.ending) {
+            let left = due.saturating_duration_since(Instant::now());
+            longest = Some(longest.map_or(left, |longest: Duration| longest.min(left)));
+        }
         if let Some(since) = self.ending {
             longest = Some((since + LAST_WORDS).saturating_duration_since(Instant::now()));
         }
@@ -245,10 +270,12 @@ impl Keeper {
         let control = self.server.as_ref().and_then(|server| server.control.as_ref()).map(AsFd::as_fd);
         // No event is asked of the connection: an error is told in any case, when the mount has gone.
         let fuse = self.ending.is_none().then(|| self.mounted.fuse.as_fd());
+        let holder = self.successor.as_ref().and_then(Successor::socket);
         let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         fds.push(PollFd::new(self.answers.as_fd(), PollFlags::POLLIN));
         fds.extend(control.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         fds.extend(fuse.map(|fd| PollFd::new(fd, PollFlags::empty())));
+        fds.extend(holder.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Woken::default()),
@@ -260,6 +287,7 @@ impl Keeper {
             question: woken.next().unwrap_or(false),
             request: control.is_some() && woken.next().unwrap_or(false),
             disconnected: fuse.is_some() && woken.next().unwrap_or(false),
+            holder: holder.is_some() && woken.next().unwrap_or(false),
         })
     }
 
@@ -327,8 +355,11 @@ impl Keeper {
         self.detach();
     }
 
-    /// Detaches the mount, if it is still this one that is mounted there.
+    /// Detaches the mount, if it is still this one that is mounted there, and still this keeper's.
     fn detach(&self) {
+        if self.handed_over {
+            return;
+        }
         match mountinfo::at(&self.config.mountpoint) {
             Ok(Some(found)) if found.device == self.mounted.device => {
                 if let Err(error) = mount::detach(&self.config.mountpoint) {
