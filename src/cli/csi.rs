@@ -91,6 +91,12 @@ pub struct MounterArgs {
     /// How long a mount stays that no pod uses
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = options::millis)]
     pub idle: u64,
+    /// Mount this vineyardd all the time, whether a volume asks for it or not
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub always: Vec<Instance>,
+    /// Mount those of --always at DIR/NAMESPACE/NAME, for pods that use folders of the node
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, requires = "always")]
+    pub host_dir: Option<PathBuf>,
     /// An option for every mount, as in /etc/fstab (see `vineyard-fs mount --help`): cache_size=4G
     #[arg(short = 'o', value_name = "OPTION,...")]
     pub options: Vec<String>,
@@ -133,6 +139,8 @@ fn keep(arguments: MounterArgs) -> Result<()> {
         sockets: arguments.sockets,
         mount_options: arguments.options.into_iter().flat_map(|list| ["-o".to_owned(), list]).collect(),
         idle: Duration::from_millis(arguments.idle),
+        always: arguments.always,
+        host_dir: arguments.host_dir.map(std::path::absolute).transpose()?,
         log_format: arguments.log.log_format,
         log_level: arguments.log.log_level,
     })

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal};
 
 use self::running::{Running, Spawn};
+use super::attributes::{Format, Instance};
 use super::failure::{Failure, Outcome};
 use super::link::{self, Answer, Live, Question};
 use super::state::{MountKey, State};
@@ -30,6 +31,8 @@ const ANSWER: Duration = Duration::from_secs(2);
 const ANSWER_AGAIN: Duration = Duration::from_secs(5);
 /// How often unused mounts are looked for.
 const LOOK: Duration = Duration::from_secs(5);
+/// How often mounts that are there all the time are looked after.
+const LOOK_ALWAYS: Duration = Duration::from_secs(2);
 /// Longest question.
 const QUESTION: Duration = Duration::from_secs(5);
 
@@ -44,6 +47,10 @@ pub struct Options {
     pub mount_options: Vec<String>,
     /// How long a mount stays that no pod uses.
     pub idle: Duration,
+    /// Vineyardds that are mounted all the time, whether a volume asks for them or not.
+    pub always: Vec<Instance>,
+    /// Where those are mounted, as `NAMESPACE/NAME`, for pods that use folders of the node.
+    pub host_dir: Option<PathBuf>,
     /// How log lines of the mounts look.
     pub log_format: LogFormat,
     /// What they log.
@@ -91,6 +98,15 @@ pub fn run(options: Options) -> Result<()> {
             looking.unmount_unused();
         }
     })?;
+    if !mounter.options.always.is_empty() {
+        let keeping = mounter.clone();
+        thread("lasting mounts", move || {
+            loop {
+                keeping.mount_always();
+                std::thread::sleep(LOOK_ALWAYS);
+            }
+        })?;
+    }
     let signal = signals.wait()?;
     tracing::info!("ending: {signal}");
     std::fs::remove_file(&socket).ok();
@@ -136,6 +152,26 @@ impl Mounter {
         link::send(&mut stream, &answer).ok();
     }
 
+    /// Where a mount is.
+    fn path(&self, key: &MountKey) -> PathBuf {
+        match &self.options.host_dir {
+            Some(folder) if self.options.always.iter().any(|vineyard| *key == lasting(vineyard)) => {
+                folder.join(&key.vineyard.namespace).join(&key.vineyard.name)
+            }
+            _ => self.state.mount(key),
+        }
+    }
+
+    /// Mounts what is to be there all the time and is not.
+    fn mount_always(&self) {
+        for vineyard in &self.options.always {
+            let key = lasting(vineyard);
+            if let Err(failure) = self.mount(&key, Instant::now() + LOOK_ALWAYS) {
+                tracing::warn!("{}: {}", key.name(), failure.message);
+            }
+        }
+    }
+
     fn slot(&self, key: &MountKey) -> Arc<Mutex<Slot>> {
         self.slots.lock().unwrap_or_else(|e| e.into_inner()).entry(key.clone()).or_default().clone()
     }
@@ -145,7 +181,7 @@ impl Mounter {
         let slot = self.slot(key);
         let mut slot = lock(&slot, until).ok_or_else(|| self.absent(key))?;
         slot.asked = Some(Instant::now());
-        let path = self.state.mount(key);
+        let path = self.path(key);
         if let Some(running) = &mut slot.running {
             if running.lives() && self.answers(&path, running) {
                 return Ok(Live { key: key.clone(), path, device: running.device });
@@ -165,7 +201,7 @@ impl Mounter {
             // One that is being mounted is not there yet.
             let slot = slot.try_lock().ok()?;
             let running = slot.running.as_ref()?;
-            Some(Live { key: key.clone(), path: self.state.mount(key), device: running.device })
+            Some(Live { key: key.clone(), path: self.path(key), device: running.device })
         });
         live.collect()
     }
@@ -198,7 +234,7 @@ impl Mounter {
     /// Ends a mount that does not work, and whoever waits for it gets an error. One whose keeper has ended may still be
     /// taken over by the next.
     fn give_up(&self, slot: &mut Slot, key: &MountKey) -> Outcome<()> {
-        let path = self.state.mount(key);
+        let path = self.path(key);
         if let Some(mut running) = slot.running.take() {
             if !running.lives() {
                 tracing::warn!("{path:?}: the keeper has ended; starting another");
@@ -214,7 +250,7 @@ impl Mounter {
     }
 
     fn start(&self, key: &MountKey, until: Instant) -> Outcome<Running> {
-        let path = self.state.mount(key);
+        let path = self.path(key);
         if let Some(running) = Running::find(&path)? {
             tracing::info!("{path:?} goes on with the keeper it has");
             return Ok(running);
@@ -267,7 +303,7 @@ impl Mounter {
             tracing::info!("{}: unused; unmounting", key.name());
             running.end();
             slot.running = None;
-            if let Err(failure) = target::unmount(&self.state.mount(&key)) {
+            if let Err(failure) = target::unmount(&self.path(&key)) {
                 tracing::warn!("{}", failure.message);
             }
             self.remove(&key);
@@ -276,11 +312,17 @@ impl Mounter {
 
     /// Removes the directory that a mount was on.
     fn remove(&self, key: &MountKey) {
-        let path = self.state.mount(key);
+        let path = self.path(key);
         if mountinfo::at(&path).is_ok_and(|mounted| mounted.is_none())
             && let Err(error) = std::fs::remove_dir(&path)
         {
             tracing::info!("{path:?} stays: {error}");
+        }
+        if let Some(folder) = &self.options.host_dir
+            && path.starts_with(folder)
+        {
+            // These go if nothing else is in them.
+            path.parent().map(std::fs::remove_dir);
         }
     }
 
@@ -303,6 +345,11 @@ impl Mounter {
         }
         self.state.tidy();
     }
+}
+
+/// The mount of a vineyardd for pods of any group.
+fn lasting(vineyard: &Instance) -> MountKey {
+    MountKey { vineyard: vineyard.clone(), format: Format::default(), group: None }
 }
 
 /// Whether a mount is shown anywhere but at its own place.
