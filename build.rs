@@ -7,6 +7,7 @@ const DEFINITION: &str = "src/csi/csi.proto";
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={DEFINITION}");
     let definition = protox::compile([DEFINITION], ["src/csi"])?;
-    tonic_prost_build::configure().compile_fds(definition)?;
+    // Services of the specification have more calls than any driver answers: the rest are UNIMPLEMENTED.
+    tonic_prost_build::configure().generate_default_stubs(true).compile_fds(definition)?;
     Ok(())
 }
