@@ -11,11 +11,13 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::error::Result;
 
 pub mod csi;
+pub mod gc;
 pub mod get;
 pub mod helper;
 pub mod info;
 pub mod kedro;
 pub mod ls;
+pub mod migrate;
 pub mod mount;
 pub mod mv;
 pub mod options;
@@ -24,6 +26,7 @@ pub mod rm;
 pub mod status;
 pub mod store;
 pub mod unmount;
+pub mod upgrade;
 
 /// Every vineyard dataset is a file.
 #[derive(Debug, Parser)]
@@ -56,6 +59,8 @@ enum Command {
     /// The driver that puts mounts into Kubernetes pods
     #[command(subcommand)]
     Csi(csi::CsiCommand),
+    /// Let a running mount go on with this program, without a break
+    Upgrade(upgrade::Args),
     /// Share the data of a Kedro pipeline through vineyard
     #[command(subcommand)]
     Kedro(kedro::KedroCommand),
@@ -73,6 +78,12 @@ enum Command {
     Rm(rm::Args),
     /// Give a dataset another name
     Mv(mv::Args),
+    /// Move datasets to an instance of the cluster
+    Migrate(migrate::Args),
+    /// Keep a copy of datasets on this instance of the cluster
+    Pin(migrate::PinArgs),
+    /// Remove names whose objects are gone, and copies that nothing names
+    Gc(gc::Args),
     /// Completions for a shell, to be sourced
     Completions {
         /// Which shell
@@ -111,6 +122,7 @@ pub fn main() -> ExitCode {
         Command::Unmount(arguments) => unmount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Csi(command) => csi::run(command),
+        Command::Upgrade(arguments) => upgrade::run(&arguments),
         Command::Kedro(command) => kedro::run(command),
         Command::Run(arguments) => kedro::run_command(arguments),
         Command::Ls(arguments) => ls::run(&arguments),
@@ -119,6 +131,9 @@ pub fn main() -> ExitCode {
         Command::Put(arguments) => put::run(&arguments),
         Command::Rm(arguments) => rm::run(&arguments),
         Command::Mv(arguments) => mv::run(&arguments),
+        Command::Migrate(arguments) => migrate::run(&arguments),
+        Command::Pin(arguments) => migrate::pin(&arguments),
+        Command::Gc(arguments) => gc::run(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut std::io::stdout());
             Ok(())

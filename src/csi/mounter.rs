@@ -184,7 +184,11 @@ impl Mounter {
         let path = self.path(key);
         if let Some(running) = &mut slot.running {
             if running.lives() && self.answers(&path, running) {
-                return Ok(Live { key: key.clone(), path, device: running.device });
+                // The keeper itself may have made the mount anew.
+                if let Some(mount) = mountinfo::at(&path)?.filter(target::is_ours) {
+                    running.device = mount.device;
+                    return Ok(Live { key: key.clone(), path, device: mount.device });
+                }
             }
             self.give_up(&mut slot, key)?;
         }

@@ -12,6 +12,7 @@ use super::derive;
 use super::dtype::Dtype;
 use super::frame::Cells;
 use super::materialize::unify_dictionaries;
+use super::native;
 use super::pickle;
 use super::span::Span;
 use super::table::{ArrayLayout, Batch, Table, fixed_width};
@@ -179,6 +180,11 @@ pub fn array(meta: &Meta, expected: Option<&DataType>, source: &dyn BlobSource) 
             Ok(flat(data_type, &window, nulls, vec![bitmap, offsets, data]))
         }
         "vineyard::LargeListArray" | "vineyard::ListArray" | "vineyard::BaseListArray" => list(meta, expected, source),
+        // The values of a list may be of a type that vineyard has no array for.
+        native::ARRAY => match expected {
+            Some(data_type) => native::decode_array(meta, data_type, source).map(Column::new),
+            None => Err(unsupported(meta)),
+        },
         "vineyard::NullArray" => Ok(Column::new(ArrayLayout::null(window(meta)?.len))),
         "vineyard::PickleBuffer" => match pickle::cells(pickle_span(meta)?, None, source)? {
             Cells::Column(column) => Ok(column),

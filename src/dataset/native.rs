@@ -93,7 +93,7 @@ fn batch(meta: &Meta, schema: &Schema, source: &dyn BlobSource) -> Result<Batch>
     }
     let columns = members.iter().zip(schema.fields()).map(|(member, field)| {
         let layout = if member.typename() == ARRAY {
-            decode_array(member, field, source)?
+            decode_array(member, field.data_type(), source)?
         } else {
             retype(arrow::array(member, Some(field.data_type()), source)?.layout, field.data_type())?
         };
@@ -164,12 +164,12 @@ fn frame_column(meta: &Meta, member: &Meta, i: usize, field: &Field, source: &dy
     Ok(layout)
 }
 
-/// Reads an [`ARRAY`] whose type is that of `field`.
+/// Reads an [`ARRAY`] of a type.
 ///
 /// # Errors
 /// `Malformed` if the object does not fit the type.
-pub fn decode_array(meta: &Meta, field: &Field, source: &dyn BlobSource) -> Result<ArrayLayout> {
-    array(meta, field.data_type(), source, 0)
+pub fn decode_array(meta: &Meta, data_type: &DataType, source: &dyn BlobSource) -> Result<ArrayLayout> {
+    array(meta, data_type, source, 0)
 }
 
 fn array(meta: &Meta, data_type: &DataType, source: &dyn BlobSource, depth: usize) -> Result<ArrayLayout> {

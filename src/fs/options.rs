@@ -25,6 +25,8 @@ pub struct Options {
     pub prefix: String,
     /// Refuse every change with EROFS.
     pub read_only: bool,
+    /// How many servers the mount had before: handles and inode numbers of theirs are never used again.
+    pub epoch: u64,
     /// Owner of files that carry none of their own.
     pub uid: u32,
     /// Group of files that carry none of their own.
@@ -37,6 +39,8 @@ pub struct Options {
     pub serve: ServePolicy,
     /// Which view listings show of a table that was not saved as a file, where the table has it.
     pub tables: View,
+    /// Make copies in the local vineyardd of what was opened and lives on another instance.
+    pub copy_remote: bool,
     /// Most bytes of assembled images.
     pub cache_size: u64,
     /// Most bytes of files being written.
@@ -55,12 +59,14 @@ impl Default for Options {
         Options {
             prefix: String::new(),
             read_only: false,
+            epoch: 0,
             uid: 0,
             gid: 0,
             file_mode: 0o644,
             dir_mode: 0o755,
             serve: ServePolicy::Auto,
             tables: View::Arrow,
+            copy_remote: false,
             cache_size: 1 << 30,
             staging_size: 1 << 30,
             entry_ttl: Duration::from_secs(1),

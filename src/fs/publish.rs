@@ -85,7 +85,11 @@ impl FileSystem {
             let attributes = {
                 let mut state = staged.state();
                 state.attributes_changed = false;
-                FileAttributes { mtime: state.attributes.mtime.or(Some(Self::now())), ..state.attributes.clone() }
+                FileAttributes {
+                    mtime: state.attributes.mtime.or(Some(before.mtime)),
+                    ctime: Some(before.ctime.max(state.attributes.ctime.unwrap_or(before.ctime))),
+                    ..state.attributes.clone()
+                }
             };
             let input = StagedBytes { bytes: bytes.as_slice(), file: &staged.file().file };
             // Somebody may write while it is copied: what is in the store may be a mixture then.
@@ -113,6 +117,7 @@ impl FileSystem {
         input: &StagedBytes<'_>,
         settled: &dyn Fn() -> Result<bool>,
     ) -> Result<Option<(String, ObjectId)>> {
+        let _unit = self.unit();
         let plan = publish::plan(input, format, attributes, Limits::of(&*self.store)?)?;
         let published = publish::realize(&*self.store, &plan, input)?;
         for warning in &published.warnings {
@@ -141,6 +146,7 @@ impl FileSystem {
     /// A path replaces what it showed and nothing else: where the dataset of its stem has no view of this format, as a
     /// table beside which a `.pkl` is saved, the object gets the whole file name as its own.
     pub(super) fn point_path(&self, target: &Target, native: bool, object: ObjectId) -> Result<String> {
+        let _unit = self.unit();
         let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
         let mut replaced = vec![target.plain.as_str()];
         let mut name = target.plain.clone();
@@ -165,6 +171,7 @@ impl FileSystem {
 
     /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
     pub(super) fn point_name(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
+        let _unit = self.unit();
         let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
         self.point_locked(name, object, path_names)
     }
@@ -175,9 +182,22 @@ impl FileSystem {
         names.push(name);
         names.sort_unstable();
         names.dedup();
+        let saving = self.announce(name, object)?;
         let queries: Vec<NameQuery> = names.iter().map(|n| NameQuery::Exact((*n).to_owned())).collect();
-        let old: Vec<(String, ObjectId)> = self.store.names(&queries)?.into_iter().flatten().collect();
-        self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
+        let put = self.store.names(&queries).and_then(|old| {
+            let old: Vec<(String, ObjectId)> = old.into_iter().flatten().collect();
+            self.suspect(&old.iter().map(|(_, id)| *id).collect::<Vec<_>>());
+            self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
+            Ok(old)
+        });
+        let old = match put {
+            Ok(old) => old,
+            Err(error) => {
+                self.withdraw(saving);
+                return Err(error);
+            }
+        };
+        self.settle_save(name, saving);
         // From here on the new value is in place; what is left to do must not make the save fail.
         for (former, id) in old {
             if former != name
@@ -252,6 +272,8 @@ impl FileSystem {
 
     /// Replaces an object by a copy of its metadata with these attributes; the data is shared.
     fn with_attributes(&self, name: &str, object: ObjectId, attributes: &FileAttributes) -> Result<ObjectId> {
+        let _unit = self.unit();
+        self.suspect(&[object]);
         let mut extra = serde_json::Map::new();
         extra.insert(ATTRIBUTES_KEY.to_owned(), attributes.to_text().into());
         let copy = self.store.shallow_copy(object, extra)?;
@@ -268,6 +290,7 @@ impl FileSystem {
         }
         self.objects.forget(object);
         self.store.delete(&[object])?;
+        self.drop_copies(object);
         Ok(copy)
     }
 }

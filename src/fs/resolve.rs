@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::copies::HIDDEN;
 use super::inode::{Inode, Node, ViewNode};
 use super::objects::Summary;
 use super::staging::Staged;
@@ -12,6 +13,9 @@ use crate::error::{Error, Kind, Result};
 use crate::image::View;
 use crate::vineyard::ObjectId;
 use crate::vineyard::store::{NameQuery, NamedObject};
+
+/// How often a redirected reader's lookup starts over because another version was published meanwhile.
+const HOLD_ATTEMPTS: usize = 3;
 
 /// What a path leads to.
 #[derive(Clone, Debug)]
@@ -98,7 +102,7 @@ impl FileSystem {
             }
             self.staging.detach(&staged);
         }
-        if self.staging.has_directory(&target.plain) {
+        if self.folders.exists(&target.plain) {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
         if let Some((hash, rest)) = name::split_hash(&target.component)
@@ -155,10 +159,14 @@ impl FileSystem {
         Ok(None)
     }
 
-    /// All names that begin with a prefix, in byte order.
+    /// All names that begin with a prefix, in byte order, without those that are hidden.
     pub(super) fn names_below(&self, prefix: &str) -> Result<Vec<NamedObject>> {
         let query = NameQuery::Prefix { prefix: prefix.to_owned(), limit: None };
-        Ok(self.store.names(&[query])?.into_iter().next().unwrap_or_default())
+        let mut names = self.store.names(&[query])?.into_iter().next().unwrap_or_default();
+        if !prefix.starts_with(HIDDEN) {
+            names.retain(|(name, _)| !name.starts_with(HIDDEN));
+        }
+        Ok(names)
     }
 
     /// The object that a name points to now.
@@ -175,10 +183,42 @@ impl FileSystem {
         self.follow_store()?;
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
-        match self.resolve(&target, caller.pid)? {
+        for object in self.staging.end_old_redirects() {
+            self.end_lazy_open(object);
+        }
+        let mut found = self.resolve(&target, caller.pid)?;
+        for _ in 0..HOLD_ATTEMPTS {
+            match &found {
+                Some(Found::View(view)) if !self.hold_for_open(&target.path(), view, caller.pid)? => {
+                    found = self.resolve(&target, caller.pid)?;
+                }
+                _ => break,
+            }
+        }
+        match found {
             Some(found) => self.enter(&target, found),
             None => Err(Error::not_found(format!("no dataset behind {:?}", target.path()))),
         }
+    }
+
+    /// Keeps a version for a process that was sent to it until it opens it: the kernel looks a name up again only once,
+    /// and the writer may publish the next version in between. False if that happened already.
+    fn hold_for_open(&self, path: &str, view: &ViewNode, pid: u32) -> Result<bool> {
+        if !self.staging.is_redirected(path, pid) || self.staging.holds(path, pid, view.object) {
+            return Ok(true);
+        }
+        let former = {
+            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            if self.object_of(&view.name)? != Some(view.object) {
+                return Ok(false);
+            }
+            *self.lazy_opens().entry(view.object).or_default() += 1;
+            self.staging.hold(path, pid, view.object)
+        };
+        if let Some(object) = former {
+            self.end_lazy_open(object);
+        }
+        Ok(true)
     }
 
     /// Makes the inode of what was found, counts a lookup, and describes it.
@@ -215,8 +255,21 @@ impl FileSystem {
         if let Some(staged) = self.staging.by_ino(ino) {
             return Ok(Some(self.inodes.look_up(ino, || Node::Staged(staged))));
         }
+        if let Some(name) = self.inodes.renamed_directory(ino) {
+            return Ok(Some(self.inodes.look_up(ino, || Node::Directory { name })));
+        }
         let root = &self.options.prefix;
         let prefix = if root.is_empty() { String::new() } else { format!("{root}/") };
+        for made in self.folders.below(&prefix) {
+            // Itself, and the directories above it.
+            let parts = made.match_indices('/').map(|(at, _)| at).filter(|at| *at >= prefix.len());
+            for end in parts.chain([made.len()]) {
+                let name = made.get(..end).unwrap_or_default();
+                if self.inodes.directory(name) == ino {
+                    return Ok(Some(self.inodes.look_up(ino, || Node::Directory { name: name.to_owned() })));
+                }
+            }
+        }
         for (name, object) in self.names_below(&prefix)? {
             let ends = name[prefix.len()..].match_indices('/').map(|(at, _)| prefix.len() + at);
             for end in ends {

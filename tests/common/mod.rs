@@ -2,4 +2,5 @@
 #![allow(dead_code)]
 
 pub mod csi;
+pub mod point;
 pub mod vineyardd;

@@ -121,12 +121,8 @@ impl Decode {
         guarded(|| {
             let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
             let metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
-            let schema = metadata.schema().clone();
-            for field in schema.fields() {
-                if holds_dictionary(field.data_type(), 0) {
-                    return Err(Error::malformed(format!("column {:?} nests a dictionary", field.name())));
-                }
-            }
+            let read: Fields = metadata.schema().fields().iter().map(|f| read_field(f, true)).collect();
+            let schema = Arc::new(Schema::new_with_metadata(read, metadata.schema().metadata().clone()));
             // As views, strings take no more memory than their pages, however often they repeat.
             let viewed: Vec<ArrowField> =
                 schema.fields().iter().map(|f| f.as_ref().clone().with_data_type(viewed(f.data_type()))).collect();
@@ -394,18 +390,29 @@ fn slice_keys(whole: &Column, start: u64, rows: u64) -> Result<Column> {
     Ok(Column { len: rows, null_count: nulls, buffers, ..whole.clone() })
 }
 
-/// True if a dictionary is below the top level.
-fn holds_dictionary(data_type: &DataType, depth: usize) -> bool {
+/// The field as it is read: dictionaries are kept at the top level (batches of nested ones cannot share one dictionary
+/// here), and for values that the parquet crate (60.1) reads as one: not for what is stored in fixed-length byte arrays
+/// or bits.
+fn read_field(field: &Arc<ArrowField>, top: bool) -> Arc<ArrowField> {
     use DataType::*;
-    match data_type {
-        Dictionary(_, values) => depth > 0 || holds_dictionary(values, depth + 1),
-        List(f) | LargeList(f) | ListView(f) | LargeListView(f) | FixedSizeList(f, _) | Map(f, _) => {
-            holds_dictionary(f.data_type(), depth + 1)
-        }
-        Struct(fields) => fields.iter().any(|f| holds_dictionary(f.data_type(), depth + 1)),
-        RunEndEncoded(_, values) => holds_dictionary(values.data_type(), depth + 1),
-        _ => false,
-    }
+    let child = |f: &Arc<ArrowField>| read_field(f, false);
+    let data_type = match field.data_type() {
+        Dictionary(_, values) => match values.as_ref() {
+            Boolean | Float16 | FixedSizeBinary(_) => values.as_ref().clone(),
+            Decimal32(..) | Decimal64(..) | Decimal128(..) | Decimal256(..) => values.as_ref().clone(),
+            _ if top => field.data_type().clone(),
+            values => values.clone(),
+        },
+        List(f) => List(child(f)),
+        LargeList(f) => LargeList(child(f)),
+        ListView(f) => ListView(child(f)),
+        LargeListView(f) => LargeListView(child(f)),
+        FixedSizeList(f, n) => FixedSizeList(child(f), *n),
+        Map(f, sorted) => Map(child(f), *sorted),
+        Struct(fields) => Struct(fields.iter().map(child).collect()),
+        _ => return field.clone(),
+    };
+    Arc::new(field.as_ref().clone().with_data_type(data_type))
 }
 
 /// The type with views for strings and binaries.

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Keeper;
+use super::files::Files;
 use crate::error::{Error, Kind, Result};
+use crate::fuse::config::MountConfig;
 use crate::fuse::handover::{Handed, Link};
 use crate::fuse::handshake::Agreed;
-use crate::fuse::mount::{self, MountOptions, Mounted};
+use crate::fuse::mount::{self, Mounted};
 use crate::fuse::mountinfo;
 use crate::fuse::runtime::{KeeperRecord, Runtime};
 
@@ -23,12 +25,19 @@ pub struct Successor {
     path: PathBuf,
     link: Option<Link>,
     next: Instant,
+    /// Device number of the mount that the holder has.
+    deposited: Option<(u32, u32)>,
 }
 
 impl Successor {
     /// One that listens at `path`, now or later.
     pub fn at(path: &Path) -> Self {
-        Successor { path: path.to_owned(), link: Link::connect(path).ok(), next: Instant::now() + AGAIN }
+        Successor {
+            path: path.to_owned(),
+            link: Link::connect(path).ok(),
+            next: Instant::now() + AGAIN,
+            deposited: None,
+        }
     }
 
     /// A mount that an earlier keeper left on `mountpoint`, if it is still there and its connection lives.
@@ -50,11 +59,13 @@ impl Successor {
 
     /// Lets the holder have a copy of the connection.
     pub fn deposit(&mut self, handed: &Handed) {
-        if let Some(link) = &self.link
-            && let Err(error) = link.deposit(handed)
-        {
-            tracing::info!("the holder has gone: {error}");
-            self.lost();
+        let Some(link) = &self.link else { return };
+        match link.deposit(handed) {
+            Ok(()) => self.deposited = Some(handed.device),
+            Err(error) => {
+                tracing::info!("the holder has gone: {error}");
+                self.lost();
+            }
         }
     }
 
@@ -81,51 +92,65 @@ impl Successor {
 
     /// The holder has gone.
     pub fn lost(&mut self) {
-        self.link = None;
+        (self.link, self.deposited) = (None, None);
         self.next = Instant::now() + AGAIN;
     }
 
-    /// Looks for a holder if it is time; true if there is a new one.
-    pub fn look(&mut self) -> bool {
-        if self.due().is_none_or(|due| Instant::now() < due) {
-            return false;
+    /// Looks for a holder if it is time; true if there is one that has no copy of this mount.
+    pub fn look(&mut self, device: (u32, u32)) -> bool {
+        if self.due().is_some_and(|due| Instant::now() >= due) {
+            self.link = Link::connect(&self.path).ok();
+            self.next = Instant::now() + AGAIN;
         }
-        self.link = Link::connect(&self.path).ok();
-        self.next = Instant::now() + AGAIN;
-        self.link.is_some()
+        self.link.is_some() && self.deposited != Some(device)
     }
 }
 
-/// A new mount, with INIT answered.
+/// How a keeper begins.
+pub struct Begun {
+    /// The mount, new or taken over.
+    pub mounted: Mounted,
+    /// What was agreed on with the kernel.
+    pub agreed: Agreed,
+    /// Who holds copies, if the configuration names somebody.
+    pub successor: Option<Successor>,
+    /// The mount was taken over.
+    pub resumed: bool,
+}
+
+/// Takes over the mount that another keeper left, with its files, or mounts.
 ///
 /// # Errors
 /// If it cannot be made; nothing is left behind then.
-pub fn mount_anew(
-    options: &MountOptions<'_>,
-    left_behind: bool,
-    runtime: &Runtime,
-    record: &mut KeeperRecord,
-) -> Result<(Mounted, Agreed)> {
-    // What cannot be taken over is of no use to anybody.
-    while left_behind && mountinfo::at(options.mountpoint)?.is_some_and(|mount| mount.fs_type == mountinfo::FS_TYPE) {
-        mount::detach(options.mountpoint)?;
-    }
-    let mounted = mount::mount(options)?;
-    let prepared = mount::initialise(&mounted.fuse).and_then(|agreed| {
-        record.device = Some(mounted.device);
-        runtime.write_record(record)?;
-        Ok(agreed)
-    });
-    match prepared {
-        Ok(agreed) => {
-            mount::raise_readahead(mounted.device);
-            Ok((mounted, agreed))
+pub fn begin(config: &MountConfig, runtime: &Runtime, record: &mut KeeperRecord, files: &mut Files) -> Result<Begun> {
+    let mut successor = config.holder.as_deref().map(Successor::at);
+    let handed = successor.as_ref().and_then(|successor| successor.take(&config.mountpoint));
+    let resumed = handed.is_some();
+    let (mounted, agreed) = match handed {
+        Some(handed) => {
+            tracing::info!("going on with the mount that another keeper left");
+            handed.files.into_iter().for_each(|(what, file)| files.adopt(what, file));
+            for (key, value) in handed.state {
+                files.put_state(key, Some(value))?;
+            }
+            record.device = Some(handed.device);
+            runtime.write_record(record)?;
+            let Handed { fuse, device, allow_other, agreed, .. } = handed;
+            (Mounted { fuse, device, allow_other }, agreed)
         }
-        Err(error) => {
-            mount::detach(options.mountpoint).ok();
-            Err(error)
+        None => {
+            // What cannot be taken over is of no use to anybody.
+            let ours = |mount: mountinfo::Mount| mount.fs_type == mountinfo::FS_TYPE;
+            while successor.is_some() && mountinfo::at(&config.mountpoint)?.is_some_and(ours) {
+                mount::detach(&config.mountpoint)?;
+            }
+            super::mount_now(config, runtime, record)?
         }
+    };
+    if let Some(successor) = &mut successor {
+        successor.deposit(&connection(&config.mountpoint, &mounted, agreed)?);
     }
+    Ok(Begun { mounted, agreed, successor, resumed })
 }
 
 /// The connection alone, as a holder gets it.
@@ -152,7 +177,7 @@ impl Keeper {
             // It says nothing unasked, so this is its end.
             successor.lost();
         }
-        if successor.look() {
+        if successor.look(self.mounted.device) {
             successor.deposit(&connection(&self.config.mountpoint, &self.mounted, self.agreed)?);
         }
         Ok(())

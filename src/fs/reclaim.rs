@@ -1,0 +1,78 @@
+//! What a server that was killed left over in the store: found by its journal, removed if no name leads to it.
+
+use std::collections::HashSet;
+
+use super::FileSystem;
+use crate::error::Result;
+use crate::vineyard::ObjectId;
+use crate::vineyard::journal::Unit;
+use crate::vineyard::store::NameQuery;
+
+impl FileSystem {
+    /// Begins work whose objects no name reaches before it ends.
+    pub(super) fn unit(&self) -> Option<Unit<'_>> {
+        self.store.journal().map(|journal| journal.enter())
+    }
+
+    /// Notes that an object is about to lose its last name.
+    pub(super) fn suspect(&self, objects: &[ObjectId]) {
+        if let Some(journal) = self.store.journal() {
+            journal.note(objects.iter().copied());
+        }
+    }
+
+    /// Notes that an object without a name waits for its readers.
+    pub(super) fn suspect_for_long(&self, object: ObjectId) {
+        if let Some(journal) = self.store.journal() {
+            journal.keep([object]);
+        }
+    }
+
+    /// These objects are gone.
+    pub(super) fn forget_suspects(&self, objects: &[ObjectId]) {
+        if let Some(journal) = self.store.journal() {
+            journal.settle(objects);
+        }
+    }
+
+    /// Removes what a former server made or meant to remove and no name leads to. Returns how many objects and blobs
+    /// were looked at.
+    ///
+    /// # Errors
+    /// What the store answers; what was not settled is looked at again by the next call.
+    pub fn reclaim(&self) -> Result<usize> {
+        let Some(journal) = self.store.journal() else { return Ok(0) };
+        let suspects = journal.kept();
+        // Deletions that wait for readers of this server are no remains.
+        let waiting = self.doomed.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        let suspects: Vec<ObjectId> = suspects.into_iter().filter(|id| !waiting.contains(id)).collect();
+        if suspects.is_empty() {
+            return Ok(0);
+        }
+        let names = self.store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }])?;
+        let named: HashSet<ObjectId> = names.into_iter().flatten().map(|(_, id)| id).collect();
+        let (blobs, objects): (Vec<ObjectId>, Vec<ObjectId>) = suspects.iter().partition(|id| id.is_blob());
+        // Owners were made last. The store keeps what is a member of something that stays.
+        let unnamed: Vec<ObjectId> = objects.iter().rev().copied().filter(|id| !named.contains(id)).collect();
+        for object in &unnamed {
+            self.cache.forget(*object);
+            self.objects.forget(*object);
+        }
+        self.store.delete(&unnamed)?;
+        self.store.delete(&blobs)?;
+        let left: Vec<ObjectId> = self.store.blob_sizes(&blobs)?.into_keys().collect();
+        if !left.is_empty() {
+            // Members of datasets, or of objects whose ids the former server never learned.
+            let all: Vec<ObjectId> = named.into_iter().collect();
+            let mut reached = HashSet::new();
+            for meta in self.store.metas(&all, false)?.values().flatten() {
+                reached.extend(meta.blobs().into_iter().map(|blob| blob.id));
+            }
+            let lost: Vec<ObjectId> = left.into_iter().filter(|id| !reached.contains(id)).collect();
+            self.store.delete_with_owners(&lost)?;
+        }
+        tracing::info!(objects = unnamed.len(), blobs = blobs.len(), "looked through what a former server left");
+        journal.settle(&suspects);
+        Ok(suspects.len())
+    }
+}

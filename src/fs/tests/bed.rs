@@ -1,0 +1,234 @@
+//! A filesystem over a store in this process, called as the kernel calls it.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
+use serde_json::json;
+
+use super::super::*;
+use crate::vineyard::fake::FakeStore;
+
+/// Memory files of this process; "passthrough" hands out made-up ids.
+#[derive(Default)]
+pub struct LocalHost {
+    pub passthrough: bool,
+    pub next: AtomicU64,
+    pub files: Mutex<HashMap<u64, Arc<File>>>,
+    pub tags: Mutex<HashMap<u64, (Area, String)>>,
+    pub notes: Mutex<HashMap<String, String>>,
+}
+
+impl Host for LocalHost {
+    fn serving(&self) -> Serving {
+        if self.passthrough { Serving::Passthrough } else { Serving::Requests("a test".into()) }
+    }
+    fn create_file(&self, area: Area, size: u64) -> Result<HostFile> {
+        let key = self.next.fetch_add(1, Ordering::Relaxed);
+        let file = nix::sys::memfd::memfd_create("test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+        let file = Arc::new(File::from(file));
+        file.set_len(size)?;
+        self.files.lock().unwrap().insert(key, file.clone());
+        self.tags.lock().unwrap().insert(key, (area, String::new()));
+        Ok(HostFile { key, file, backing: self.passthrough.then_some(key as u32) })
+    }
+    fn tag_file(&self, key: u64, tag: &str) {
+        self.tags.lock().unwrap().get_mut(&key).unwrap().1 = tag.to_owned();
+    }
+    fn tagged_files(&self) -> Result<Vec<host::TaggedFile>> {
+        let tags = self.tags.lock().unwrap().clone();
+        let files = self.files.lock().unwrap();
+        let tagged = tags.into_iter().filter(|(_, (_, tag))| !tag.is_empty()).map(|(key, (area, tag))| {
+            let backing = self.passthrough.then_some(key as u32);
+            host::TaggedFile { tag, area, file: HostFile { key, file: files[&key].clone(), backing } }
+        });
+        Ok(tagged.collect())
+    }
+    fn note(&self, key: &str, text: Option<&str>) {
+        let mut notes = self.notes.lock().unwrap();
+        match text {
+            Some(text) => drop(notes.insert(key.to_owned(), text.to_owned())),
+            None => drop(notes.remove(key)),
+        }
+    }
+    fn notes(&self) -> Result<Vec<(String, String)>> {
+        Ok(self.notes.lock().unwrap().clone().into_iter().collect())
+    }
+    fn release_file(&self, key: u64) {
+        self.tags.lock().unwrap().remove(&key);
+        assert!(self.files.lock().unwrap().remove(&key).is_some(), "file {key} is released once");
+    }
+    fn invalidate_entry(&self, _parent: u64, _name: &OsStr) {}
+    fn invalidate_inode(&self, _ino: u64) {}
+}
+
+pub struct Bed {
+    pub fs: FileSystem,
+    pub store: Arc<FakeStore>,
+    pub host: Arc<LocalHost>,
+}
+
+pub const ME: Caller = Caller { uid: 7, gid: 8, pid: 100, resent: false };
+pub const OTHER: Caller = Caller { uid: 7, gid: 8, pid: 200, resent: false };
+
+pub fn bed_with(passthrough: bool, options: Options) -> Bed {
+    let store = Arc::new(FakeStore::new(64 << 20));
+    let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
+    let fs = FileSystem::new(store.clone(), host.clone(), options);
+    Bed { fs, store, host }
+}
+
+pub fn bed() -> Bed {
+    bed_with(true, Options::default())
+}
+
+impl Bed {
+    pub fn walk(&self, path: &str) -> Result<(u64, OsString)> {
+        let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let mut ino = ROOT;
+        for part in directory.split('/').filter(|part| !part.is_empty()) {
+            ino = self.fs.lookup(ino, OsStr::new(part), ME)?.attr.ino;
+        }
+        Ok((ino, name.into()))
+    }
+    pub fn lookup(&self, path: &str, caller: Caller) -> Result<Entry> {
+        let (parent, name) = self.walk(path)?;
+        self.fs.lookup(parent, &name, caller)
+    }
+    /// As the kernel opens: lookup, open, and once more after `Stale`.
+    pub fn open(&self, path: &str, flags: i32, caller: Caller) -> Result<(u64, Opened)> {
+        let entry = self.lookup(path, caller)?;
+        match self.fs.open(entry.attr.ino, flags, caller) {
+            Err(error) if error.kind() == Kind::Stale => {
+                let entry = self.lookup(path, caller)?;
+                Ok((entry.attr.ino, self.fs.open(entry.attr.ino, flags, caller)?))
+            }
+            other => Ok((entry.attr.ino, other?)),
+        }
+    }
+    pub fn create(&self, path: &str, caller: Caller) -> Result<(u64, Opened)> {
+        match self.open(path, libc::O_WRONLY | libc::O_TRUNC, caller) {
+            Err(error) if error.kind() == Kind::NotFound => {
+                let (parent, name) = self.walk(path)?;
+                let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
+                let (entry, opened) = self.fs.create(parent, &name, 0o644, 0o022, flags, caller)?;
+                Ok((entry.attr.ino, opened))
+            }
+            other => other,
+        }
+    }
+    /// Writes as whoever has the handle: through the memory file if the kernel would.
+    pub fn write(&self, (ino, opened): (u64, Opened), offset: u64, data: &[u8]) {
+        match opened.serve {
+            Serve::Passthrough(id) => {
+                use std::os::unix::fs::FileExt;
+                let file = self.host.files.lock().unwrap()[&u64::from(id)].clone();
+                file.write_all_at(data, offset).unwrap();
+            }
+            _ => assert_eq!(self.fs.write(ino, opened.fh, offset, data).unwrap() as usize, data.len()),
+        }
+    }
+    pub fn close(&self, (ino, opened): (u64, Opened), caller: Caller) -> Result<()> {
+        let result = if opened.no_flush { Ok(()) } else { self.fs.flush(ino, opened.fh, caller) };
+        self.fs.release(ino, opened.fh);
+        result
+    }
+    pub fn save(&self, path: &str, data: &[u8]) -> Result<()> {
+        let handle = self.create(path, ME)?;
+        self.write(handle, 0, data);
+        self.close(handle, ME)
+    }
+    pub fn read_handle(&self, (ino, opened): (u64, Opened)) -> Result<Vec<u8>> {
+        match opened.serve {
+            Serve::Passthrough(id) => {
+                use std::os::unix::fs::FileExt;
+                let file = self.host.files.lock().unwrap()[&u64::from(id)].clone();
+                let mut out = vec![0; file.metadata().unwrap().len() as usize];
+                file.read_exact_at(&mut out, 0).unwrap();
+                Ok(out)
+            }
+            _ => {
+                let mut out = Vec::new();
+                loop {
+                    let part = self.fs.read(ino, opened.fh, out.len() as u64, 1000)?;
+                    if part.is_empty() {
+                        return Ok(out);
+                    }
+                    out.extend_from_slice(&part);
+                }
+            }
+        }
+    }
+    pub fn load(&self, path: &str) -> Result<Vec<u8>> {
+        let handle = self.open(path, libc::O_RDONLY, OTHER)?;
+        let bytes = self.read_handle(handle)?;
+        let (attr, _) = self.fs.getattr(handle.0, None)?;
+        assert_eq!(attr.size, bytes.len() as u64, "size of {path}");
+        self.close(handle, OTHER)?;
+        Ok(bytes)
+    }
+    pub fn list(&self, path: &str) -> Vec<String> {
+        let ino = if path.is_empty() { ROOT } else { self.lookup(path, ME).unwrap().attr.ino };
+        let (fh, _) = self.fs.opendir(ino).unwrap();
+        let mut names = Vec::new();
+        let mut offset = 0;
+        loop {
+            let before = names.len();
+            // Three entries a call, as a small buffer of the kernel's would.
+            let mut room = 3;
+            self.fs
+                .readdir(ino, fh, offset, true, &mut |entry| {
+                    if room == 0 {
+                        return true;
+                    }
+                    room -= 1;
+                    offset = entry.next;
+                    names.push(entry.name.into_string().unwrap());
+                    false
+                })
+                .unwrap();
+            if names.len() == before {
+                break;
+            }
+        }
+        self.fs.releasedir(ino, fh);
+        assert_eq!(names[..2], [".", ".."]);
+        let mut names = names.split_off(2);
+        names.sort();
+        names
+    }
+    pub fn put_tensor(&self, name: &str, values: &[f64]) -> ObjectId {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let blob = self.store.put_blob(&bytes).unwrap();
+        let content = json!({"typename": "vineyard::Tensor<double>", "value_type_": "float64",
+            "value_type_meta_": "<f8", "shape_": format!("[{}]", values.len()), "partition_index_": "[]",
+            "order_": "\"C\"", "buffer_": {"id": blob.id.to_string(), "typename": "vineyard::Blob",
+            "instance_id": blob.instance.0}});
+        self.store.put_object(name, content).unwrap()
+    }
+}
+
+pub fn table_file(values: &[i64]) -> Vec<u8> {
+    let texts: Vec<String> = values.iter().map(|v| format!("row {v}")).collect();
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("a", Arc::new(Int64Array::from(values.to_vec()))),
+        ("s", Arc::new(StringArray::from_iter_values(&texts))),
+    ];
+    let batch = RecordBatch::try_from_iter(columns).unwrap();
+    let mut writer = arrow_ipc::writer::FileWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+    writer.write(&batch).unwrap();
+    writer.into_inner().unwrap()
+}
+
+pub fn column(file: &[u8]) -> Vec<i64> {
+    let reader = arrow_ipc::reader::FileReader::try_new(std::io::Cursor::new(file), None).unwrap();
+    reader
+        .flat_map(|batch| {
+            let batch = batch.unwrap();
+            batch.column(0).as_any().downcast_ref::<Int64Array>().unwrap().values().to_vec()
+        })
+        .collect()
+}
