@@ -23,6 +23,7 @@ mod publish;
 mod reclaim;
 mod rename;
 mod resolve;
+mod room;
 pub mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::deferred::{self, Deferred};
-use crate::dataset::recipe::{Recipe, Written, recipe_of};
+use crate::dataset::recipe::{Recipe, Written, recipe_of, written_as};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Counts, Image, View};
@@ -362,6 +362,10 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
             sizes.retain(|(view, _)| *view != written);
             sizes.push((written, Some(recipe.size)));
             listed = written;
+        } else if let Some(written) = written_as(meta).map(view_of) {
+            if sizes.iter().any(|(view, _)| *view == written) {
+                listed = written;
+            }
         }
         Ok((dataset, sizes, listed))
     });

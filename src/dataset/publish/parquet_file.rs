@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float32Type, Float64Type};
-use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, PrimitiveArray, RecordBatch};
+use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, Int64Array, PrimitiveArray, RecordBatch};
 use arrow_data::ArrayData;
 use arrow_schema::{DataType, Field as ArrowField, Fields, Schema, SchemaRef};
 use bytes::Bytes;
@@ -23,6 +23,7 @@ use parquet::file::metadata::PageIndexPolicy;
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::column::Column;
+use super::datetimes::NOT_A_TIME;
 use super::ipc::arrow;
 use super::join::buffer_bytes;
 use super::plan::{Draft, Field, Part, PlannedObject};
@@ -349,7 +350,7 @@ fn column(array: ArrayRef, field: &ArrowField) -> Result<Column> {
     decode::columns(&batch)?.pop().ok_or_else(|| Error::new(Kind::Internal, "a batch without its column"))
 }
 
-/// Floats with NaN in the places of nulls, as pandas has them; the parquet crate leaves zeros there.
+/// Floats with NaN, and times with NaT, in the places of nulls, as pandas has them; the parquet crate leaves zeros there.
 fn nan_under_nulls(array: ArrayRef) -> ArrayRef {
     fn fill<T: ArrowPrimitiveType>(array: &PrimitiveArray<T>, nan: T::Native) -> ArrayRef {
         let values = (0..array.len()).map(|i| if array.is_null(i) { nan } else { array.value(i) });
@@ -362,10 +363,16 @@ fn nan_under_nulls(array: ArrayRef) -> ArrayRef {
     if let Some(floats) = array.as_primitive_opt::<Float64Type>() {
         return fill(floats, f64::NAN);
     }
-    match array.as_primitive_opt::<Float32Type>() {
-        Some(floats) => fill(floats, f32::NAN),
-        None => array,
+    if let Some(floats) = array.as_primitive_opt::<Float32Type>() {
+        return fill(floats, f32::NAN);
     }
+    if matches!(array.data_type(), DataType::Timestamp(..)) {
+        let times = |data: ArrayData| data.into_builder().data_type(DataType::Int64).build();
+        let filled = times(array.to_data()).map(|data| fill(&Int64Array::from(data), NOT_A_TIME).to_data());
+        let filled = filled.and_then(|data| data.into_builder().data_type(array.data_type().clone()).build());
+        return filled.map_or(array, arrow_array::make_array);
+    }
+    array
 }
 
 /// Elements `start..start + rows` of a dictionary column.
