@@ -91,13 +91,27 @@ struct Layout {
 
 impl Layout {
     fn of(table: &Table) -> Result<Layout> {
-        let (stored, descriptor) = types::convert(&table.schema)?;
+        let (stored, descriptor) = types::convert(&nullable_where_null(table))?;
         for batch in &table.batches {
             super::arrow::check_batch(&table.schema, batch)?;
         }
         let plans = Plan::of_table(table, &stored, &descriptor);
         Ok(Layout { descriptor, stored, plans })
     }
+}
+
+/// The schema, with what has nulls as nullable: files may say otherwise, and most programs do not mind.
+fn nullable_where_null(table: &Table) -> Schema {
+    let has_nulls = |i: usize| {
+        let columns = table.batches.iter().filter_map(|batch| batch.columns.get(i));
+        columns.into_iter().any(|column| column.null_count.is_some_and(|count| count > 0))
+    };
+    let fields =
+        table.schema.fields().iter().enumerate().map(|(i, field)| match field.is_nullable() || !has_nulls(i) {
+            true => field.clone(),
+            false => Arc::new(field.as_ref().clone().with_nullable(true)),
+        });
+    Schema::new_with_metadata(fields.collect::<Vec<_>>(), table.schema.metadata().clone())
 }
 
 /// Appends one row group and returns its entry in the footer.

@@ -13,6 +13,8 @@ use arrow_array::types::{Float32Type, Float64Type};
 use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, Int64Array, PrimitiveArray, RecordBatch};
 use arrow_data::ArrayData;
 use arrow_schema::{DataType, Field as ArrowField, Fields, Schema, SchemaRef};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
@@ -122,7 +124,9 @@ impl Decode {
         guarded(|| {
             let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
             let metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
-            let read: Fields = metadata.schema().fields().iter().map(|f| read_field(f, true)).collect();
+            let said = said_schema(&metadata);
+            let read: Fields =
+                metadata.schema().fields().iter().map(|f| read_field(&with_zone(f, said.as_ref()), true)).collect();
             let schema = Arc::new(Schema::new_with_metadata(read, metadata.schema().metadata().clone()));
             // As views, strings take no more memory than their pages, however often they repeat.
             let viewed: Vec<ArrowField> =
@@ -395,6 +399,27 @@ fn slice_keys(whole: &Column, start: u64, rows: u64) -> Result<Column> {
         buffers[1].push(part.slice(start * width..(start + rows) * width)?);
     }
     Ok(Column { len: rows, null_count: nulls, buffers, ..whole.clone() })
+}
+
+/// The Arrow schema that a file's writer kept in its footer, if it did.
+fn said_schema(metadata: &ArrowReaderMetadata) -> Option<Schema> {
+    let pairs = metadata.metadata().file_metadata().key_value_metadata()?;
+    let text = pairs.iter().find(|pair| pair.key == parquet::arrow::ARROW_SCHEMA_META_KEY)?.value.as_ref()?;
+    let bytes = BASE64_STANDARD.decode(text).ok()?;
+    arrow_ipc::convert::try_schema_from_ipc_buffer(&bytes).ok()
+}
+
+/// Times in the zone that the writer said. The parquet crate (60.1) takes its word only where the unit is the same too,
+/// and Parquet has no seconds.
+fn with_zone(field: &Arc<ArrowField>, said: Option<&Schema>) -> Arc<ArrowField> {
+    let said = said.and_then(|schema| schema.field_with_name(field.name()).ok());
+    match (field.data_type(), said.map(ArrowField::data_type)) {
+        (DataType::Timestamp(unit, Some(_)), Some(DataType::Timestamp(_, Some(zone)))) => {
+            let zoned = DataType::Timestamp(*unit, Some(zone.clone()));
+            Arc::new(field.as_ref().clone().with_data_type(zoned))
+        }
+        _ => field.clone(),
+    }
 }
 
 /// The field as it is read: dictionaries are kept at the top level (batches of nested ones cannot share one dictionary
