@@ -362,10 +362,10 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
             sizes.retain(|(view, _)| *view != written);
             sizes.push((written, Some(recipe.size)));
             listed = written;
-        } else if let Some(written) = written_as(meta).map(view_of) {
-            if sizes.iter().any(|(view, _)| *view == written) {
-                listed = written;
-            }
+        } else if let Some(written) = written_as(meta).map(view_of)
+            && sizes.iter().any(|(view, _)| *view == written)
+        {
+            listed = written;
         }
         Ok((dataset, sizes, listed))
     });

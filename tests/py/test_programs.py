@@ -170,7 +170,7 @@ def test_vim(make_mount, settings):
     mount = make_mount()
     path = mount / "notes.txt"
     path.write_text("one\ntwo\n")
-    script = ["set swapfile", settings or "set all&", "%s/two/2/", "w", "$put ='three'", "wq"]
+    script = ["set swapfile", settings or "set ruler", "%s/two/2/", "w", "$put ='three'", "wq"]
     arguments = [argument for part in script for argument in ("-c", part)]
     run("vim", "-es", "-u", "NONE", "-i", "NONE", "-N", "-X", *arguments, path, folder=mount.path, stdin=subprocess.DEVNULL)
     assert path.read_text() == "one\n2\nthree\n"
