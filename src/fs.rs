@@ -10,9 +10,12 @@
 mod adopt;
 mod attributes;
 pub mod cache;
+pub mod copies;
 mod deferred;
 pub mod direct;
 mod directory;
+mod folders;
+pub mod gc;
 pub mod host;
 pub mod inode;
 pub mod name;
@@ -24,6 +27,7 @@ mod reclaim;
 mod rename;
 mod resolve;
 mod room;
+mod saves;
 pub mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -37,6 +41,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use host::{Area, Host, HostFile, Serving};
+pub use open::FileBytes;
 pub use options::{Options, ServePolicy};
 
 use crate::error::{Error, Kind, Result};
@@ -195,6 +200,7 @@ pub struct FileSystem {
     next_handle: AtomicU64,
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
+    folders: folders::Folders,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
     /// Objects that nothing names any more, to be deleted when their last such handle is closed.
@@ -202,6 +208,9 @@ pub struct FileSystem {
     /// Held while names are changed: what a name pointed to is read and replaced as one step.
     naming: Mutex<()>,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
+    /// Whether the vineyardd of a generation shares its metadata with others.
+    shared: Mutex<Option<(u64, bool)>>,
+    wishes: copies::Wishes,
     generation: AtomicU64,
     started: SystemTime,
     warnings: Mutex<Vec<String>>,
@@ -223,14 +232,18 @@ enum Handle {
     Directory(Arc<Listing>),
 }
 
+/// Handles and numbers of staged files that one server may give out: 2^40, 12 days of a million a second.
+const EPOCH_SHIFT: u32 = 40;
+/// Servers of a mount before ranges are used again.
+const EPOCHS: u64 = (1 << 20) - 1;
 /// Most warnings that `status` keeps.
 const WARNINGS_KEPT: usize = 20;
 
 impl FileSystem {
     /// A filesystem over a store.
     pub fn new(store: Arc<dyn Store>, host: Arc<dyn Host>, options: Options) -> Self {
-        // Handles of a former server must not meet ours: numbers start at a point that no server reached before.
-        let start = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64) << 20;
+        // Handles of a former server must not meet ours: each has a range of its own, whatever the clock does.
+        let start = (options.epoch % EPOCHS + 1) << EPOCH_SHIFT;
         FileSystem {
             objects: objects::Objects::default(),
             inodes: Inodes::new(options.prefix.clone()),
@@ -239,10 +252,13 @@ impl FileSystem {
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
+            folders: folders::Folders::new(host.clone()),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
             naming: Mutex::default(),
             store_status: Mutex::default(),
+            shared: Mutex::default(),
+            wishes: copies::Wishes::default(),
             generation: AtomicU64::new(u64::MAX),
             started: SystemTime::now(),
             warnings: Mutex::default(),

@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use common::vineyardd::Vineyardd;
@@ -15,8 +14,7 @@ use vineyard_fs::vineyard::{BlobKey, BlobSource, Client, InstanceId, ObjectId, S
 const LONG: Duration = Duration::from_secs(10);
 
 fn fill(blob: &NewBlob, bytes: &[u8]) {
-    let file = std::fs::File::from(blob.file.as_ref().unwrap().try_clone().unwrap());
-    file.write_all_at(bytes, blob.offset).unwrap();
+    blob.file.as_ref().unwrap().write(blob.offset, bytes).unwrap();
 }
 
 fn put_blob(client: &Client, bytes: &[u8]) -> BlobKey {

@@ -5,105 +5,13 @@
 mod common;
 
 use std::io::{BufRead, BufReader, Read, Seek, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::point::{Point, errors, lives, run, signal, wait_until};
 use common::vineyardd::Vineyardd;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde_json::Value;
-use tempfile::TempDir;
-
-/// Runs the binary with a time limit, so that a hang is a failure.
-fn run<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
-    let mut command = Command::new("timeout");
-    command.args(["-s", "KILL", "60"]).arg(env!("CARGO_BIN_EXE_vineyard-fs")).args(arguments);
-    command.env_remove("VINEYARD_IPC_SOCKET").stdin(Stdio::null()).output().unwrap()
-}
-
-fn errors(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-/// A mount point, which is unmounted whatever happens.
-struct Point {
-    folder: TempDir,
-}
-
-impl Point {
-    fn new() -> Self {
-        let folder = TempDir::with_prefix("vineyard-fs-test-").unwrap();
-        std::fs::create_dir(folder.path().join("mnt")).unwrap();
-        Point { folder }
-    }
-
-    fn path(&self) -> PathBuf {
-        self.folder.path().join("mnt")
-    }
-
-    fn log(&self) -> PathBuf {
-        self.folder.path().join("log")
-    }
-
-    fn arguments(&self, more: &[&str]) -> Vec<String> {
-        let log = self.log();
-        let fixed = ["mount", self.path().to_str().unwrap(), "--log-file", log.to_str().unwrap()].map(str::to_owned);
-        fixed.into_iter().chain(more.iter().map(|m| (*m).to_owned())).collect()
-    }
-
-    #[track_caller]
-    fn mount(&self, store: &Vineyardd, more: &[&str]) {
-        let socket = store.socket();
-        let output = run(&self.arguments(&[&["--socket", socket.to_str().unwrap()], more].concat()));
-        assert!(output.status.success(), "{}", errors(&output));
-    }
-
-    fn unmount(&self, more: &[&str]) -> Output {
-        run(&[&["unmount", self.path().to_str().unwrap()], more].concat())
-    }
-
-    fn status(&self) -> Value {
-        let output = run(&["status", "--json", self.path().to_str().unwrap()]);
-        assert!(output.status.success(), "{}", errors(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    fn pid(&self, of: &str) -> Option<i32> {
-        self.status()[of]["pid"].as_i64().and_then(|pid| pid.try_into().ok())
-    }
-
-    fn is_mounted(&self) -> bool {
-        let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        text.lines().any(|line| line.split(' ').nth(4) == self.path().to_str())
-    }
-}
-
-impl Drop for Point {
-    fn drop(&mut self) {
-        if self.is_mounted() {
-            self.unmount(&["--force"]);
-        }
-    }
-}
-
-#[track_caller]
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(20), "waited too long until {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-fn lives(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
-}
-
-fn signal(pid: i32, signal: Signal) {
-    kill(Pid::from_raw(pid), signal).unwrap();
-}
+use nix::sys::signal::Signal;
 
 #[test]
 fn files_are_written_read_and_found_again_by_the_next_mount() {

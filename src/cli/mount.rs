@@ -66,7 +66,8 @@ pub struct Args {
     /// How the bytes of files reach readers
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = options::serve())]
     pub serve: ServePolicy,
-    /// Whether data of other instances of the cluster is brought here: when it is read, or never (EREMOTEIO)
+    /// Whether data of other instances of the cluster is brought here: when it is read (lazy), and after the first open
+    /// whole into the local vineyardd, in the background (full), or never (EREMOTEIO)
     #[arg(long, value_name = "WHEN", default_value = "lazy", value_parser = options::migrate())]
     pub migrate: RemotePolicy,
     /// Log to this file instead of the usual place
@@ -93,6 +94,9 @@ pub struct Args {
     /// Longest time for one request to vineyardd, such as 10s
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = options::millis)]
     pub deadline: u64,
+    /// Serve counters for Prometheus at this address, such as 127.0.0.1:9464
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<std::net::SocketAddr>,
     /// Keep all other users out, root included
     #[arg(long)]
     pub no_allow_other: bool,
@@ -171,6 +175,7 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         dir_mode: arguments.dir_mode,
         file_mode: arguments.file_mode,
         deadline_ms: arguments.deadline,
+        metrics: arguments.metrics,
         runtime: runtime.folder().to_owned(),
         log_file,
         log_format: arguments.log_format,

@@ -13,6 +13,8 @@ use crate::fuse::{mount, mountinfo, status};
 
 /// How long each process may take to answer.
 const PATIENCE: Duration = Duration::from_millis(1000);
+/// So many servers in a row that ended at once are a crash loop.
+const CRASHING: u64 = 3;
 
 /// What `status` takes.
 #[derive(Clone, Debug, clap::Args)]
@@ -52,8 +54,8 @@ pub fn run(arguments: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What keeper and server of a mount say. `state` is `ok`, `no server` (one is being started), `hung` (the server does
-/// not answer), or `dead` (the keeper is gone).
+/// What keeper and server of a mount say. `state` is `ok`, `no server` (one is being started), `crashing` (one after the
+/// other ends soon; they are started after longer and longer pauses), `hung` (the server does not answer), or `dead` (the keeper is gone).
 fn report(mounted: &mountinfo::Mount) -> Value {
     let runtime = Runtime::of(&mounted.mountpoint);
     let (mut report, mut state) = match status::ask(&runtime.keeper_socket(), PATIENCE) {
@@ -73,7 +75,8 @@ fn report(mounted: &mountinfo::Mount) -> Value {
                     );
                 }
             }
-            _ if report.pointer("/server/pid").is_none_or(Value::is_null) => state = "no server",
+            _ if failures(&report) >= CRASHING => state = "crashing",
+            _ if report.pointer("/server/ready") != Some(&Value::Bool(true)) => state = "no server",
             _ => state = "hung",
         }
     }
@@ -82,6 +85,11 @@ fn report(mounted: &mountinfo::Mount) -> Value {
     put(&mut report, "", "state".into(), json!(state));
     put(&mut report, "", "waiting_requests".into(), json!(waiting));
     report
+}
+
+/// Servers that ended soon after their start, in a row.
+fn failures(report: &Value) -> u64 {
+    report.pointer("/server/failures_in_a_row").and_then(Value::as_u64).unwrap_or(0)
 }
 
 /// Puts a value into the object at `within`, or into the report itself.
@@ -116,6 +124,20 @@ fn text(report: &Value) -> String {
     let _ = writeln!(out, "  passthrough  {mode}");
     let (keeper, server, restarts) = (show("/keeper/pid"), show("/server/pid"), show("/server/restarts"));
     let _ = writeln!(out, "  processes    keeper {keeper}, server {server}, {restarts} restarts");
+    if let Value::String(why) = get("/server/last_end") {
+        let _ = writeln!(out, "  last end     {why}");
+    }
+    if failures(report) >= CRASHING {
+        let pause =
+            get("/server/next_start_ms").as_u64().map_or(String::new(), |ms| format!("; the next start in {ms} ms"));
+        let _ = writeln!(out, "  crashing     {} servers in a row ended soon{pause}; see the log", failures(report));
+    }
+    if get("/remounts").as_u64().is_some_and(|count| count > 0) {
+        let _ = writeln!(out, "  given up     the connection was made anew {} times", show("/remounts"));
+    }
+    for missing in get("/sandbox/missing").as_array().into_iter().flatten() {
+        let _ = writeln!(out, "  sandbox      {}", missing.as_str().unwrap_or_default());
+    }
     for (label, area) in [("images", "images"), ("staging", "staging")] {
         let number = |key: &str| get(&format!("/files/{area}/{key}")).as_u64().unwrap_or(0);
         let (used, limit) = (bytes(number("bytes")), bytes(number("limit")));
@@ -167,14 +189,23 @@ mod tests {
         assert!(text(&dead).contains("`vineyard-fs unmount /mnt/v`"));
         let alive = json!({
             "mountpoint": "/mnt/v", "state": "ok", "passthrough_reason": null,
-            "keeper": {"pid": 1}, "server": {"pid": 2, "restarts": 3},
+            "keeper": {"pid": 1},
+            "server": {"pid": 2, "restarts": 3, "failures_in_a_row": 4, "next_start_ms": 500, "last_end": "signal: 11"},
             "store": {"socket": "/run/v.sock", "private": true},
             "files": {"images": {"count": 1, "bytes": 1536, "limit": 1 << 30}},
             "operations": {"read": {"count": 5, "errors": 1, "p50_us": 2.5, "p99_us": 9.0}},
             "last_errors": [{"message": "bad"}],
         });
         let text = text(&alive);
-        for part in ["/run/v.sock (private)", "keeper 1, server 2, 3 restarts", "1.5 KiB of 1 GiB", "read", "bad"] {
+        for part in [
+            "/run/v.sock (private)",
+            "keeper 1, server 2, 3 restarts",
+            "1.5 KiB of 1 GiB",
+            "read",
+            "bad",
+            "signal: 11",
+            "start in 500 ms",
+        ] {
             assert!(text.contains(part), "{part} in {text}");
         }
     }

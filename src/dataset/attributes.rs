@@ -28,6 +28,8 @@ pub struct FileAttributes {
     pub mtime: Option<i64>,
     /// Last access that was set by hand, likewise.
     pub atime: Option<i64>,
+    /// Last change of the content or of these attributes, likewise.
+    pub ctime: Option<i64>,
     /// `user.*` attributes, values as bytes.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub xattrs: BTreeMap<String, Vec<u8>>,

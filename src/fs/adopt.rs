@@ -63,6 +63,10 @@ fn note(file: &MemoryFile, note: &Note) {
 impl FileSystem {
     /// Takes over the memory files of a former server. Called once, before the first request.
     pub fn adopt(&self) {
+        match self.folders.adopt() {
+            Ok(numbers) => self.inodes.adopt_directories(numbers),
+            Err(error) => self.warn(format!("the directories of a former server are not known: {error}")),
+        }
         let files = match self.host.tagged_files() {
             Ok(files) => files,
             Err(error) => return self.warn(format!("what a former server left could not be taken over: {error}")),

@@ -18,8 +18,11 @@ impl FileSystem {
     /// Attributes of an inode, and how long they hold.
     pub(super) fn attributes(&self, inode: &Arc<Inode>) -> Result<(Attr, Duration)> {
         match &inode.node {
-            Node::Directory { .. } => {
-                let attr = self.attr(inode.ino, FileKind::Directory, 4096, self.started, None);
+            Node::Directory { name } => {
+                let mut attr = self.attr(inode.ino, FileKind::Directory, 4096, self.started, None);
+                if let Some(folder) = self.folders.get(name) {
+                    folder.describe(&mut attr);
+                }
                 Ok((attr, self.options.entry_ttl))
             }
             Node::Staged(staged) => Ok((staged.attr(&self.options)?, Duration::ZERO)),
@@ -44,7 +47,7 @@ impl FileSystem {
             gid: stored.and_then(|a| a.gid).unwrap_or(self.options.gid),
             atime: stored.and_then(|a| a.atime).map_or(mtime, from_nanos),
             mtime,
-            ctime: mtime,
+            ctime: stored.and_then(|a| a.ctime).map_or(mtime, from_nanos),
         }
     }
 
@@ -92,16 +95,15 @@ impl FileSystem {
         Ok((attr, ttl))
     }
 
-    /// Changes attributes. They are kept with the dataset.
+    /// Changes attributes. They are kept with the dataset; those of directories as long as the mount.
     ///
     /// # Errors
-    /// `ReadOnly`; `NotPermitted` for directories, which only exist as parts of names.
+    /// `ReadOnly`; `IsDirectory` for the size of one; what the store answers.
     pub fn setattr(&self, ino: u64, fh: Option<u64>, change: SetAttr, caller: Caller) -> Result<(Attr, Duration)> {
         self.writable()?;
         let inode = self.inode(ino)?;
         match &inode.node {
-            // There is nowhere to keep them; tools that copy trees only want to hear no error.
-            Node::Directory { .. } if change.size.is_none() => {}
+            Node::Directory { name } if change.size.is_none() => self.folders.change(name, change),
             Node::Directory { .. } => return Err(Error::new(Kind::IsDirectory, "is a directory")),
             Node::Staged(staged) => self.setattr_staged(staged, change)?,
             Node::View(view) if change.size.is_some() => self.truncate_view(view, &inode, change, caller)?,
@@ -185,6 +187,7 @@ impl FileSystem {
         let inode = self.inode(ino)?;
         let mut attributes = self.stored_attributes(&inode).unwrap_or_default();
         change(&mut attributes)?;
+        attributes.ctime = Some(to_nanos(SystemTime::now()));
         match &inode.node {
             Node::Directory { .. } => Err(Error::new(Kind::Unsupported, "directories keep no attributes")),
             Node::Staged(staged) => self.set_staged_attributes(staged, attributes),
@@ -238,4 +241,5 @@ pub(super) fn apply(attributes: &mut FileAttributes, change: SetAttr) {
     attributes.gid = change.gid.or(attributes.gid);
     attributes.mtime = change.mtime.map(to_nanos).or(attributes.mtime);
     attributes.atime = change.atime.map(to_nanos).or(attributes.atime);
+    attributes.ctime = Some(to_nanos(SystemTime::now()));
 }

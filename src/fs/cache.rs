@@ -11,6 +11,9 @@ use crate::error::{Error, Kind, Result};
 use crate::image::{self, Image, View};
 use crate::vineyard::{BlobSource, ObjectId};
 
+/// Most images: each costs two descriptors.
+const MOST_IMAGES: usize = 4096;
+
 /// A memory file of the host's. Dropping it gives it back.
 pub struct MemoryFile {
     file: HostFile,
@@ -301,7 +304,7 @@ impl ImageCache {
 
     /// Drops what was used longest ago and is not open until `size` more bytes fit.
     fn make_room(&self, state: &mut State, size: u64) -> Result<()> {
-        while state.bytes + size > self.limit {
+        while state.bytes + size > self.limit || state.slots.len() >= MOST_IMAGES {
             let oldest = state
                 .slots
                 .iter()
@@ -311,6 +314,10 @@ impl ImageCache {
                 })
                 .min();
             let Some((_, key)) = oldest else {
+                if state.bytes + size <= self.limit {
+                    // All of them are open: the limit of descriptors decides then.
+                    return Ok(());
+                }
                 return Err(Error::new(
                     Kind::Full,
                     format!("an image of {size} bytes does not fit the image cache (--cache-size {})", self.limit),

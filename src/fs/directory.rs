@@ -61,7 +61,7 @@ impl FileSystem {
             }
             current
         });
-        let local = self.staging.directories_below(directory);
+        let local = self.directories_below(&prefix);
         let fingerprint = fingerprint(&names, &staged, &local);
         let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();
         if let Some(former) = former.filter(|l| l.fingerprint == fingerprint && l.complete) {
@@ -252,6 +252,23 @@ impl FileSystem {
     /// Closes a directory.
     pub fn releasedir(&self, _ino: u64, fh: u64) {
         self.handles().remove(&fh);
+    }
+
+    /// Full names of the directories that exist only here, directly below a name with its slash; sorted.
+    fn directories_below(&self, prefix: &str) -> Vec<String> {
+        let staged = self.staging.directories();
+        let mut out: Vec<String> = self
+            .folders
+            .below(prefix)
+            .iter()
+            .chain(&staged)
+            .filter_map(|directory| directory.strip_prefix(prefix))
+            .filter(|rest| !rest.is_empty())
+            .map(|rest| format!("{prefix}{}", rest.split('/').next().unwrap_or(rest)))
+            .collect();
+        out.sort_unstable();
+        out.dedup();
+        out
     }
 
     /// Whether a directory has anything in it.

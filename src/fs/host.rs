@@ -57,7 +57,7 @@ pub trait Host: Send + Sync {
     /// `Full` if the area has no room.
     fn create_file(&self, area: Area, size: u64) -> Result<HostFile>;
 
-    /// Notes what a memory file is (at most 4096 bytes), for the server after this one; files without a note are
+    /// Notes what a memory file is (at most 16 KiB), for the server after this one; files without a note are
     /// dropped when that one starts. A host that has no next server does nothing.
     fn tag_file(&self, _key: u64, _tag: &str) {}
 
@@ -66,6 +66,17 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// If the host does not answer.
     fn tagged_files(&self) -> Result<Vec<TaggedFile>> {
+        Ok(Vec::new())
+    }
+
+    /// Keeps a small text for the server after this one; `None` removes it. A host that has no next server does nothing.
+    fn note(&self, _key: &str, _text: Option<&str>) {}
+
+    /// All such texts that a former server left, by their keys.
+    ///
+    /// # Errors
+    /// If the host does not answer.
+    fn notes(&self) -> Result<Vec<(String, String)>> {
         Ok(Vec::new())
     }
 

@@ -137,8 +137,8 @@ impl Inodes {
     }
 
     /// Lets the inodes of a directory and of those below it show their new names; the kernel keeps their numbers when it
-    /// renames. Whatever is made under the old names gets numbers of its own.
-    pub fn rename_directories(&self, changes: &[(&str, &str)]) {
+    /// renames. Whatever is made under the old names gets numbers of its own. Returns the numbers that names have now.
+    pub fn rename_directories(&self, changes: &[(&str, &str)]) -> Vec<(String, u64)> {
         let mut table = self.table();
         let mut directories = self.directories();
         let mut renamed = Vec::new();
@@ -151,16 +151,33 @@ impl Inodes {
                 }
             }
         }
+        let mut numbers = HashMap::new();
         for (_, old, _) in &renamed {
             let number = self.next_directory.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            directories.insert(old.clone(), number);
+            numbers.insert(old.clone(), number);
         }
         for (inode, _, name) in renamed {
-            directories.insert(name.clone(), inode.ino);
+            numbers.insert(name.clone(), inode.ino);
             let state = std::mem::take(&mut *inode.state());
             let node = Node::Directory { name };
             table.insert(inode.ino, Arc::new(Inode { ino: inode.ino, node, state: Mutex::new(state) }));
         }
+        directories.extend(numbers.clone());
+        numbers.into_iter().collect()
+    }
+
+    /// Takes over the numbers of renamed directories from a former server.
+    pub fn adopt_directories(&self, numbers: Vec<(String, u64)>) {
+        let first = STAGED | STAGED >> 1;
+        let last = numbers.iter().map(|(_, number)| *number).filter(|number| *number >= first).max();
+        let next = last.map_or(first, |last| last + 1);
+        self.next_directory.store(next, std::sync::atomic::Ordering::Relaxed);
+        self.directories().extend(numbers);
+    }
+
+    /// The name of the renamed directory that has a number.
+    pub fn renamed_directory(&self, ino: u64) -> Option<String> {
+        self.directories().iter().find(|(_, number)| **number == ino).map(|(name, _)| name.clone())
     }
 
     /// Number of a directory that was never renamed.

@@ -23,6 +23,8 @@ pub struct Options {
     pub prefix: String,
     /// Refuse every change with EROFS.
     pub read_only: bool,
+    /// How many servers the mount had before: handles and inode numbers of theirs are never used again.
+    pub epoch: u64,
     /// Owner of files that carry none of their own.
     pub uid: u32,
     /// Group of files that carry none of their own.
@@ -33,6 +35,8 @@ pub struct Options {
     pub dir_mode: u16,
     /// How files are served.
     pub serve: ServePolicy,
+    /// Make copies in the local vineyardd of what was opened and lives on another instance.
+    pub copy_remote: bool,
     /// Most bytes of assembled images.
     pub cache_size: u64,
     /// Most bytes of files being written.
@@ -51,11 +55,13 @@ impl Default for Options {
         Options {
             prefix: String::new(),
             read_only: false,
+            epoch: 0,
             uid: 0,
             gid: 0,
             file_mode: 0o644,
             dir_mode: 0o755,
             serve: ServePolicy::Auto,
+            copy_remote: false,
             cache_size: 1 << 30,
             staging_size: 1 << 30,
             entry_ttl: Duration::from_secs(1),

@@ -20,18 +20,20 @@ impl FileSystem {
     ///
     /// # Errors
     /// `Exists`; `ReadOnly`.
-    pub fn mkdir(&self, parent: u64, name: &OsStr, _mode: u32, _umask: u32, caller: Caller) -> Result<Entry> {
+    pub fn mkdir(&self, parent: u64, name: &OsStr, mode: u32, umask: u32, caller: Caller) -> Result<Entry> {
         self.writable()?;
         let target = self.target(parent, name)?;
         match self.resolve(&target, caller.pid)? {
-            Some(Found::Directory { .. }) if caller.resent => {}
+            Some(Found::Directory { name }) if caller.resent => return self.enter(&target, Found::Directory { name }),
             // A dataset whose own name is the directory's, without extension, is not in the way: its file is its view.
             Some(Found::View(view)) if view.name == target.plain && view.view != View::Raw && target.view.is_none() => {
             }
             Some(_) => return Err(Error::new(Kind::Exists, "the name exists")),
             None => {}
         }
-        self.staging.add_directory(target.plain.clone());
+        let mode = (mode & !umask & 0o7777) as u16;
+        self.folders.make(&target.directory, target.plain.clone(), mode, caller);
+        self.folders.touch(&target.directory);
         self.enter(&target, Found::Directory { name: target.plain.clone() })
     }
 
@@ -47,7 +49,8 @@ impl FileSystem {
                 if !self.is_empty_directory(&name)? {
                     return Err(Error::new(Kind::NotEmpty, "the directory is not empty"));
                 }
-                self.staging.remove_directory(&name);
+                self.folders.remove(&name);
+                self.folders.touch(&target.directory);
                 Ok(())
             }
             Some(_) => Err(Error::new(Kind::NotDirectory, "not a directory")),
@@ -64,12 +67,14 @@ impl FileSystem {
         self.writable()?;
         let target = self.target(parent, name)?;
         match self.resolve(&target, 0)? {
-            Some(Found::Directory { .. }) => Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Some(Found::Staged(staged)) => self.unlink_staged(&staged),
-            Some(Found::View(view)) => self.remove_dataset(&view),
-            None if caller.resent => Ok(()),
-            None => Err(Error::not_found("no such file")),
+            Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
+            Some(Found::Staged(staged)) => self.unlink_staged(&staged)?,
+            Some(Found::View(view)) => self.remove_dataset(&view)?,
+            None if caller.resent => {}
+            None => return Err(Error::not_found("no such file")),
         }
+        self.folders.touch(&target.directory);
+        Ok(())
     }
 
     fn unlink_staged(&self, staged: &Arc<Staged>) -> Result<()> {
@@ -117,7 +122,7 @@ impl FileSystem {
     /// A directory from which the last name goes stays until `rmdir`, as on any filesystem.
     fn keep_directory(&self, directory: &str) {
         if directory != self.options.prefix {
-            self.staging.add_directory(directory.to_owned());
+            self.folders.stay(directory);
         }
     }
 
@@ -157,12 +162,18 @@ impl FileSystem {
         if flags & libc::RENAME_NOREPLACE != 0 && there.is_some() {
             return Err(Error::new(Kind::Exists, "the new name exists"));
         }
+        let new_directory = to.directory.clone();
         match (source, there) {
-            (Found::Directory { name }, there) => self.rename_directory(&name, &to, there),
-            (_, Some(Found::Directory { .. })) => Err(Error::new(Kind::IsDirectory, "the new name is a directory")),
-            (Found::Staged(staged), there) => self.rename_staged(&staged, to, there),
-            (Found::View(view), there) => self.rename_view(&view, &to, there),
+            (Found::Directory { name }, there) => self.rename_directory(&name, &to, there)?,
+            (_, Some(Found::Directory { .. })) => {
+                return Err(Error::new(Kind::IsDirectory, "the new name is a directory"));
+            }
+            (Found::Staged(staged), there) => self.rename_staged(&staged, to, there)?,
+            (Found::View(view), there) => self.rename_view(&view, &to, there)?,
         }
+        self.folders.touch(&from.directory);
+        self.folders.touch(&new_directory);
+        Ok(())
     }
 
     fn rename_directory(&self, from: &str, to: &Target, there: Option<Found>) -> Result<()> {
@@ -188,11 +199,18 @@ impl FileSystem {
             self.store.put_name(&format!("{}{}", to.plain, &name[from.len()..]), object)?;
             self.store.drop_name(&name)?;
         }
-        self.staging.remove_directory(&to.plain);
-        self.staging.rename_directories(from, &to.plain);
-        self.inodes.rename_directories(&[(from, &to.plain)]);
-        self.staging.add_directory(to.plain.clone());
+        self.folders.remove(&to.plain);
+        self.move_directories(&[(from, &to.plain)]);
+        self.folders.stay(&to.plain);
         Ok(())
+    }
+
+    /// Lets what is known of directories follow their new names, here and for the next server.
+    fn move_directories(&self, changes: &[(&str, &str)]) {
+        self.folders.rename(changes);
+        for (name, number) in self.inodes.rename_directories(changes) {
+            self.folders.keep_number(&name, number);
+        }
     }
 
     /// Moves a staged file, and the name of what it published, to another path of the same format.
@@ -338,9 +356,9 @@ impl FileSystem {
                 for (name, object) in &right {
                     self.store.put_name(&format!("{a}{}", &name[b.len()..]), *object)?;
                 }
-                self.inodes.rename_directories(&[(&a, &b), (&b, &a)]);
-                self.staging.add_directory(a);
-                self.staging.add_directory(b);
+                self.move_directories(&[(&a, &b), (&b, &a)]);
+                self.folders.stay(&a);
+                self.folders.stay(&b);
                 Ok(())
             }
             _ => Err(Error::new(

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::copies::HIDDEN;
 use super::inode::{Inode, Node, ViewNode};
 use super::objects::Summary;
 use super::staging::Staged;
@@ -101,7 +102,7 @@ impl FileSystem {
             }
             self.staging.detach(&staged);
         }
-        if self.staging.has_directory(&target.plain) {
+        if self.folders.exists(&target.plain) {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
         if let Some((hash, rest)) = name::split_hash(&target.component)
@@ -158,10 +159,14 @@ impl FileSystem {
         Ok(None)
     }
 
-    /// All names that begin with a prefix, in byte order.
+    /// All names that begin with a prefix, in byte order, without those that are hidden.
     pub(super) fn names_below(&self, prefix: &str) -> Result<Vec<NamedObject>> {
         let query = NameQuery::Prefix { prefix: prefix.to_owned(), limit: None };
-        Ok(self.store.names(&[query])?.into_iter().next().unwrap_or_default())
+        let mut names = self.store.names(&[query])?.into_iter().next().unwrap_or_default();
+        if !prefix.starts_with(HIDDEN) {
+            names.retain(|(name, _)| !name.starts_with(HIDDEN));
+        }
+        Ok(names)
     }
 
     /// The object that a name points to now.
@@ -250,8 +255,21 @@ impl FileSystem {
         if let Some(staged) = self.staging.by_ino(ino) {
             return Ok(Some(self.inodes.look_up(ino, || Node::Staged(staged))));
         }
+        if let Some(name) = self.inodes.renamed_directory(ino) {
+            return Ok(Some(self.inodes.look_up(ino, || Node::Directory { name })));
+        }
         let root = &self.options.prefix;
         let prefix = if root.is_empty() { String::new() } else { format!("{root}/") };
+        for made in self.folders.below(&prefix) {
+            // Itself, and the directories above it.
+            let parts = made.match_indices('/').map(|(at, _)| at).filter(|at| *at >= prefix.len());
+            for end in parts.chain([made.len()]) {
+                let name = made.get(..end).unwrap_or_default();
+                if self.inodes.directory(name) == ino {
+                    return Ok(Some(self.inodes.look_up(ino, || Node::Directory { name: name.to_owned() })));
+                }
+            }
+        }
         for (name, object) in self.names_below(&prefix)? {
             let ends = name[prefix.len()..].match_indices('/').map(|(at, _)| prefix.len() + at);
             for end in ends {

@@ -6,7 +6,7 @@
 //!
 //! With passthrough the kernel writes the memory file by itself: what was written shows only in its size and times.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -24,6 +24,8 @@ use crate::vineyard::{ObjectId, Store};
 
 /// How long a reader that was sent back to the published version may take to look the name up again.
 const REDIRECT: Duration = Duration::from_secs(2);
+/// Most files that stay here after they were published.
+const MOST_FILES: usize = 4096;
 /// The coarsest clock tick that file times may have: a change within it may not show.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 
@@ -31,8 +33,8 @@ const CLOCK_TICK: Duration = Duration::from_millis(20);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Stamp {
     pub size: u64,
-    mtime: i64,
-    ctime: i64,
+    pub mtime: i64,
+    pub ctime: i64,
 }
 
 /// What changes about a staged file.
@@ -250,7 +252,7 @@ impl Staged {
             gid: state.attributes.gid.unwrap_or(options.gid),
             atime: state.attributes.atime.map_or(mtime, from_nanos),
             mtime,
-            ctime: from_nanos(stamp.ctime),
+            ctime: from_nanos(state.attributes.ctime.map_or(stamp.ctime, |ctime| ctime.max(stamp.ctime))),
         })
     }
 
@@ -324,31 +326,21 @@ struct Redirect {
     held: Option<ObjectId>,
 }
 
-/// All staged files, by path, and the directories that only exist here.
+/// All staged files, by path.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
-    directories: Mutex<BTreeSet<String>>,
     redirects: Mutex<HashMap<(String, u32), Redirect>>,
     next: AtomicU64,
 }
 
 impl Staging {
-    /// Nothing staged; inode numbers start above `start`.
+    /// Nothing staged; inode numbers start above `start`, which is below 2^61.
     pub fn new(start: u64) -> Self {
-        Staging {
-            by_path: Mutex::default(),
-            directories: Mutex::default(),
-            redirects: Mutex::default(),
-            next: AtomicU64::new(start),
-        }
+        Staging { by_path: Mutex::default(), redirects: Mutex::default(), next: AtomicU64::new(start) }
     }
 
     fn by_path(&self) -> MutexGuard<'_, HashMap<String, Arc<Staged>>> {
         self.by_path.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    fn directories(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        self.directories.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// The staged file at a path.
@@ -473,47 +465,27 @@ impl Staging {
         })
     }
 
-    /// Whether a directory was made here and holds no name yet.
-    pub(super) fn has_directory(&self, name: &str) -> bool {
-        self.directories().contains(name) || self.directories().iter().any(|d| d.starts_with(&format!("{name}/")))
-    }
-
-    /// Makes a directory that holds no name yet.
-    pub(super) fn add_directory(&self, name: String) {
-        self.directories().insert(name);
-    }
-
-    /// Forgets a directory.
-    pub(super) fn remove_directory(&self, name: &str) {
-        self.directories().remove(name);
-    }
-
-    /// Renames the directories below one.
-    pub(super) fn rename_directories(&self, from: &str, to: &str) {
-        let mut directories = self.directories();
-        let moved: Vec<String> =
-            directories.iter().filter(|d| *d == from || d.starts_with(&format!("{from}/"))).cloned().collect();
-        for name in moved {
-            directories.remove(&name);
-            directories.insert(format!("{to}{}", &name[from.len()..]));
+    /// Lets go of files that the store has all of, when there are too many: each costs two descriptors. Their paths lead
+    /// to the published views from then on.
+    pub(super) fn retire_old(&self) {
+        let all: Vec<Arc<Staged>> = {
+            let by_path = self.by_path();
+            if by_path.len() < MOST_FILES {
+                return;
+            }
+            by_path.values().cloned().collect()
+        };
+        let mut settled: Vec<Arc<Staged>> = all.into_iter().filter(|staged| staged.is_settled()).collect();
+        settled.sort_unstable_by_key(|staged| staged.made);
+        for staged in settled.iter().take(MOST_FILES / 2) {
+            staged.state().retired = true;
+            self.detach(staged);
         }
     }
 
-    /// Full names of the directories that exist only here, directly in a directory.
-    pub(super) fn directories_below(&self, directory: &str) -> Vec<String> {
-        let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
-        let staged = self.by_path().values().map(|s| s.state().target.directory.clone()).collect::<Vec<_>>();
-        let mut out: Vec<String> = self
-            .directories()
-            .iter()
-            .chain(&staged)
-            .filter_map(|d| d.strip_prefix(&prefix))
-            .filter(|rest| !rest.is_empty())
-            .map(|rest| format!("{prefix}{}", rest.split('/').next().unwrap_or(rest)))
-            .collect();
-        out.sort_unstable();
-        out.dedup();
-        out
+    /// Full names of the directories that staged files are in.
+    pub(super) fn directories(&self) -> Vec<String> {
+        self.by_path().values().map(|staged| staged.state().target.directory.clone()).collect()
     }
 
     fn redirects(&self) -> MutexGuard<'_, HashMap<(String, u32), Redirect>> {

@@ -1,6 +1,7 @@
 //! The filesystem without a mount.
 
 mod bed;
+mod model;
 
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -41,12 +42,7 @@ fn what_was_written_reads_back_byte_for_byte_and_through_other_views() {
         assert_eq!(column(&bed.load("t.feather").unwrap()), [3, 1, 2]);
         assert_eq!(bed.list(""), ["t.arrow"]);
         // Another mount of the same store has only the store to make it from.
-        let host = Arc::new(LocalHost {
-            passthrough,
-            next: AtomicU64::new(1),
-            files: Mutex::default(),
-            tags: Mutex::default(),
-        });
+        let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
         let fs = FileSystem::new(bed.store.clone(), host.clone(), Options::default());
         let second = Bed { fs, store: bed.store.clone(), host };
         assert_eq!(second.load("t.arrow").unwrap(), file);

@@ -18,6 +18,7 @@ use crate::dataset::FileAttributes;
 use crate::dataset::attributes::to_nanos;
 use crate::error::{Error, Kind, Result};
 use crate::image;
+use crate::vineyard::ObjectId;
 
 /// How long a reader waits for the rest of a close, in milliseconds.
 const CLOSE_TAKES_MS: u32 = 20;
@@ -55,10 +56,11 @@ impl FileSystem {
                 let attributes = FileAttributes {
                     mode: Some((mode & !umask & 0o7777) as u16),
                     uid: Some(caller.uid),
-                    gid: Some(caller.gid),
+                    gid: Some(self.folders.inherited_group(&directory).unwrap_or(caller.gid)),
                     ..Default::default()
                 };
                 self.stage(target.clone(), attributes, None)?;
+                self.folders.touch(&directory);
             }
         }
         let staged = self.staging.at(&target.path()).ok_or_else(|| Error::stale("replaced while it was created"))?;
@@ -76,6 +78,7 @@ impl FileSystem {
     ) -> Result<Arc<Staged>> {
         // Images that were written here stay until room is needed for what is written next.
         self.cache.shrink_staged(self.options.staging_size / 2);
+        self.staging.retire_old();
         let file = MemoryFile::create(&self.host, Area::Staging, 0)?;
         Ok(self.staging.add(file, target, attributes, replaces))
     }
@@ -94,7 +97,7 @@ impl FileSystem {
             gid: Some(caller.gid),
             ..Default::default()
         });
-        let attributes = FileAttributes { mtime: None, atime: None, ..attributes };
+        let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
         let staged = self.stage(target.clone(), attributes, Some(view.clone()))?;
         staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
         if flags & libc::O_TRUNC == 0 {
@@ -134,12 +137,13 @@ impl FileSystem {
         let dirty = staged.is_dirty()?;
         if !dirty && !staged.is_current_version(&*self.store)? {
             self.staging.detach(staged);
-            return Err(Error::stale("somebody published another version"));
+            return Err(self.send_on(staged, flags, caller, "somebody published another version"));
         }
         let mut state = staged.state();
         if state.detached || state.retired {
-            // Removed while the kernel was on its way here.
-            return Err(Error::stale("the path leads elsewhere now"));
+            // Removed, or all in the store, while the kernel was on its way here.
+            drop(state);
+            return Err(self.send_on(staged, flags, caller, "the path leads elsewhere now"));
         }
         if write {
             let others_write = state.writers.iter().any(|pid| *pid != caller.pid);
@@ -148,7 +152,7 @@ impl FileSystem {
             let settled = state.published.is_some() && (state.had_readers || state.writers.is_empty());
             if (settled && (state.had_readers || truncates)) || (truncates && others_write) {
                 let target = state.target.clone();
-                let attributes = FileAttributes { mtime: None, atime: None, ..state.attributes.clone() };
+                let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..state.attributes.clone() };
                 let base = state.replaces.clone();
                 drop(state);
                 return Err(self.restage(staged, target, attributes, base, truncates));
@@ -195,6 +199,19 @@ impl FileSystem {
         drop(state);
         inode.state().opens += 1;
         Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
+    }
+
+    /// The answer to an open of a file that is not the path's any more: the kernel looks the name up again, once. What a
+    /// writer then needs is made here, or a second answer of this kind would reach the program.
+    fn send_on(&self, staged: &Staged, flags: i32, caller: Caller, why: &str) -> Error {
+        let target = staged.state().target.clone();
+        if wants_write(flags)
+            && let Ok(Some(Found::View(view))) = self.resolve(&target, caller.pid)
+            && let Err(error) = self.stage_view(&target, &view, flags, caller)
+        {
+            return error;
+        }
+        Error::stale(why)
     }
 
     /// Replaces a staged file that must not change by a new one, and sends the writer there.
@@ -412,7 +429,7 @@ impl FileSystem {
     }
 
     /// Ends a lazy open; the object goes if nothing names it any more and this was the last.
-    pub(super) fn end_lazy_open(&self, object: crate::vineyard::ObjectId) {
+    pub(super) fn end_lazy_open(&self, object: ObjectId) {
         let mut opens = self.lazy_opens();
         let Some(count) = opens.get_mut(&object) else { return };
         *count -= 1;
@@ -428,7 +445,7 @@ impl FileSystem {
     }
 
     /// Deletes an object that nothing names any more, as soon as no open handle reads its blobs.
-    pub(super) fn delete_object(&self, object: crate::vineyard::ObjectId) {
+    pub(super) fn delete_object(&self, object: ObjectId) {
         if self.lazy_opens().contains_key(&object) {
             self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
             self.suspect_for_long(object);
@@ -437,12 +454,13 @@ impl FileSystem {
         }
     }
 
-    fn delete_now(&self, object: crate::vineyard::ObjectId) {
+    fn delete_now(&self, object: ObjectId) {
         self.cache.forget(object);
         self.objects.forget(object);
         if let Err(error) = self.store.delete(&[object]) {
             self.warn(format!("object {object} was replaced or removed and could not be deleted: {error}"));
         }
+        self.drop_copies(object);
     }
 
     /// A time for attributes.

@@ -5,26 +5,23 @@ use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 
 use super::direntplus::Listing;
 use super::handshake;
+use super::journal::{Journal, RESENT, STRIKES};
+use super::reply::{Refuse, file_type, send_attr, send_create, send_empty, send_entry, send_open, send_xattr};
 use super::stats::{Op, Stats};
 use super::workers::Workers;
 use crate::error::{Error, Kind, Result};
-use crate::fs::{Attr, Caller, DirEntry, Entry, FileKind, FileSystem, Opened, Serve, SetAttr};
-
-/// Bit of a request's id: the kernel sent it before.
-const RESENT: u64 = 1 << 63;
-/// Inode numbers are never used again for something else, so one generation serves all.
-const GENERATION: Generation = Generation(0);
+use crate::fs::{Caller, DirEntry, FileSystem, SetAttr};
 
 /// What all requests need.
 pub struct Shared {
@@ -32,6 +29,8 @@ pub struct Shared {
     pub fs: Arc<FileSystem>,
     /// Counters.
     pub stats: Stats,
+    /// What is in work, for the next server and for the keeper.
+    pub journal: Arc<Journal>,
     /// Threads for slow requests.
     pub workers: Workers,
     /// The connection, for the one kind of reply that is written by hand.
@@ -43,36 +42,6 @@ pub struct Adapter {
     shared: Arc<Shared>,
     flags: u64,
 }
-
-/// A reply that can say no.
-trait Refuse: Send + 'static {
-    fn refuse(self, errno: Errno);
-}
-
-macro_rules! refuse {
-    ($($reply:ty),* $(,)?) => {
-        $(impl Refuse for $reply {
-            fn refuse(self, errno: Errno) {
-                self.error(errno);
-            }
-        })*
-    };
-}
-
-refuse!(
-    ReplyAttr,
-    ReplyCreate,
-    ReplyData,
-    ReplyDirectory,
-    ReplyDirectoryPlus,
-    ReplyEmpty,
-    ReplyEntry,
-    ReplyLseek,
-    ReplyOpen,
-    ReplyStatfs,
-    ReplyWrite,
-    ReplyXattr,
-);
 
 impl Adapter {
     /// For a connection on which `flags` were agreed.
@@ -90,41 +59,59 @@ impl Adapter {
         work: impl FnOnce(&Shared) -> Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
-        let id = request.unique().0;
-        let shared = self.shared.clone();
         let start = Instant::now();
-        self.shared.workers.run(move |late| {
-            tracing::trace!(id, op = op.name(), what = what(), "request");
-            let result = if late {
-                Err(Error::new(Kind::Timeout, "the request waited too long for requests before it"))
-            } else {
-                work(&shared)
+        self.run(op, request, move |shared, refused| {
+            tracing::trace!(what = what(), "begins");
+            let result = match refused {
+                Some(error) => Err(error),
+                None => work(shared),
             };
-            let took = start.elapsed();
-            shared.stats.record(op, took, result.as_ref().is_err_and(is_failure));
+            shared.stats.record(op, start.elapsed(), result.as_ref().is_err_and(is_failure));
             match result {
                 Ok(answer) => {
-                    tracing::trace!(id, op = op.name(), ?took, "done");
+                    tracing::trace!(took = ?start.elapsed(), "done");
                     send(reply, answer);
                 }
                 Err(error) => {
-                    shared.report(op, id, &what(), &error);
+                    shared.report(op, &what(), &error);
                     reply.refuse(Errno::from_i32(error.errno()));
                 }
             }
+        });
+    }
+
+    /// Runs the work of a request, now or soon on another thread, noted in the journal and within a span of the log. It
+    /// hears why the request is to be refused, if it is.
+    fn run(&self, op: Op, request: &Request, work: impl FnOnce(&Shared, Option<Error>) + Send + 'static) {
+        let unique = request.unique().0;
+        let shared = self.shared.clone();
+        let entry = shared.journal.enter(unique);
+        self.shared.workers.run(move |late| {
+            let span = tracing::info_span!("request", id = unique & !RESENT, op = op.name());
+            let _inside = span.enter();
+            let refused = if shared.journal.is_refused(unique) {
+                let message = format!("{STRIKES} servers ended while they worked on this request: not tried again");
+                Some(Error::new(Kind::Os(libc::EIO), message))
+            } else if late {
+                Some(Error::new(Kind::Timeout, "the request waited too long for requests before it"))
+            } else {
+                entry.begin();
+                None
+            };
+            work(&shared, refused);
         });
     }
 }
 
 impl Shared {
     /// Logs an error: what programs expect to happen quietly, a broken object or store aloud.
-    fn report(&self, op: Op, id: u64, what: &str, error: &Error) {
+    fn report(&self, op: Op, what: &str, error: &Error) {
         match error.errno() {
             libc::EIO | libc::ENOSPC | libc::EREMOTEIO | libc::EHOSTUNREACH => {
-                tracing::warn!(id, op = op.name(), what, error = %error, "request failed");
+                tracing::warn!(what, error = %error, "request failed");
                 self.stats.remember(op, &format!("{what}: {error}"));
             }
-            _ => tracing::trace!(id, op = op.name(), what, error = %error, "refused"),
+            _ => tracing::trace!(what, error = %error, "refused"),
         }
     }
 }
@@ -138,95 +125,6 @@ fn is_failure(error: &Error) -> bool {
 fn caller(request: &Request) -> Caller {
     let resent = request.unique().0 & RESENT != 0;
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), resent }
-}
-
-fn file_type(kind: FileKind) -> FileType {
-    match kind {
-        FileKind::Directory => FileType::Directory,
-        FileKind::File => FileType::RegularFile,
-        FileKind::Symlink => FileType::Symlink,
-    }
-}
-
-/// Attributes as `fuser` wants them.
-pub fn file_attr(attr: &Attr) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(attr.ino),
-        size: attr.size,
-        blocks: attr.blocks(),
-        atime: attr.atime,
-        mtime: attr.mtime,
-        ctime: attr.ctime,
-        crtime: attr.ctime,
-        kind: file_type(attr.kind),
-        perm: attr.perm,
-        nlink: attr.nlink,
-        uid: attr.uid,
-        gid: attr.gid,
-        rdev: 0,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-fn send_entry(reply: ReplyEntry, entry: Entry) {
-    reply.entry_with_ttls(&entry.attr_ttl, &entry.entry_ttl, &file_attr(&entry.attr), GENERATION);
-}
-
-fn send_attr(reply: ReplyAttr, (attr, ttl): (Attr, Duration)) {
-    reply.attr(&ttl, &file_attr(&attr));
-}
-
-fn send_empty(reply: ReplyEmpty, (): ()) {
-    reply.ok();
-}
-
-/// The flags of an open reply, and the id of the backing file in passthrough mode, which allows fewer flags.
-fn open_flags(opened: &Opened) -> (FopenFlags, Option<u32>) {
-    let mut flags = FopenFlags::empty();
-    flags.set(FopenFlags::FOPEN_NOFLUSH, opened.no_flush);
-    match opened.serve {
-        Serve::Cached => (flags | FopenFlags::FOPEN_KEEP_CACHE, None),
-        Serve::Direct => (flags | FopenFlags::FOPEN_DIRECT_IO, None),
-        Serve::Passthrough(id) => (flags, Some(id)),
-    }
-}
-
-fn send_open(reply: ReplyOpen, opened: Opened) {
-    let fh = FileHandle(opened.fh);
-    match open_flags(&opened) {
-        (flags, None) => reply.opened(fh, flags),
-        (flags, Some(id)) => {
-            // SAFETY: the keeper registered this id with this connection and closes it only when the filesystem says
-            // so; `into_raw` keeps this wrapper from closing it.
-            let backing = unsafe { reply.wrap_backing(id) };
-            reply.opened_passthrough(fh, flags, &backing);
-            backing.into_raw();
-        }
-    }
-}
-
-fn send_create(reply: ReplyCreate, (entry, opened): (Entry, Opened)) {
-    let fh = FileHandle(opened.fh);
-    let (attr, ttl) = (file_attr(&entry.attr), entry.entry_ttl.min(entry.attr_ttl));
-    match open_flags(&opened) {
-        (flags, None) => reply.created(&ttl, &attr, GENERATION, fh, flags),
-        (flags, Some(id)) => {
-            // SAFETY: as in `send_open`.
-            let backing = unsafe { reply.wrap_backing(id) };
-            reply.created_passthrough(&ttl, &attr, GENERATION, fh, flags, &backing);
-            backing.into_raw();
-        }
-    }
-}
-
-/// Sends an attribute's value, or its size if the caller has no buffer yet.
-fn send_xattr(reply: ReplyXattr, (value, room): (Vec<u8>, u32)) {
-    match u32::try_from(value.len()) {
-        Ok(size) if room == 0 => reply.size(size),
-        Ok(size) if size <= room => reply.data(&value),
-        _ => reply.error(Errno::ERANGE),
-    }
 }
 
 fn point_in_time(time: TimeOrNow) -> SystemTime {
@@ -454,9 +352,8 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         // Never refused, however long it waited: a handle that is not given back is never freed.
-        let (shared, start, id) = (self.shared.clone(), Instant::now(), request.unique().0);
-        self.shared.workers.run(move |_late| {
-            tracing::trace!(id, op = "Release", ino = ino.0, fh = fh.0, "request");
+        let start = Instant::now();
+        self.run(Op::Release, request, move |shared, _refused| {
             shared.fs.release(ino.0, fh.0);
             shared.stats.record(Op::Release, start.elapsed(), false);
             reply.ok();
@@ -474,16 +371,16 @@ impl Filesystem for Adapter {
     }
 
     fn readdir(&self, request: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let (shared, start, id) = (self.shared.clone(), Instant::now(), request.unique().0);
-        self.shared.workers.run(move |_late| {
+        let start = Instant::now();
+        self.run(Op::Readdir, request, move |shared, refused| {
             let mut add =
                 |entry: DirEntry| reply.add(INodeNo(entry.ino), entry.next, file_type(entry.kind), &entry.name);
-            let result = shared.fs.readdir(ino.0, fh.0, offset, false, &mut add);
+            let result = refused.map_or_else(|| shared.fs.readdir(ino.0, fh.0, offset, false, &mut add), Err);
             shared.stats.record(Op::Readdir, start.elapsed(), result.as_ref().is_err_and(is_failure));
             match result {
                 Ok(()) => reply.ok(),
                 Err(error) => {
-                    shared.report(Op::Readdir, id, &inode(ino.0)(), &error);
+                    shared.report(Op::Readdir, &inode(ino.0)(), &error);
                     reply.error(Errno::from_i32(error.errno()));
                 }
             }
@@ -491,15 +388,17 @@ impl Filesystem for Adapter {
     }
 
     fn readdirplus(&self, request: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
-        let (shared, start, id) = (self.shared.clone(), Instant::now(), request.unique().0);
-        self.shared.workers.run(move |_late| {
+        let id = request.unique().0;
+        let start = Instant::now();
+        self.run(Op::Readdir, request, move |shared, refused| {
             let mut listing = Listing::new(reply, id);
-            let result = shared.fs.readdir(ino.0, fh.0, offset, true, &mut |entry| listing.add(&entry));
+            let mut add = |entry: DirEntry| listing.add(&entry);
+            let result = refused.map_or_else(|| shared.fs.readdir(ino.0, fh.0, offset, true, &mut add), Err);
             shared.stats.record(Op::Readdir, start.elapsed(), result.as_ref().is_err_and(is_failure));
             match result {
                 Ok(()) => listing.send(|parts: &[IoSlice<'_>]| nix::sys::uio::writev(&shared.device, parts).map(drop)),
                 Err(error) => {
-                    shared.report(Op::Readdir, id, &inode(ino.0)(), &error);
+                    shared.report(Op::Readdir, &inode(ino.0)(), &error);
                     listing.refuse(Errno::from_i32(error.errno()));
                 }
             }
@@ -597,20 +496,21 @@ impl Filesystem for Adapter {
         self.answer(Op::Fallocate, request, reply, inode(ino.0), work, send_empty);
     }
 
-    /// The kernel remembers this answer, and copies by reads and writes itself from then on.
+    #[allow(clippy::too_many_arguments)]
     fn copy_file_range(
         &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: u64,
-        _: CopyFileRangeFlags,
+        _request: &Request,
+        _ino_in: INodeNo,
+        _fh_in: FileHandle,
+        _offset_in: u64,
+        _ino_out: INodeNo,
+        _fh_out: FileHandle,
+        _offset_out: u64,
+        _length: u64,
+        _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        // The kernel then copies by itself, and does not ask again.
         reply.error(Errno::ENOSYS);
     }
 

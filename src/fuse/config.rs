@@ -41,6 +41,9 @@ pub struct MountConfig {
     pub file_mode: u32,
     /// Longest time for one request to the store, in milliseconds.
     pub deadline_ms: u64,
+    /// Where Prometheus finds counters, if anywhere.
+    #[serde(default)]
+    pub metrics: Option<std::net::SocketAddr>,
     /// Folder of sockets and process ids of this mount.
     pub runtime: PathBuf,
     /// Where logs go; `None` for the standard error of the command.
@@ -63,6 +66,7 @@ impl MountConfig {
             file_mode: (self.file_mode & 0o777) as u16,
             dir_mode: (self.dir_mode & 0o777) as u16,
             serve: self.serve,
+            copy_remote: self.migrate == RemotePolicy::Full,
             cache_size: self.cache_size,
             staging_size: self.staging_size,
             ..Options::default()

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{Errno, FileAttr, Generation, INodeNo, ReplyDirectoryPlus};
 
-use super::adapter::file_attr;
+use super::reply::file_attr;
 use crate::fs::{DirEntry, Entry, FileKind};
 
 /// `fuse_entry_out` (40 bytes and `fuse_attr` of 88) and `fuse_dirent` without the name (24).

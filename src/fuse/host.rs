@@ -1,11 +1,13 @@
 //! The server's side of the control socket, and the queue of invalidations.
 
 use std::ffi::{OsStr, OsString};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
+use super::journal::Journal;
 use super::protocol::{self, Hello, KeptFile, Reply, Request};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::host::TaggedFile;
@@ -78,22 +80,44 @@ impl KeeperLink {
     /// # Errors
     /// `Unavailable` if nothing listens there.
     pub fn connect(&self) -> Result<UnixStream> {
-        match self.ask(&Request::Connect) {
-            Ok((Reply::Connected, Some(fd))) => Ok(UnixStream::from(fd)),
-            Ok((other, _)) => Err(unexpected(&other)),
-            Err(error) => Err(error),
+        match self.descriptor(&Request::Connect)? {
+            Some(fd) => Ok(UnixStream::from(fd)),
+            None => Err(unexpected(&Reply::Descriptor)),
+        }
+    }
+
+    /// The journal of requests.
+    ///
+    /// # Errors
+    /// If the keeper does not answer as it should.
+    pub fn journal(&self) -> Result<Journal> {
+        match self.descriptor(&Request::Journal)? {
+            Some(fd) => Journal::open(fd),
+            None => Err(unexpected(&Reply::Descriptor)),
+        }
+    }
+
+    /// The socket at which counters are asked for, if there is one.
+    ///
+    /// # Errors
+    /// If the keeper does not answer as it should.
+    pub fn metrics(&self) -> Result<Option<TcpListener>> {
+        Ok(self.descriptor(&Request::Metrics)?.map(TcpListener::from))
+    }
+
+    fn descriptor(&self, request: &Request) -> Result<Option<OwnedFd>> {
+        match self.ask(request)? {
+            (Reply::Descriptor, fd) => Ok(fd),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 
     /// The journal of objects that no name reaches yet.
     ///
     /// # Errors
-    /// `NotFound` if the keeper has none.
-    pub fn journal(&self) -> Result<std::fs::File> {
-        match self.ask(&Request::Journal)? {
-            (Reply::Journal, Some(fd)) => Ok(fd.into()),
-            (other, _) => Err(unexpected(&other)),
-        }
+    /// If the keeper does not answer as it should.
+    pub fn leftovers(&self) -> Result<Option<std::fs::File>> {
+        Ok(self.descriptor(&Request::Leftovers)?.map(std::fs::File::from))
     }
 
     /// All kept files, as a server finds them at its start.
@@ -137,14 +161,19 @@ impl KeeperLink {
         self.tell(&Request::PutState { key: key.into(), value: value.map(str::to_owned) })
     }
 
-    /// A text that this or an earlier server kept.
+    /// All texts that this or an earlier server kept, with their names.
     ///
     /// # Errors
     /// If the keeper does not answer as it should.
-    pub fn get_state(&self, key: &str) -> Result<Option<String>> {
-        match self.ask(&Request::GetState { key: key.into() })? {
-            (Reply::State { value }, _) => Ok(value),
-            (other, _) => Err(unexpected(&other)),
+    pub fn states(&self) -> Result<Vec<(String, String)>> {
+        let mut all: Vec<(String, String)> = Vec::new();
+        loop {
+            let after = all.last().map(|(name, _)| name.clone()).unwrap_or_default();
+            match self.ask(&Request::States { after })? {
+                (Reply::States { entries }, _) if entries.is_empty() => return Ok(all),
+                (Reply::States { entries }, _) => all.extend(entries),
+                (other, _) => return Err(unexpected(&other)),
+            }
         }
     }
 }
@@ -190,6 +219,16 @@ impl Host for KeeperHost {
         let files = self.link.files()?.into_iter();
         let tagged = files.filter_map(|file| Some((file.tag.clone()?, file)));
         tagged.map(|(tag, kept)| Ok(TaggedFile { tag, area: kept.area, file: self.link.file(kept.key)? })).collect()
+    }
+
+    fn note(&self, key: &str, text: Option<&str>) {
+        if let Err(error) = self.link.put_state(key, text) {
+            tracing::warn!("the next server will not know of {key:?}: {error}");
+        }
+    }
+
+    fn notes(&self) -> Result<Vec<(String, String)>> {
+        self.link.states()
     }
 
     fn release_file(&self, key: u64) {

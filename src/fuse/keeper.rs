@@ -2,6 +2,7 @@
 //!
 //! It reads no data and speaks to no store; all it ever does is short, so one thread and one `poll` suffice.
 
+use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -10,21 +11,27 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use serde_json::{Value, json};
 
 use self::children::{Server, Store};
 use self::files::Files;
+use self::upgrade::Pending;
+use self::watchdog::{LOOK, Watchdog};
 use super::config::MountConfig;
 use super::handshake::{Agreed, flag};
-use super::journal::KeeperJournal;
+use super::journal::Journal;
+use super::leftovers::Leftovers;
 use super::mount::{self, MountOptions, Mounted};
-use super::protocol::{self, FILES_PER_MESSAGE, Hello, Reply, Request};
+use super::protocol::{self, Hello, Reply, Request, VERSION};
 use super::runtime::{KeeperRecord, Runtime, start_time};
-use super::{mountinfo, status};
+use super::{mountinfo, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 
 pub mod children;
+mod duties;
 pub mod files;
+mod report;
+pub mod upgrade;
+pub mod watchdog;
 
 /// Pauses before the next start of a server, one after the other; the last one again and again.
 const BACK_OFF: [Duration; 5] = [
@@ -37,6 +44,8 @@ const BACK_OFF: [Duration; 5] = [
 /// A server that served this long starts the pauses from the beginning: it did not die of a request that comes again
 /// to each server.
 const HEALTHY: Duration = Duration::from_millis(500);
+/// Shortest time without a sign of life after which a server is replaced.
+const SHORTEST_LIMIT: Duration = Duration::from_secs(2);
 /// How long a server may take to end after the mount has gone.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -50,6 +59,8 @@ pub type Report<'a> = &'a mut dyn FnMut(Result<String>);
 pub fn run(config: MountConfig, report: Report<'_>) -> Result<()> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     std::env::set_current_dir("/")?;
+    // It holds a descriptor for each memory file.
+    privileges::raise_open_files();
     let runtime = Runtime::at(&config.runtime);
     runtime.create()?;
     let signals = signals()?;
@@ -87,33 +98,22 @@ fn start(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) -> R
 fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) -> Result<Keeper> {
     let answers = listen(&runtime.keeper_socket())?;
     let status = listen(&runtime.status_socket())?;
-    let options = MountOptions {
-        mountpoint: &config.mountpoint,
-        source: &mount::printable(&config.socket),
-        read_only: config.read_only,
-        allow_other: config.allow_other,
+    let commands = listen(&runtime.command_socket())?;
+    let metrics = match config.metrics {
+        Some(address) => Some(TcpListener::bind(address).context(|| format!("cannot serve counters at {address}"))?),
+        None => None,
     };
-    let mounted = mount::mount(&options)?;
-    let prepared = mount::initialise(&mounted.fuse).and_then(|agreed| {
-        record.device = Some(mounted.device);
-        runtime.write_record(record)?;
-        Ok(agreed)
-    });
-    let agreed = match prepared {
-        Ok(agreed) => agreed,
-        Err(error) => {
-            mount::detach(&config.mountpoint).ok();
-            return Err(error);
-        }
-    };
-    mount::raise_readahead(mounted.device);
+    let journal = Journal::create()?;
+    let limit = Duration::from_millis(config.deadline_ms).max(SHORTEST_LIMIT);
+    let watchdog = Watchdog::new(Journal::open(journal.try_clone()?)?, limit);
+    let (mounted, agreed) = mount_now(&config, runtime, record)?;
     let files = Files::new(&config);
     let no_passthrough = match agreed.flags & flag::PASSTHROUGH {
         0 => Some(format!("this kernel (FUSE 7.{}) has no passthrough; Linux 6.9 has", agreed.minor)),
         _ => files.probe(&mounted.fuse).err().map(|error| error.to_string()),
     };
-    let journal = match KeeperJournal::open(&config.socket) {
-        Ok(journal) if !config.read_only => Some(journal),
+    let leftovers = match Leftovers::open(&config.socket) {
+        Ok(leftovers) if !config.read_only => Some(leftovers),
         Ok(_) => None,
         Err(error) => {
             tracing::warn!("there is no journal: what a killed server leaves in the store stays there: {error}");
@@ -126,10 +126,21 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         no_passthrough,
         mounted,
         files,
-        journal,
+        leftovers,
         store: Store::default(),
         answers,
         status,
+        commands,
+        metrics,
+        journal,
+        watchdog,
+        program: None,
+        upgrade: None,
+        down_since: None,
+        last_end: None,
+        replacing: false,
+        remounts: 0,
+        record: record.clone(),
         server: None,
         next_start: Some(Instant::now()),
         failures: 0,
@@ -141,6 +152,32 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
     })
 }
 
+/// Mounts, settles INIT with the kernel, and writes down which mount it is.
+fn mount_now(config: &MountConfig, runtime: &Runtime, record: &mut KeeperRecord) -> Result<(Mounted, Agreed)> {
+    let options = MountOptions {
+        mountpoint: &config.mountpoint,
+        source: &mount::printable(&config.socket),
+        read_only: config.read_only,
+        allow_other: config.allow_other,
+    };
+    let mounted = mount::mount(&options)?;
+    let prepared = mount::initialise(&mounted.fuse).and_then(|agreed| {
+        record.device = Some(mounted.device);
+        runtime.write_record(record)?;
+        Ok(agreed)
+    });
+    match prepared {
+        Ok(agreed) => {
+            mount::raise_readahead(mounted.device);
+            Ok((mounted, agreed))
+        }
+        Err(error) => {
+            mount::detach(&config.mountpoint).ok();
+            Err(error)
+        }
+    }
+}
+
 fn listen(socket: &std::path::Path) -> Result<UnixListener> {
     // A keeper that was killed leaves its sockets.
     std::fs::remove_file(socket).ok();
@@ -149,7 +186,7 @@ fn listen(socket: &std::path::Path) -> Result<UnixListener> {
 
 fn signals() -> Result<SignalFd> {
     let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGCHLD] {
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGCHLD, Signal::SIGUSR1] {
         set.add(signal);
     }
     set.thread_block()?;
@@ -167,10 +204,26 @@ struct Keeper {
     no_passthrough: Option<String>,
     mounted: Mounted,
     files: Files,
-    journal: Option<KeeperJournal>,
+    leftovers: Option<Leftovers>,
     store: Store,
     answers: UnixListener,
     status: UnixListener,
+    commands: UnixListener,
+    metrics: Option<TcpListener>,
+    journal: OwnedFd,
+    watchdog: Watchdog,
+    /// What servers run; `None` for this very program.
+    program: Option<OwnedFd>,
+    upgrade: Option<Pending>,
+    /// Since when no server answers.
+    down_since: Option<Instant>,
+    /// How the last server ended, and why it was ended if it was.
+    last_end: Option<String>,
+    /// The keeper itself ends the server, for the reason in `last_end`.
+    replacing: bool,
+    /// How often the connection had to be given up.
+    remounts: u64,
+    record: KeeperRecord,
     server: Option<Server>,
     /// When to start the next server, if none runs.
     next_start: Option<Instant>,
@@ -193,6 +246,7 @@ struct Woken {
     disconnected: bool,
     request: bool,
     question: bool,
+    order: bool,
 }
 
 impl Keeper {
@@ -200,19 +254,25 @@ impl Keeper {
         let mut told = false;
         loop {
             self.start_server();
+            self.watch();
             let woken = self.wait(signals)?;
             if woken.question
                 && let Ok((connection, _)) = self.answers.accept()
             {
                 status::answer(connection, &self.report());
             }
+            if woken.order {
+                self.take_order();
+            }
             if woken.request {
                 self.answer_server();
             }
             if woken.signal {
                 while let Some(signal) = signals.read_signal()? {
-                    if signal.ssi_signo != Signal::SIGCHLD as u32 {
-                        self.end("a signal");
+                    match i32::try_from(signal.ssi_signo).map(Signal::try_from) {
+                        Ok(Ok(Signal::SIGCHLD)) => {}
+                        Ok(Ok(Signal::SIGUSR1)) => self.dump(),
+                        _ => self.end("a signal"),
                     }
                 }
                 self.reap();
@@ -243,9 +303,9 @@ impl Keeper {
 
     /// Waits for something to do, at most until the next deadline.
     fn wait(&self, signals: &SignalFd) -> Result<Woken> {
-        let mut longest = None;
+        let mut longest = Some(LOOK);
         if let (Some(next), None) = (self.next_start, self.ending) {
-            longest = Some(next.saturating_duration_since(Instant::now()));
+            longest = Some(next.saturating_duration_since(Instant::now()).min(LOOK));
         }
         if let Some(since) = self.ending {
             longest = Some((since + LAST_WORDS).saturating_duration_since(Instant::now()));
@@ -258,6 +318,7 @@ impl Keeper {
         let fuse = self.ending.is_none().then(|| self.mounted.fuse.as_fd());
         let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         fds.push(PollFd::new(self.answers.as_fd(), PollFlags::POLLIN));
+        fds.push(PollFd::new(self.commands.as_fd(), PollFlags::POLLIN));
         fds.extend(control.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         fds.extend(fuse.map(|fd| PollFd::new(fd, PollFlags::empty())));
         match poll(&mut fds, timeout) {
@@ -269,6 +330,7 @@ impl Keeper {
         Ok(Woken {
             signal: woken.next().unwrap_or(false),
             question: woken.next().unwrap_or(false),
+            order: woken.next().unwrap_or(false),
             request: control.is_some() && woken.next().unwrap_or(false),
             disconnected: fuse.is_some() && woken.next().unwrap_or(false),
         })
@@ -280,7 +342,9 @@ impl Keeper {
             return;
         }
         self.next_start = None;
-        match Server::start(self.mounted.fuse.as_fd(), self.status.as_fd()) {
+        self.watchdog.start_over();
+        let program = self.program.as_ref().map(AsFd::as_fd);
+        match Server::start(program, self.mounted.fuse.as_fd(), self.status.as_fd()) {
             Ok(server) => {
                 tracing::debug!("server {} started", server.pid());
                 self.starts += 1;
@@ -316,13 +380,21 @@ impl Keeper {
             return;
         }
         tracing::warn!("server {pid} ended after {lived:?}: {exit}");
+        self.down_since.get_or_insert_with(Instant::now);
+        self.last_end = Some(match self.last_end.take().filter(|_| self.replacing) {
+            Some(why) => why,
+            None => exit.clone(),
+        });
+        self.fail_upgrade(&format!("the new server ended: {exit}"));
+        let wanted = std::mem::take(&mut self.replacing);
         if !self.ready {
             self.failed.get_or_insert(format!("the server ended at its start: {exit}"));
         }
         if lived > HEALTHY {
             self.failures = 0;
         }
-        self.next_start = Some(Instant::now() + self.pause());
+        let pause = if wanted { Duration::ZERO } else { self.pause() };
+        self.next_start = Some(Instant::now() + pause);
     }
 
     /// Takes the mount out of the tree, once; a second call ends the server as well.
@@ -357,8 +429,8 @@ impl Keeper {
         if let Some(mut server) = self.server.take() {
             server.kill();
         }
-        if let Some(journal) = &self.journal {
-            journal.end(self.config.launch.is_some());
+        if let Some(leftovers) = &self.leftovers {
+            leftovers.end(self.config.launch.is_some());
         }
         self.store.stop();
     }
@@ -399,14 +471,15 @@ impl Keeper {
         let answer = match request {
             Request::Hello => Ok((Reply::Hello(Box::new(self.hello())), None)),
             Request::Ready => {
-                self.ready = true;
+                self.is_ready();
                 Ok((Reply::Done, None))
             }
             Request::Failed { message } => {
+                self.fail_upgrade(&message);
                 self.failed = Some(message);
                 Ok((Reply::Done, None))
             }
-            Request::Files { after } => Ok((Reply::Files { files: self.files.list(after, FILES_PER_MESSAGE) }, None)),
+            Request::Files { after } => Ok((Reply::Files { files: self.files.list(after) }, None)),
             Request::File { key } => self.files.get(key).map(|(kept, fd)| (Reply::File(kept), Some(fd))),
             Request::CreateFile { area, size } => {
                 let fuse = self.no_passthrough.is_none().then(|| self.mounted.fuse.as_fd());
@@ -417,19 +490,25 @@ impl Keeper {
                 self.files.release(key, self.mounted.fuse.as_fd());
                 Ok((Reply::Done, None))
             }
-            Request::Journal => match &self.journal {
-                Some(journal) => journal.share().map(|file| (Reply::Journal, Some(file.into()))),
-                None => Err(Error::not_found("the journal")),
+            Request::Leftovers => match &self.leftovers {
+                Some(leftovers) => leftovers.share().map(|file| (Reply::Descriptor, Some(file.into()))),
+                None => Ok((Reply::Descriptor, None)),
             },
-            Request::Connect => children::connect(&self.config.socket).map(|fd| (Reply::Connected, Some(fd))),
+            Request::Connect => children::connect(&self.config.socket).map(|fd| (Reply::Descriptor, Some(fd))),
+            Request::Journal => self.journal.try_clone().map(|fd| (Reply::Descriptor, Some(fd))).map_err(Error::from),
+            Request::Metrics => {
+                let listener = self.metrics.as_ref().map(TcpListener::try_clone).transpose();
+                listener.map(|socket| (Reply::Descriptor, socket.map(OwnedFd::from))).map_err(Error::from)
+            }
             Request::PutState { key, value } => self.files.put_state(key, value).map(|()| (Reply::Done, None)),
-            Request::GetState { key } => Ok((Reply::State { value: self.files.state(&key) }, None)),
+            Request::States { after } => Ok((Reply::States { entries: self.files.states(&after) }, None)),
         };
         answer.unwrap_or_else(|error| (Reply::Error { errno: error.errno(), message: error.to_string() }, None))
     }
 
     fn hello(&self) -> Hello {
         Hello {
+            version: VERSION,
             config: self.config.clone(),
             minor: self.agreed.minor,
             flags: self.agreed.flags,
@@ -437,49 +516,5 @@ impl Keeper {
             restarts: self.starts.saturating_sub(1),
             keeper_pid: std::process::id(),
         }
-    }
-
-    /// The line that a successful `mount` prints.
-    fn summary(&self) -> String {
-        let how = match &self.no_passthrough {
-            None => "passthrough on".to_owned(),
-            Some(reason) => format!("passthrough off: {reason}"),
-        };
-        let whose = if self.store.is_private() { "a private vineyardd" } else { "vineyardd" };
-        let log = match &self.config.log_file {
-            Some(file) => format!("; log: {}", file.display()),
-            None => String::new(),
-        };
-        let MountConfig { mountpoint, socket, .. } = &self.config;
-        format!("{} shows {whose} at {} ({how}){log}", mountpoint.display(), socket.display())
-    }
-
-    fn report(&self) -> Value {
-        json!({
-            "mountpoint": self.config.mountpoint.to_string_lossy(),
-            "version": env!("CARGO_PKG_VERSION"),
-            "read_only": self.config.read_only,
-            "prefix": self.config.prefix,
-            "passthrough": self.no_passthrough.is_none(),
-            "passthrough_reason": self.no_passthrough,
-            "allow_other": self.mounted.allow_other,
-            "uptime_s": self.began.elapsed().as_secs(),
-            "device": format!("{}:{}", self.mounted.device.0, self.mounted.device.1),
-            "protocol": format!("7.{}", self.agreed.minor),
-            "keeper": {"pid": std::process::id()},
-            "server": {
-                "pid": self.server.as_ref().map(Server::pid),
-                "restarts": self.starts.saturating_sub(1),
-                "failures_in_a_row": self.failures,
-            },
-            "store": {
-                "socket": self.config.socket.to_string_lossy(),
-                "private": self.store.is_private(),
-                "pid": self.store.pid(),
-                "log": self.config.launch.as_ref().map(|launch| launch.log.to_string_lossy()),
-            },
-            "files": self.files.report(),
-            "log": self.config.log_file.as_ref().map(|file| file.to_string_lossy()),
-        })
     }
 }

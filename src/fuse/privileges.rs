@@ -30,6 +30,14 @@ fn prctl(option: libc::c_int, value: libc::c_ulong) -> Result<()> {
     }
 }
 
+/// Allows this process as many open files as it may have.
+pub fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        setrlimit(Resource::RLIMIT_NOFILE, most, most).ok();
+    }
+}
+
 /// Makes this process nobody: no supplementary groups, no capability that could come back, no new privileges through
 /// `exec`. For use before other threads exist. Where users cannot be changed (a user namespace that maps only one) the
 /// capabilities still go.

@@ -13,12 +13,17 @@ use super::config::MountConfig;
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::Area;
 
+/// Version of these messages. An upgrade brings a server together with a keeper of another version of this program.
+pub const VERSION: u32 = 1;
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// Most files in one answer to [`Request::Files`].
-pub const FILES_PER_MESSAGE: usize = 10;
+/// Most bytes of notes in one answer to [`Request::Files`], and most bytes of texts in one to [`Request::States`],
+/// unless a single one is longer. Escapes make a message several times as long at worst.
+pub const BYTES_PER_MESSAGE: usize = 8 << 10;
 /// Longest tag of a file in bytes.
-pub const MAX_TAG: usize = 4096;
+pub const MAX_TAG: usize = 16 << 10;
+/// Longest key and value of a kept text together, in bytes.
+pub const MAX_STATE: usize = 8 << 10;
 
 /// What a server asks its keeper.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -65,7 +70,11 @@ pub enum Request {
     /// A connected socket to the store.
     Connect,
     /// The journal of objects that no name reaches yet.
+    Leftovers,
+    /// The journal of requests.
     Journal,
+    /// The socket at which counters are asked for, if there is one.
+    Metrics,
     /// Keeps a text for the next server; `None` removes it.
     PutState {
         /// Its name.
@@ -73,10 +82,10 @@ pub enum Request {
         /// The text.
         value: Option<String>,
     },
-    /// A text that this or an earlier server kept.
-    GetState {
-        /// Its name.
-        key: String,
+    /// All such texts with a name after this one, in the order of their names.
+    States {
+        /// Last name that is known already; empty to begin.
+        after: String,
     },
 }
 
@@ -88,19 +97,17 @@ pub enum Reply {
     Hello(Box<Hello>),
     /// To [`Request::Files`]; empty at the end.
     Files {
-        /// At most [`FILES_PER_MESSAGE`].
+        /// As many as fit one message.
         files: Vec<KeptFile>,
     },
     /// To [`Request::CreateFile`] and [`Request::File`]; the descriptor comes along.
     File(KeptFile),
-    /// To [`Request::Connect`]; the descriptor comes along.
-    Connected,
-    /// To [`Request::Journal`]; the descriptor comes along.
-    Journal,
-    /// To [`Request::GetState`].
-    State {
-        /// The text, if there is one.
-        value: Option<String>,
+    /// To [`Request::Connect`], [`Request::Leftovers`], [`Request::Journal`] and [`Request::Metrics`]; the descriptor comes along, if there is one.
+    Descriptor,
+    /// To [`Request::States`]; empty at the end.
+    States {
+        /// Names and texts.
+        entries: Vec<(String, String)>,
     },
     /// Nothing more to say.
     Done,
@@ -133,6 +140,9 @@ pub struct KeptFile {
 pub struct Hello {
     /// What was asked for on the command line.
     pub config: MountConfig,
+    /// What keeper and server say to each other.
+    #[serde(default)]
+    pub version: u32,
     /// Minor version of the protocol that the kernel speaks.
     pub minor: u32,
     /// Flags that were agreed on in INIT.

@@ -1,4 +1,4 @@
-//! Where a mount leaves word of itself: a folder with the keeper's process id and two sockets.
+//! Where a mount leaves word of itself: a folder with the keeper's process id and three sockets.
 
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -51,6 +51,11 @@ impl Runtime {
     /// Socket that the server answers.
     pub fn status_socket(&self) -> PathBuf {
         self.folder.join("status.sock")
+    }
+
+    /// Socket at which the keeper takes orders.
+    pub fn command_socket(&self) -> PathBuf {
+        self.folder.join("command.sock")
     }
 
     fn record_file(&self) -> PathBuf {

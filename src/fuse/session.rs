@@ -13,22 +13,25 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use fuser::{Session, SessionACL};
-use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
 use super::adapter::{Adapter, Shared};
+use super::area::Maker;
 use super::handshake::{self, Agreed};
 use super::host::{KeeperHost, KeeperLink, forward};
-use super::protocol::{Hello, Request};
+use super::keeper::watchdog::BEAT;
+use super::protocol::{Hello, Request, VERSION};
+use super::sandbox::{self, Network, Sandbox};
 use super::stats::Stats;
 use super::workers::Workers;
-use super::{privileges, status};
+use super::{metrics, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
-use crate::fs::{FileSystem, Host};
+use crate::fs::{FileSystem, Host, Options};
 use crate::vineyard::journal::Journal;
-use crate::vineyard::{Client, ClientOptions, RemoteOptions};
+use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemotePolicy};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
@@ -84,18 +87,40 @@ fn take(fd: RawFd) -> Result<OwnedFd> {
 fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     set_keeper_deadline(inherited.control)?;
     let hello = link.hello()?;
+    if hello.version != VERSION {
+        let message = format!(
+            "its keeper speaks version {} and this program {VERSION}: unmount and mount again to change programs",
+            hello.version
+        );
+        return Err(Error::new(Kind::Unsupported, message));
+    }
     crate::telemetry::init(hello.config.log_format, &hello.config.log_level);
     let fuse = take(inherited.fuse)?;
     let listener = UnixListener::from(take(inherited.status)?);
-    prepare_process(&hello)?;
+    // Found out while the limits of the process's group can be read.
+    let loops = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
+    let mut journal = link.journal()?;
+    let unanswered = journal.begin();
+    let journal = Arc::new(journal);
+    journal.beat();
+    // Needs a privilege that is dropped next.
+    let memory = Maker::own();
+    let sandbox = prepare_process(&hello)?;
+    let beating = journal.clone();
+    thread("heartbeat", move || {
+        loop {
+            beating.beat();
+            std::thread::sleep(BEAT);
+        }
+    })?;
 
     release_unknown_files(link)?;
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
-    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
-    let loops = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
+    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host), memory)?);
     let shared = Arc::new(Shared {
         fs,
         stats: Stats::default(),
+        journal,
         workers: Workers::new(loops, Duration::from_millis(hello.config.deadline_ms)),
         device: fuse.try_clone()?,
     });
@@ -107,15 +132,26 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
     thread("warm-up", move || drop(fs.warm_up()))?;
+    if hello.config.migrate == RemotePolicy::Full {
+        let fs = shared.fs.clone();
+        thread("copies", move || fs.copy_wishes())?;
+    }
     let fs = shared.fs.clone();
     thread("reclaim", move || reclaim(&fs))?;
-    let reporter = Reporter { shared, restarts: hello.restarts, asking: Arc::default() };
+    let reporter = Arc::new(Reporter { shared, restarts: hello.restarts, sandbox, asking: Arc::default() });
+    let dumping = reporter.clone();
+    thread("state dump", move || dump_on_signal(&dumping))?;
+    if let Some(listener) = link.metrics()? {
+        let counting = reporter.clone();
+        thread("metrics", move || metrics::serve(&listener, || counting.metrics()))?;
+    }
     thread("status", move || status::serve(&listener, || reporter.report()))?;
 
     link.tell(&Request::Ready)?;
     if let Err(errno) = nix::unistd::write(&fuse, &handshake::RESEND) {
         // Before Linux 6.9. At a first start nothing is lost by it.
         tracing::info!("the kernel repeats no requests: {}", errno.desc());
+        refuse_unanswered(&fuse, &unanswered);
     }
     drop(fuse);
     session.run().context(|| "the connection to the kernel".into())
@@ -135,6 +171,38 @@ fn reclaim(fs: &FileSystem) {
     }
 }
 
+/// Answers EIO to what the last server had read and not answered, on a kernel that does not send it again: whoever waits
+/// for it would wait for ever. The descriptor, not the process, owns a request, so any server may answer it.
+fn refuse_unanswered(fuse: &OwnedFd, unanswered: &[u64]) {
+    for id in unanswered {
+        let mut reply = [0; 16];
+        let (length, rest) = reply.split_at_mut(4);
+        length.copy_from_slice(&16u32.to_ne_bytes());
+        let (error, unique) = rest.split_at_mut(4);
+        error.copy_from_slice(&(-libc::EIO).to_ne_bytes());
+        unique.copy_from_slice(&id.to_ne_bytes());
+        match nix::unistd::write(fuse, &reply) {
+            Ok(_) => tracing::warn!(id, "a request was lost with the last server"),
+            // It had been answered after all.
+            Err(errno) => tracing::debug!(id, "{}", errno.desc()),
+        }
+    }
+}
+
+/// Writes the state into the log whenever SIGUSR1 comes. All threads have it blocked.
+fn dump_on_signal(reporter: &Reporter) {
+    let wanted = state_signal();
+    while wanted.wait().is_ok() {
+        tracing::info!(state = %reporter.report(), "state, asked for by SIGUSR1");
+    }
+}
+
+fn state_signal() -> SigSet {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGUSR1);
+    set
+}
+
 /// Gives back the memory files of a former server that it left no note on: nobody can know what they are. Open
 /// descriptors and mappings of them go on.
 fn release_unknown_files(link: &KeeperLink) -> Result<()> {
@@ -151,17 +219,22 @@ fn set_keeper_deadline(control: RawFd) -> Result<()> {
     Ok(())
 }
 
-/// Makes this process end with its keeper, deaf to the terminal, and without privileges.
-fn prepare_process(hello: &Hello) -> Result<()> {
+/// Makes this process end with its keeper, deaf to the terminal, without privileges, and locked in.
+fn prepare_process(hello: &Hello) -> Result<Sandbox> {
+    state_signal().thread_block()?;
     for ignored in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE] {
         // SAFETY: ignoring a signal installs no code.
         unsafe { signal(ignored, SigHandler::SigIgn) }?;
     }
-    if let Ok((_, most)) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE) {
-        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, most, most).ok();
-    }
+    privileges::raise_open_files();
     privileges::drop_all()?;
-    privileges::end_with_parent(hello.keeper_pid)
+    privileges::end_with_parent(hello.keeper_pid)?;
+    let network = if hello.config.migrate == RemotePolicy::Never { Network::None } else { Network::Connects };
+    let sandbox = sandbox::enter(network);
+    for missing in &sandbox.missing {
+        tracing::warn!("the server is not locked in as it should be: {missing}");
+    }
+    Ok(sandbox)
 }
 
 fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -188,26 +261,34 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 }
 
 /// The filesystem over the store that the keeper connects to.
-fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
+fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>, memory: Maker) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
-    let journal = match link.journal().and_then(Journal::open) {
-        Ok(journal) => Some(journal),
+    let memory: MemoryMaker = Arc::new(move |size| memory.create(size));
+    let remote = RemoteOptions {
+        policy: config.migrate,
+        cache_size: config.cache_size,
+        memory: Some(memory),
+        ..RemoteOptions::default()
+    };
+    let leftovers = match link.leftovers().and_then(|file| file.map(Journal::open).transpose()) {
+        Ok(leftovers) => leftovers,
         Err(error) => {
-            tracing::debug!("no journal: {error}");
+            tracing::warn!("what this server leaves in the store if it is killed stays there: {error}");
             None
         }
     };
     let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
         .deadline(Duration::from_millis(config.deadline_ms))
-        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() })
-        .journal(journal);
+        .remote(remote)
+        .journal(leftovers);
     // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
     let client = match hello.restarts {
         0 => Client::connect(options)?,
         _ => Client::new(options)?,
     };
-    let fs = FileSystem::new(Arc::new(client), host, config.filesystem());
+    let options = Options { epoch: hello.restarts, ..config.filesystem() };
+    let fs = FileSystem::new(Arc::new(client), host, options);
     fs.adopt();
     Ok(fs)
 }
@@ -216,6 +297,7 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -
 struct Reporter {
     shared: Arc<Shared>,
     restarts: u64,
+    sandbox: Sandbox,
     /// A thread asks the store at this moment.
     asking: Arc<AtomicBool>,
 }
@@ -227,12 +309,17 @@ impl Reporter {
             "version": env!("CARGO_PKG_VERSION"),
             "restarts": self.restarts,
             "waiting": self.shared.workers.waiting(),
+            "sandbox": self.sandbox,
             "fs": self.filesystem(),
         });
         if let (Some(report), Value::Object(stats)) = (report.as_object_mut(), self.shared.stats.report()) {
             report.extend(stats);
         }
         report
+    }
+
+    fn metrics(&self) -> String {
+        metrics::page(&self.report(), &self.shared.stats)
     }
 
     fn filesystem(&self) -> Value {

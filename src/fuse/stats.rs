@@ -1,16 +1,21 @@
 //! Counters of the requests that a server has answered.
 
 use std::collections::VecDeque;
+use std::fmt::Write as _;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
+use super::metrics::header;
+
 /// Most errors that `status` shows.
 const LAST_ERRORS: usize = 20;
 /// Buckets of latencies: four per doubling, from 1 µs to about 70 minutes.
 const BUCKETS: usize = 128;
+/// Buckets of latencies that Prometheus gets: powers of four microseconds, up to 67 s.
+const METRIC_BUCKETS: usize = 13;
 
 macro_rules! operations {
     ($($name:ident),* $(,)?) => {
@@ -25,6 +30,11 @@ macro_rules! operations {
             /// The name as logs and `status` show it.
             pub fn name(self) -> &'static str {
                 match self { $(Op::$name => stringify!($name)),* }
+            }
+
+            /// The name in lower case.
+            fn label(self) -> String {
+                self.name().to_lowercase()
             }
         }
     };
@@ -143,7 +153,41 @@ impl Stats {
         if errors.len() == LAST_ERRORS {
             errors.pop_front();
         }
-        errors.push_back(json!({"time": now, "operation": op.name().to_lowercase(), "message": message}));
+        errors.push_back(json!({"time": now, "operation": op.label(), "message": message}));
+    }
+
+    /// Adds the counters in the text format of Prometheus; operations that never happened are left out.
+    pub fn write_metrics(&self, out: &mut String) {
+        let used = || OPERATIONS.iter().zip(&self.counters).filter(|(_, counter)| counter.count.load(Relaxed) > 0);
+        let kinds: [(&str, &str, fn(&Counter) -> u64); 3] = [
+            ("requests_total", "Requests answered.", |counter| counter.count.load(Relaxed)),
+            ("request_errors_total", "Requests answered with an error.", |counter| counter.errors.load(Relaxed)),
+            ("request_bytes_total", "Bytes that requests moved.", |counter| counter.bytes.load(Relaxed)),
+        ];
+        for (name, help, value) in kinds {
+            header(out, name, "counter", help);
+            for (op, counter) in used() {
+                let _ = writeln!(out, "vineyard_fs_{name}{{op=\"{}\"}} {}", op.label(), value(counter));
+            }
+        }
+        let name = "request_duration_seconds";
+        header(out, name, "histogram", "Time from a request's arrival to its answer.");
+        for (op, counter) in used() {
+            let op = op.label();
+            let mut seen = 0;
+            for (index, count) in counter.latencies.iter().map(|cell| cell.load(Relaxed)).enumerate() {
+                seen += count;
+                // Every eighth bucket ends at a power of four microseconds.
+                if index % 8 == 7 && index / 8 < METRIC_BUCKETS {
+                    let seconds = 4f64.powi(index as i32 / 8 + 1) / 1e6;
+                    let _ = writeln!(out, "vineyard_fs_{name}_bucket{{op=\"{op}\",le=\"{seconds}\"}} {seen}");
+                }
+            }
+            let sum = counter.nanos.load(Relaxed) as f64 / 1e9;
+            let _ = writeln!(out, "vineyard_fs_{name}_bucket{{op=\"{op}\",le=\"+Inf\"}} {seen}");
+            let _ = writeln!(out, "vineyard_fs_{name}_sum{{op=\"{op}\"}} {sum}");
+            let _ = writeln!(out, "vineyard_fs_{name}_count{{op=\"{op}\"}} {seen}");
+        }
     }
 
     /// Everything as JSON; operations that never happened are left out.
@@ -160,12 +204,13 @@ impl Stats {
                 "mean_us": round(counter.nanos.load(Relaxed) as f64 / count as f64 / 1000.0),
                 "p50_us": round(counter.percentile(0.5)),
                 "p99_us": round(counter.percentile(0.99)),
+                "p999_us": round(counter.percentile(0.999)),
             });
             let bytes = counter.bytes.load(Relaxed);
             if let (true, Some(entry)) = (bytes > 0, entry.as_object_mut()) {
                 entry.insert("bytes".into(), bytes.into());
             }
-            operations.insert(op.name().to_lowercase(), entry);
+            operations.insert(op.label(), entry);
         }
         let errors = self.last_errors.lock().unwrap_or_else(|e| e.into_inner());
         json!({

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::memory::{Blob, Segment};
+use super::memory::{Blob, Segment, WritableFile};
 use crate::error::{Context, Result};
 
 /// Memory files that are kept mapped without any known blob in them. The store's pool is one file, to which its
@@ -17,8 +17,8 @@ const IDLE_FILES: usize = 64;
 pub struct MemoryFile {
     /// Its read-only mapping.
     pub segment: Arc<Segment>,
-    /// The descriptor that came from the store; it can write.
-    pub file: Arc<OwnedFd>,
+    /// For filling new blobs.
+    pub file: Arc<WritableFile>,
 }
 
 /// Mapped files and places of blobs of the vineyardd that answers now.
@@ -84,7 +84,7 @@ impl Memories {
             return Ok(known.clone());
         }
         let segment = Segment::map(&fd, map_size)?;
-        let fresh = Arc::new(MemoryFile { segment, file: Arc::new(fd) });
+        let fresh = Arc::new(MemoryFile { segment, file: Arc::new(WritableFile::new(fd)) });
         let mut state = self.lock();
         if state.generation != generation {
             return Ok(fresh);

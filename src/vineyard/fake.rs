@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::content::{self, BLOB_TYPE};
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::memory::{Blob, Segment};
+use super::memory::{Blob, Segment, WritableFile};
 use super::meta::Meta;
 use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
 use crate::error::{Error, Kind, Result};
@@ -75,7 +74,7 @@ struct State {
 pub struct FakeStore {
     id: InstanceId,
     limit: u64,
-    file: Arc<OwnedFd>,
+    file: Arc<WritableFile>,
     segment: Arc<Segment>,
     state: Mutex<State>,
 }
@@ -103,7 +102,7 @@ impl FakeStore {
         nix::unistd::ftruncate(&file, len as i64).expect("size of the fake store's memory");
         let segment = Segment::map(&file, len as usize).expect("mapping of the fake store's memory");
         let state = State { next: 1, clock_ms: 1_700_000_000_000, generation: 1, ..State::default() };
-        FakeStore { id, limit, file: Arc::new(file), segment, state: Mutex::new(state) }
+        FakeStore { id, limit, file: Arc::new(WritableFile::new(file)), segment, state: Mutex::new(state) }
     }
 
     /// The next `calls` calls of `op` fail with `kind` and do nothing.
@@ -154,8 +153,7 @@ impl FakeStore {
             return Err(Error::new(Kind::Invalid, "more bytes than the blob has"));
         }
         if let Some(file) = &blob.file {
-            let file = std::fs::File::from(file.try_clone()?);
-            std::os::unix::fs::FileExt::write_all_at(&file, bytes, blob.offset)?;
+            file.write(blob.offset, bytes)?;
         }
         Ok(())
     }
@@ -362,8 +360,12 @@ impl Store for FakeStore {
 
     fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>> {
         drop(self.enter(Op::Cluster)?);
-        let info =
-            InstanceInfo { hostname: "fake".into(), rpc_endpoint: String::new(), ipc_socket: "/fake.sock".into() };
+        let info = InstanceInfo {
+            hostname: "fake".into(),
+            rpc_endpoint: String::new(),
+            ipc_socket: "/fake.sock".into(),
+            shared: true,
+        };
         Ok(BTreeMap::from([(self.id, info)]))
     }
 

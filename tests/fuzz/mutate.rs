@@ -68,7 +68,8 @@ fn range(random: &mut Random, len: usize) -> std::ops::Range<usize> {
 fn mutate_once(random: &mut Random, bytes: &mut Vec<u8>, others: &[Vec<u8>]) {
     let len = bytes.len();
     if len == 0 {
-        bytes.extend_from_slice(&others[random.below(others.len())]);
+        let other: &Vec<u8> = random.pick(others);
+        bytes.extend_from_slice(other);
         return;
     }
     // What formats say about themselves is at their ends.

@@ -1,5 +1,6 @@
 """Saves that are cut short: whatever dies, a name leads to one whole version, and nothing is left over in the store."""
 
+import json
 import os
 import random
 import signal
@@ -7,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import load
 import numpy as np
 import pandas as pd
 
 ROWS = 200_000
+LOAD = load.__file__
 KILLS = int(os.environ.get("VINEYARD_FS_KILLS", "20"))
 
 WRITER = """
@@ -100,3 +103,51 @@ def test_a_killed_store_costs_its_data_and_not_the_mount(store, mount):
         time.sleep(0.1)
     pd.DataFrame({"a": [2]}).to_feather(mount / "y.arrow")
     assert pd.read_feather(mount / "y.arrow")["a"].tolist() == [2]
+
+
+def test_nobody_notices_killed_servers(store, make_mount, serving):
+    """Readers, writers, half-written files, names and memory maps go on while the server is killed again and again."""
+    mount = make_mount(*serving)
+    load.prepare(mount.path)
+    stop = store.folder / "stop"
+    kinds = ["read", "read", "write", "write", "half", "names", "mapped"]
+    clients = []
+    for seed, kind in enumerate(kinds):
+        command = [sys.executable, LOAD, kind, str(mount.path), str(stop), str(seed)]
+        clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for client in clients:
+        assert client.stdout.readline() == "ready\n", client.stderr.read()
+    random.seed(9)
+    kills = []
+    server = mount.status()["server"]["pid"]
+    while len(kills) < KILLS:
+        time.sleep(random.uniform(0.55, 0.9))
+        kills.append(time.monotonic())
+        os.kill(server, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while (now := mount.status()["server"]["pid"]) in (None, server):
+            assert time.monotonic() < deadline, "no server comes back"
+            time.sleep(0.02)
+        server = now
+    time.sleep(1)
+    stop.touch()
+    outcomes = []
+    for client in clients:
+        out, err = client.communicate(timeout=60)
+        assert client.returncode == 0, err[-2000:]
+        outcomes.append(json.loads(out))
+    # How much longer than usual the longest operation took that a kill fell into.
+    pauses = []
+    for at in kills:
+        longest = 0.0
+        for outcome in outcomes:
+            usual = sorted(took for _, took in outcome["slow"])[len(outcome["slow"]) // 2]
+            hit = [took - usual for start, took in outcome["slow"] if start <= at + 0.05 and start + took >= at]
+            longest = max([longest, *hit])
+        pauses.append(longest * 1000)
+    pauses.sort()
+    counts = {kind: sum(o["done"] for o in outcomes if o["kind"] == kind) for kind in dict.fromkeys(kinds)}
+    print(f"{len(kills)} kills: pause median {pauses[len(pauses) // 2]:.0f} ms, worst {pauses[-1]:.0f} ms; operations {counts}")
+    assert [outcome["wrong"] for outcome in outcomes if outcome["wrong"]] == []
+    assert all(count > KILLS for count in counts.values()), counts
+    assert mount.status()["server"]["restarts"] == KILLS

@@ -1,7 +1,6 @@
 //! Carrying out a plan: all of it, or nothing.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -219,9 +218,6 @@ struct Job<'a> {
 }
 
 /// Writes all blobs, with several threads if that is worth it.
-///
-/// `pwrite` on the store's descriptor: for pages that this process never touched it is more than twice as fast as a copy
-/// into a mapping, which would fault each of them in.
 fn fill(planned: &[PlannedBlob], blobs: &[NewBlob], staged: &Staged<'_>) -> Result<()> {
     let mut jobs = Vec::new();
     for (i, blob) in planned.iter().enumerate() {
@@ -288,7 +284,7 @@ fn write(job: &Job<'_>, blob: &NewBlob, staged: &[u8]) -> Result<()> {
         if end.is_none_or(|end| end > blob.size) {
             return Err(Error::new(Kind::Internal, format!("bytes past blob {} of {}", blob.id, blob.size)));
         }
-        pwrite(blob, job.position + offset, bytes)
+        blob.write(job.position + offset, bytes)
     };
     let cut = |at: &std::ops::Range<u64>| staged.get(at.start as usize..at.end as usize).ok_or_else(outside);
     match job.part {
@@ -354,28 +350,6 @@ fn pieces(
         make(from, &mut buffer[..n])?;
         put(from - job.from, &buffer[..n])?;
         from += n as u64;
-    }
-    Ok(())
-}
-
-/// Writes into the store's memory file.
-fn pwrite(blob: &NewBlob, position: u64, bytes: &[u8]) -> Result<()> {
-    let Some(file) = &blob.file else {
-        return if bytes.is_empty() { Ok(()) } else { Err(Error::malformed("a blob without memory")) };
-    };
-    let mut rest = bytes;
-    let mut at = blob.offset.saturating_add(position);
-    while !rest.is_empty() {
-        let offset = i64::try_from(at).map_err(|_| Error::malformed("a blob past the end of files"))?;
-        match nix::sys::uio::pwrite(file.as_fd(), rest, offset) {
-            Ok(0) => return Err(Error::new(Kind::Full, "the store's memory takes no more bytes")),
-            Ok(n) => {
-                rest = &rest[n..];
-                at += n as u64;
-            }
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context(|| format!("writing blob {}", blob.id)),
-        }
     }
     Ok(())
 }

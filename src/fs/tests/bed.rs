@@ -13,11 +13,13 @@ use super::super::*;
 use crate::vineyard::fake::FakeStore;
 
 /// Memory files of this process; "passthrough" hands out made-up ids.
+#[derive(Default)]
 pub struct LocalHost {
     pub passthrough: bool,
     pub next: AtomicU64,
     pub files: Mutex<HashMap<u64, Arc<File>>>,
     pub tags: Mutex<HashMap<u64, (Area, String)>>,
+    pub notes: Mutex<HashMap<String, String>>,
 }
 
 impl Host for LocalHost {
@@ -45,6 +47,16 @@ impl Host for LocalHost {
         });
         Ok(tagged.collect())
     }
+    fn note(&self, key: &str, text: Option<&str>) {
+        let mut notes = self.notes.lock().unwrap();
+        match text {
+            Some(text) => drop(notes.insert(key.to_owned(), text.to_owned())),
+            None => drop(notes.remove(key)),
+        }
+    }
+    fn notes(&self) -> Result<Vec<(String, String)>> {
+        Ok(self.notes.lock().unwrap().clone().into_iter().collect())
+    }
     fn release_file(&self, key: u64) {
         self.tags.lock().unwrap().remove(&key);
         assert!(self.files.lock().unwrap().remove(&key).is_some(), "file {key} is released once");
@@ -64,8 +76,7 @@ pub const OTHER: Caller = Caller { uid: 7, gid: 8, pid: 200, resent: false };
 
 pub fn bed_with(passthrough: bool, options: Options) -> Bed {
     let store = Arc::new(FakeStore::new(64 << 20));
-    let host =
-        Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), files: Mutex::default(), tags: Mutex::default() });
+    let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
     let fs = FileSystem::new(store.clone(), host.clone(), options);
     Bed { fs, store, host }
 }
@@ -146,7 +157,7 @@ impl Bed {
                     if part.is_empty() {
                         return Ok(out);
                     }
-                    out.extend(part);
+                    out.extend_from_slice(&part);
                 }
             }
         }

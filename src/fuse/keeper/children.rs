@@ -25,25 +25,28 @@ const STORE_END: Duration = Duration::from_secs(5);
 pub struct Server {
     child: Child,
     started: Instant,
+    /// It answers requests.
+    pub ready: bool,
     /// The keeper's end of the control socket, until the server closes the other.
     pub control: Option<OwnedFd>,
 }
 
 impl Server {
-    /// Starts a server: this program again, with the connection, a control socket and the status socket.
+    /// Starts a server: this program again, or another one, with the connection, a control socket and the status socket.
     ///
     /// # Errors
     /// If no process can be made.
-    pub fn start(fuse: BorrowedFd<'_>, status: BorrowedFd<'_>) -> Result<Self> {
+    pub fn start(program: Option<BorrowedFd<'_>>, fuse: BorrowedFd<'_>, status: BorrowedFd<'_>) -> Result<Self> {
         let (control, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let inherited = [fuse.as_raw_fd(), theirs.as_raw_fd(), status.as_raw_fd()];
-        let mut command = Command::new("/proc/self/exe");
+        let program = program.map_or("/proc/self/exe".into(), |fd| format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        let mut command = Command::new(program);
         command.arg0("vineyard-fs").arg("server").args(inherited.map(|fd| fd.to_string()));
         command.stdin(Stdio::null()).process_group(0);
         // SAFETY: see `in_child`.
         unsafe { command.pre_exec(move || in_child(&inherited, None)) };
         let child = command.spawn().context(|| "cannot start a server".into())?;
-        Ok(Server { child, started: Instant::now(), control: Some(control) })
+        Ok(Server { child, started: Instant::now(), ready: false, control: Some(control) })
     }
 
     /// Its process id.
@@ -62,6 +65,14 @@ impl Server {
             Ok(None) => None,
             Ok(Some(status)) => Some(status.to_string()),
             Err(error) => Some(error.to_string()),
+        }
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        if let Ok(pid) = i32::try_from(self.pid()) {
+            // Fails only if it has ended already.
+            kill(Pid::from_raw(pid), signal).ok();
         }
     }
 

@@ -1,6 +1,7 @@
 //! What a keeper holds for its servers: memory files, their registrations with the kernel, and small texts.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use serde_json::{Value, json};
@@ -9,10 +10,12 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::Area;
 use crate::fuse::area::Maker;
 use crate::fuse::config::MountConfig;
-use crate::fuse::protocol::{KeptFile, MAX_TAG};
+use crate::fuse::protocol::{BYTES_PER_MESSAGE, KeptFile, MAX_STATE, MAX_TAG};
 
 /// Most bytes of all texts together.
 const STATE_LIMIT: usize = 64 << 20;
+/// What a file takes in a message beside its note, at most.
+const FILE_BYTES: usize = 150;
 
 mod ioctl {
     nix::ioctl_write_ptr!(backing_close, 0xe5, 2, u32);
@@ -98,10 +101,10 @@ impl Files {
         Ok(())
     }
 
-    /// At most `most` files with keys above `after`.
-    pub fn list(&self, after: u64, most: usize) -> Vec<KeptFile> {
-        let above = after.checked_add(1).map(|first| self.kept.range(first..));
-        above.into_iter().flatten().take(most).map(|(_, kept)| kept.what.clone()).collect()
+    /// Files with keys above `after`, as many as fit one message.
+    pub fn list(&self, after: u64) -> Vec<KeptFile> {
+        let above = self.kept.range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, kept)| &kept.what);
+        fitting(above, |what| FILE_BYTES + what.tag.as_ref().map_or(0, String::len)).cloned().collect()
     }
 
     /// Drops a file. Open descriptors and mappings of it go on.
@@ -116,8 +119,12 @@ impl Files {
     /// Keeps a text, or drops it.
     ///
     /// # Errors
-    /// `Full` if there are too many.
+    /// `Full` if there are too many, `TooLarge` for a long one.
     pub fn put_state(&mut self, key: String, value: Option<String>) -> Result<()> {
+        let length = key.len() + value.as_ref().map_or(0, String::len);
+        if length > MAX_STATE {
+            return Err(Error::new(Kind::TooLarge, format!("a text of {length} bytes to keep")));
+        }
         let old = self.state.get(&key).map_or(0, |old| key.len() + old.len());
         let new = value.as_ref().map_or(0, |value| key.len() + value.len());
         let total = self.state_bytes - old + new;
@@ -132,9 +139,22 @@ impl Files {
         Ok(())
     }
 
-    /// A kept text.
-    pub fn state(&self, key: &str) -> Option<String> {
-        self.state.get(key).cloned()
+    /// Texts whose names come after `after`, as many as fit one message.
+    pub fn states(&self, after: &str) -> Vec<(String, String)> {
+        let above = self.state.range::<str, _>((Bound::Excluded(after), Bound::Unbounded));
+        fitting(above, |(key, value)| key.len() + value.len())
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
+    }
+
+    /// Registers all files with a new connection.
+    pub fn register_again(&mut self, fuse: &OwnedFd) {
+        use std::os::fd::AsFd;
+        for kept in self.kept.values_mut().filter(|kept| kept.what.backing.is_some()) {
+            kept.what.backing = register(fuse.as_fd(), &kept.file)
+                .inspect_err(|error| tracing::warn!("memory file {} is not registered: {error}", kept.what.key))
+                .ok();
+        }
     }
 
     /// Counts and sizes.
@@ -148,6 +168,18 @@ impl Files {
             "staging": area(Area::Staging, self.staging.limit()),
         })
     }
+}
+
+/// The first items, at least one, that together fit one message.
+fn fitting<T>(items: impl Iterator<Item = T>, size: impl Fn(&T) -> usize) -> impl Iterator<Item = T> {
+    let mut used = 0;
+    items
+        .enumerate()
+        .take_while(move |(index, item)| {
+            used += size(item);
+            *index == 0 || used <= BYTES_PER_MESSAGE
+        })
+        .map(|(_, item)| item)
 }
 
 fn register(fuse: BorrowedFd<'_>, file: &OwnedFd) -> Result<u32> {
@@ -190,10 +222,11 @@ mod tests {
         for size in 0..5 {
             files.create(Area::Image, size, None).unwrap();
         }
-        let first = files.list(0, 3);
-        assert_eq!(first.iter().map(|f| f.key).collect::<Vec<_>>(), [1, 2, 3]);
-        assert_eq!(files.list(3, 3).len(), 2);
-        assert!(files.list(u64::MAX, 3).is_empty());
+        files.tag(1, "x".repeat(MAX_TAG)).unwrap();
+        files.tag(3, "x".repeat(BYTES_PER_MESSAGE - 2 * FILE_BYTES)).unwrap();
+        let keys = |after| files.list(after).iter().map(|f| f.key).collect::<Vec<_>>();
+        assert_eq!((keys(0), keys(1), keys(3)), (vec![1], vec![2, 3], vec![4, 5]));
+        assert!(files.list(u64::MAX).is_empty());
         files.tag(3, "view 7".into()).unwrap();
         assert_eq!(files.get(3).unwrap().0.tag.as_deref(), Some("view 7"));
         assert_eq!(files.tag(9, "x".into()).unwrap_err().kind(), Kind::NotFound);
@@ -213,10 +246,18 @@ mod tests {
         let mut files = files();
         files.put_state("a".into(), Some("1".into())).unwrap();
         files.put_state("a".into(), Some("22".into())).unwrap();
-        assert_eq!(files.state("a").as_deref(), Some("22"));
+        assert_eq!(files.states(""), [("a".into(), "22".into())]);
+        assert!(files.states("a").is_empty());
         assert_eq!(files.state_bytes, 3);
-        assert_eq!(files.put_state("b".into(), Some("x".repeat(STATE_LIMIT))).unwrap_err().kind(), Kind::Full);
+        assert_eq!(files.put_state("b".into(), Some("x".repeat(MAX_STATE))).unwrap_err().kind(), Kind::TooLarge);
+        for i in 0.. {
+            let (key, value) = (format!("b{i:05}"), "x".repeat(MAX_STATE - 6));
+            let Err(error) = files.put_state(key, Some(value)) else { continue };
+            assert_eq!((i, error.kind()), (STATE_LIMIT / MAX_STATE - 1, Kind::Full));
+            break;
+        }
+        assert_eq!(files.states("b00001").len(), 1, "one that is as long as a message");
         files.put_state("a".into(), None).unwrap();
-        assert_eq!((files.state("a"), files.state_bytes), (None, 0));
+        assert_eq!(files.states("").first().map(|(key, _)| key.as_str()), Some("b00000"));
     }
 }

@@ -1,0 +1,124 @@
+//! Where journals lie: one file for each keeper, named after the store's socket, in a folder of this user.
+//!
+//! A journal outlives its keeper. The next keeper of a mount over the same store takes over what dead ones left; what
+//! is in a journal is explained at [`crate::vineyard::journal`].
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::{mountinfo, runtime};
+use crate::error::{Context, Error, Kind, Result};
+
+/// Most bytes that are taken over of one journal.
+const MOST: u64 = 64 << 20;
+
+/// The journal of this keeper.
+#[derive(Debug)]
+pub struct Leftovers {
+    path: PathBuf,
+}
+
+impl Leftovers {
+    /// Makes a journal for the store at `socket`, with what dead keepers of the store noted.
+    ///
+    /// # Errors
+    /// If the folder or the file cannot be made.
+    pub fn open(socket: &Path) -> Result<Self> {
+        Self::open_in(&runtime::base().join("journals"), socket)
+    }
+
+    fn open_in(folder: &Path, socket: &Path) -> Result<Self> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        made.context(|| format!("cannot make the folder {folder:?}"))?;
+        let pid = std::process::id();
+        let start = runtime::start_time(pid).ok_or_else(|| Error::new(Kind::Internal, "a process without a start"))?;
+        let store = mountinfo::digest(socket);
+        let path = folder.join(format!("{store}.{pid}.{start}"));
+        let mut file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .context(|| format!("cannot make {path:?}"))?;
+        for left in dead(folder, &store)? {
+            let claimed = folder.join(format!("{store}.taken.{pid}"));
+            // Who renames it first has it.
+            if std::fs::rename(&left, &claimed).is_ok() {
+                let mut text = Vec::new();
+                File::open(&claimed)?.take(MOST).read_to_end(&mut text)?;
+                file.write_all(&text)?;
+                std::fs::remove_file(&claimed)?;
+            }
+        }
+        Ok(Leftovers { path })
+    }
+
+    /// The file, for a server.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn share(&self) -> Result<File> {
+        OpenOptions::new().read(true).write(true).open(&self.path).context(|| format!("cannot open {:?}", self.path))
+    }
+
+    /// The mount has ended: an empty journal goes, and any where the store has ended as well.
+    pub fn end(&self, with_store: bool) {
+        let empty = std::fs::metadata(&self.path).is_ok_and(|meta| meta.len() == 0);
+        if (empty || with_store)
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::info!("{:?} stays: {error}", self.path);
+        }
+    }
+}
+
+/// The journals of keepers of a store that run no more.
+fn dead(folder: &Path, store: &str) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).context(|| format!("cannot read {folder:?}"))? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some((whose, keeper)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
+        let Some((pid, start)) = keeper.split_once('.') else { continue };
+        // A keeper that ended while it took a journal over left it as `taken`.
+        let runs = match (pid.parse::<u32>(), start.parse::<u64>()) {
+            (Ok(pid), Ok(start)) => runtime::start_time(pid) == Some(start),
+            (Err(_), Ok(taker)) => u32::try_from(taker).is_ok_and(|pid| runtime::start_time(pid).is_some()),
+            _ => true,
+        };
+        if whose == store && !runs {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_keeper_takes_over_what_dead_ones_of_its_store_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let (socket, other) = (Path::new("/run/a.sock"), Path::new("/run/b.sock"));
+        let store = mountinfo::digest(socket);
+        let write = |name: String, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        // No process has such a number.
+        write(format!("{store}.4294967294.7"), "+ o0000000000000001\n");
+        write(format!("{store}.taken.4294967293"), "+ o0000000000000002\n");
+        write(format!("{store}.1.{}", runtime::start_time(1).unwrap()), "+ o0000000000000003\n");
+        write(format!("{}.4294967294.7", mountinfo::digest(other)), "+ o0000000000000004\n");
+        let journal = Leftovers::open_in(folder.path(), socket).unwrap();
+        let kept = crate::vineyard::journal::Journal::open(journal.share().unwrap()).unwrap();
+        assert_eq!(kept.kept().iter().map(|id| id.0).collect::<Vec<_>>(), [1, 2]);
+        let left = std::fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(left, 3, "that of a keeper that runs, that of another store, and the new one");
+        journal.end(false);
+        kept.settle(&kept.kept());
+        journal.end(false);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+}

@@ -1,0 +1,102 @@
+//! A mount point with the commands of the binary. Needs root and `/dev/fuse`.
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::vineyardd::Vineyardd;
+
+/// Runs the binary with a time limit, so that a hang is a failure.
+pub fn run<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
+    let mut command = Command::new("timeout");
+    command.args(["-s", "KILL", "60"]).arg(env!("CARGO_BIN_EXE_vineyard-fs")).args(arguments);
+    command.env_remove("VINEYARD_IPC_SOCKET").stdin(Stdio::null()).output().unwrap()
+}
+
+pub fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A mount point, which is unmounted whatever happens.
+pub struct Point {
+    pub folder: TempDir,
+}
+
+impl Point {
+    pub fn new() -> Self {
+        let folder = TempDir::with_prefix("vineyard-fs-test-").unwrap();
+        std::fs::create_dir(folder.path().join("mnt")).unwrap();
+        Point { folder }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("mnt")
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.folder.path().join("log")
+    }
+
+    pub fn arguments(&self, more: &[&str]) -> Vec<String> {
+        let log = self.log();
+        let fixed = ["mount", self.path().to_str().unwrap(), "--log-file", log.to_str().unwrap()].map(str::to_owned);
+        fixed.into_iter().chain(more.iter().map(|m| (*m).to_owned())).collect()
+    }
+
+    #[track_caller]
+    pub fn mount(&self, store: &Vineyardd, more: &[&str]) {
+        let socket = store.socket();
+        let output = run(&self.arguments(&[&["--socket", socket.to_str().unwrap()], more].concat()));
+        assert!(output.status.success(), "{}", errors(&output));
+    }
+
+    pub fn unmount(&self, more: &[&str]) -> Output {
+        run(&[&["unmount", self.path().to_str().unwrap()], more].concat())
+    }
+
+    pub fn status(&self) -> Value {
+        let output = run(&["status", "--json", self.path().to_str().unwrap()]);
+        assert!(output.status.success(), "{}", errors(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    pub fn pid(&self, of: &str) -> Option<i32> {
+        self.status()[of]["pid"].as_i64().and_then(|pid| pid.try_into().ok())
+    }
+
+    pub fn is_mounted(&self) -> bool {
+        let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        text.lines().any(|line| line.split(' ').nth(4) == self.path().to_str())
+    }
+}
+
+impl Drop for Point {
+    fn drop(&mut self) {
+        if self.is_mounted() {
+            self.unmount(&["--force"]);
+        }
+    }
+}
+
+#[track_caller]
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(20), "waited too long until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+pub fn lives(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
+}
+
+pub fn signal(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).unwrap();
+}

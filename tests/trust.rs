@@ -1,0 +1,226 @@
+//! What a mount survives, and what its server may not do. Needs root, `/dev/fuse` and a real vineyardd.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::point::{Point, errors, lives, run, signal, wait_until};
+use common::vineyardd::Vineyardd;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The server once another one than `former` answers.
+fn next_server(point: &Point, former: i32) -> i32 {
+    let mut now = former;
+    wait_until("another server answers", || {
+        let status = point.status();
+        now = status["server"]["pid"].as_i64().unwrap_or(former.into()) as i32;
+        status["state"] == "ok" && now != former
+    });
+    now
+}
+
+#[test]
+fn a_request_that_is_in_work_when_three_servers_end_is_refused() {
+    let (store, point) = (Vineyardd::start("64Mi"), Point::new());
+    point.mount(&store, &["--deadline", "60s"]);
+    std::fs::write(point.path().join("good.txt"), "good").unwrap();
+    // A question that the store does not answer is in work until the server ends.
+    store.freeze();
+    let path = point.path();
+    let asked = std::thread::spawn(move || std::fs::metadata(path.join("bad.arrow")));
+    let mut server = point.pid("server").unwrap();
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(700));
+        signal(server, Signal::SIGKILL);
+        server = next_server(&point, server);
+    }
+    let start = Instant::now();
+    let error = asked.join().unwrap().unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert!(start.elapsed() < Duration::from_secs(20), "answered by the journal, not by the deadline");
+    store.thaw();
+    let log = std::fs::read_to_string(point.log()).unwrap();
+    assert!(log.contains("not tried again"), "{log}");
+    // The same question, asked again, is another request.
+    let again = std::fs::metadata(point.path().join("bad.arrow")).unwrap_err();
+    assert_eq!(again.raw_os_error(), Some(libc::ENOENT));
+    assert_eq!(std::fs::read_to_string(point.path().join("good.txt")).unwrap(), "good");
+}
+
+#[test]
+fn a_frozen_server_is_replaced_and_clients_only_wait() {
+    let (store, point) = (Vineyardd::start("64Mi"), Point::new());
+    point.mount(&store, &["--deadline", "2s"]);
+    std::fs::write(point.path().join("a.txt"), "a").unwrap();
+    let server = point.pid("server").unwrap();
+    signal(server, Signal::SIGSTOP);
+    let start = Instant::now();
+    assert_eq!(point.status()["state"], "hung");
+    assert!(start.elapsed() < Duration::from_secs(3), "status of a hung mount answers at once");
+    assert_eq!(std::fs::read_to_string(point.path().join("a.txt")).unwrap(), "a");
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+    assert!(!lives(server));
+    let status = point.status();
+    assert_eq!((status["state"].as_str(), status["server"]["restarts"].as_u64()), (Some("ok"), Some(1)));
+    assert!(status["server"]["last_end"].as_str().unwrap().contains("no sign of life"), "{status}");
+}
+
+#[test]
+fn a_mount_whose_servers_all_hang_answers_with_errors_and_recovers() {
+    let (store, point) = (Vineyardd::start("64Mi"), Point::new());
+    point.mount(&store, &["--deadline", "1s"]);
+    std::fs::write(point.path().join("a.txt"), "a").unwrap();
+    let keeper = point.pid("keeper").unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let until = stop.clone();
+    // Stops every server as soon as it is there.
+    let stopper = std::thread::spawn(move || {
+        while !until.load(Ordering::Relaxed) {
+            let children =
+                std::fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap_or_default();
+            for child in children.split_whitespace() {
+                kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGSTOP).ok();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    let start = Instant::now();
+    let error = std::fs::metadata(point.path().join("new")).unwrap_err();
+    let took = start.elapsed();
+    stop.store(true, Ordering::Relaxed);
+    stopper.join().unwrap();
+    assert!(
+        [libc::ENOTCONN, libc::ECONNABORTED].contains(&error.raw_os_error().unwrap()),
+        "whoever waits gets an error: {error}"
+    );
+    assert!(took < Duration::from_secs(60), "{took:?}");
+    wait_until("the mount is well again", || point.status()["state"] == "ok");
+    assert_eq!(point.pid("keeper"), Some(keeper));
+    assert!(point.status()["remounts"].as_u64().unwrap() >= 1);
+    assert_eq!(std::fs::read_to_string(point.path().join("a.txt")).unwrap(), "a");
+    std::fs::write(point.path().join("b.txt"), "b").unwrap();
+}
+
+#[test]
+fn a_server_is_locked_in() {
+    let (store, point) = (Vineyardd::start("64Mi"), Point::new());
+    point.mount(&store, &[]);
+    let server = point.pid("server").unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{server}/status")).unwrap();
+    for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"] {
+        assert!(status.contains(line), "{line} in {status}");
+    }
+    for thread in std::fs::read_dir(format!("/proc/{server}/task")).unwrap() {
+        let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+    }
+    let sandbox = &point.status()["sandbox"];
+    assert_eq!(
+        (sandbox["seccomp"].as_bool(), sandbox["missing"].as_array().unwrap().len()),
+        (Some(true), 0),
+        "{sandbox}"
+    );
+}
+
+#[test]
+fn an_upgrade_goes_unnoticed_and_a_bad_one_is_undone() {
+    let (store, point) = (Vineyardd::start("64Mi"), Point::new());
+    point.mount(&store, &[]);
+    let path = point.path().join("half.bin");
+    let mut half = std::fs::File::create(&path).unwrap();
+    half.write_all(&[1; 100_000]).unwrap();
+    let former = point.pid("server").unwrap();
+    let folder = point.folder.path();
+    let copy = folder.join("vineyard-fs-new");
+    std::fs::copy(env!("CARGO_BIN_EXE_vineyard-fs"), &copy).unwrap();
+    let output = Command::new("timeout").args(["60"]).arg(&copy).arg("upgrade").arg(point.path()).output().unwrap();
+    assert!(output.status.success(), "{}", errors(&output));
+    let server = point.pid("server").unwrap();
+    assert_ne!(server, former);
+    assert_eq!(std::fs::read_link(format!("/proc/{server}/exe")).unwrap(), copy);
+    half.write_all(&[2; 100_000]).unwrap();
+    drop(half);
+    assert_eq!(std::fs::read(&path).unwrap(), [[1; 100_000], [2; 100_000]].concat());
+    // A program that is no server.
+    let runtime = point.status()["runtime"].as_str().map(std::path::PathBuf::from).unwrap();
+    let other = std::fs::File::open("/bin/false").unwrap();
+    let refused = vineyard_fs::fuse::keeper::upgrade::ask(&runtime.join("command.sock"), &other.into()).unwrap_err();
+    assert!(refused.to_string().contains("former program goes on"), "{refused}");
+    let server = next_server(&point, server);
+    assert_eq!(std::fs::read_link(format!("/proc/{server}/exe")).unwrap(), copy);
+    assert_eq!(std::fs::read(&path).unwrap().len(), 200_000);
+    let other = run(&["upgrade", folder.to_str().unwrap()]);
+    assert!(errors(&other).contains("not a mount"), "{}", errors(&other));
+}
+
+#[test]
+fn counters_are_served_and_the_state_is_dumped() {
+    let (store, point) = (Vineyardd::start("64Mi"), Point::new());
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    point.mount(&store, &["--metrics", &address.to_string(), "--log-format", "json"]);
+    std::fs::write(point.path().join("a.txt"), "a").unwrap();
+    let page = || {
+        let mut connection = TcpStream::connect(address).unwrap();
+        write!(connection, "GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        let mut text = String::new();
+        connection.read_to_string(&mut text).unwrap();
+        text
+    };
+    let text = page();
+    for line in
+        ["vineyard_fs_requests_total{op=\"create\"} 1", "vineyard_fs_server_restarts_total 0", "vineyard_fs_store_up 1"]
+    {
+        assert!(text.lines().any(|l| l == line), "{line} in {text}");
+    }
+    let server = point.pid("server").unwrap();
+    signal(server, Signal::SIGKILL);
+    next_server(&point, server);
+    assert!(page().contains("vineyard_fs_server_restarts_total 1"));
+    signal(point.pid("keeper").unwrap(), Signal::SIGUSR1);
+    let dumps = || {
+        let log = std::fs::read_to_string(point.log()).unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect(line));
+        lines.filter(|line| line["fields"]["message"].as_str().is_some_and(|m| m.contains("SIGUSR1"))).count()
+    };
+    wait_until("keeper and server dumped their state", || dumps() == 2);
+    assert_eq!(point.status()["state"], "ok");
+}
+
+#[test]
+fn directories_belong_to_who_makes_them_and_outlive_a_server() {
+    let (store, point) = (Vineyardd::start("64Mi"), Point::new());
+    std::fs::set_permissions(point.folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    point.mount(&store, &["--dir-mode", "0777"]);
+    let made = point.path().join("made");
+    let as_daemon = |command: &str| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", command, "sh"]).arg(&made).uid(1).gid(1);
+        shell.status().unwrap().success()
+    };
+    assert!(as_daemon("umask 022; mkdir \"$1\" && mkdir \"$1/below\" && echo x > \"$1/file\" && chmod 2750 \"$1\""));
+    std::fs::rename(&made, point.path().join("moved")).unwrap();
+    std::fs::rename(point.path().join("moved"), &made).unwrap();
+    let before = std::fs::metadata(&made).unwrap();
+    assert_eq!((before.uid(), before.gid(), before.mode() & 0o7777), (1, 1, 0o2750));
+    let held = std::fs::File::open(&made).unwrap();
+    let server = point.pid("server").unwrap();
+    signal(server, Signal::SIGKILL);
+    next_server(&point, server);
+    let after = held.metadata().unwrap();
+    assert_eq!((after.ino(), after.uid(), after.mode()), (before.ino(), 1, before.mode()));
+    assert!(made.join("below").is_dir());
+    assert!(!as_daemon("exec 2>/dev/null; rmdir \"$1\""), "it is not empty");
+    // A group that is passed on.
+    std::fs::write(made.join("of-root"), "x").unwrap();
+    assert_eq!(std::fs::metadata(made.join("of-root")).unwrap().gid(), 1);
+}
