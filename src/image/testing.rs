@@ -8,10 +8,9 @@ use std::sync::{Arc, Mutex};
 use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, make_array};
 use arrow_buffer::{Buffer, MutableBuffer};
 use arrow_data::ArrayData;
-use arrow_schema::{DataType, Field, Fields, IntervalUnit, Schema, TimeUnit, UnionFields, UnionMode};
-use proptest::prelude::*;
+use arrow_schema::{DataType, Field, Schema, TimeUnit, UnionMode};
 
-pub use self::types::{arrow_only_types, flat_types, tables, types};
+pub use self::types::{arrow_only_types, flat_types, tables};
 use super::Image;
 use super::arrow::has_validity;
 use crate::dataset::{ArrayLayout, Batch, Span, Table};
