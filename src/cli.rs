@@ -10,11 +10,13 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 
+pub mod gc;
 pub mod get;
 pub mod helper;
 pub mod info;
 pub mod kedro;
 pub mod ls;
+pub mod migrate;
 pub mod mount;
 pub mod mv;
 pub mod options;
@@ -72,6 +74,12 @@ enum Command {
     Rm(rm::Args),
     /// Give a dataset another name
     Mv(mv::Args),
+    /// Move datasets to an instance of the cluster
+    Migrate(migrate::Args),
+    /// Keep a copy of datasets on this instance of the cluster
+    Pin(migrate::PinArgs),
+    /// Remove names whose objects are gone, and copies that nothing names
+    Gc(gc::Args),
     /// Completions for a shell, to be sourced
     Completions {
         /// Which shell
@@ -118,6 +126,9 @@ pub fn main() -> ExitCode {
         Command::Put(arguments) => put::run(&arguments),
         Command::Rm(arguments) => rm::run(&arguments),
         Command::Mv(arguments) => mv::run(&arguments),
+        Command::Migrate(arguments) => migrate::run(&arguments),
+        Command::Pin(arguments) => migrate::pin(&arguments),
+        Command::Gc(arguments) => gc::run(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut std::io::stdout());
             Ok(())

@@ -10,10 +10,12 @@
 mod adopt;
 mod attributes;
 pub mod cache;
+pub mod copies;
 mod deferred;
 pub mod direct;
 mod directory;
 mod folders;
+pub mod gc;
 pub mod host;
 pub mod inode;
 pub mod name;
@@ -24,6 +26,7 @@ mod publish;
 mod reclaim;
 mod rename;
 mod resolve;
+mod saves;
 pub mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -37,6 +40,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use host::{Area, Host, HostFile, Serving};
+pub use open::FileBytes;
 pub use options::{Options, ServePolicy};
 
 use crate::error::{Error, Kind, Result};
@@ -203,6 +207,9 @@ pub struct FileSystem {
     /// Held while names are changed: what a name pointed to is read and replaced as one step.
     naming: Mutex<()>,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
+    /// Whether the vineyardd of a generation shares its metadata with others.
+    shared: Mutex<Option<(u64, bool)>>,
+    wishes: copies::Wishes,
     generation: AtomicU64,
     started: SystemTime,
     warnings: Mutex<Vec<String>>,
@@ -249,6 +256,8 @@ impl FileSystem {
             doomed: Mutex::default(),
             naming: Mutex::default(),
             store_status: Mutex::default(),
+            shared: Mutex::default(),
+            wishes: copies::Wishes::default(),
             generation: AtomicU64::new(u64::MAX),
             started: SystemTime::now(),
             warnings: Mutex::default(),

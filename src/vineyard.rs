@@ -7,6 +7,7 @@ pub mod blobs;
 pub mod client;
 pub mod connection;
 pub mod content;
+pub mod copy;
 #[doc(hidden)]
 pub mod fake;
 pub mod id;
@@ -24,5 +25,5 @@ pub use client::{Client, ClientOptions};
 pub use id::{BlobKey, InstanceId, ObjectId};
 pub use memory::{Blob, Segment};
 pub use meta::Meta;
-pub use remote::{RemoteOptions, RemotePolicy, RemoteStatus};
+pub use remote::{Arrived, MemoryMaker, RemoteOptions, RemotePolicy, RemoteStatus};
 pub use store::{BlobSource, Store};

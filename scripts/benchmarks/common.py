@@ -173,7 +173,8 @@ class Report:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plot
 
-        ratios = [figure for figure in self.figures if figure["unit"] == "times tmpfs"]
+        tmpfs = any(figure["unit"] == "times tmpfs" for figure in self.figures)
+        ratios = [figure for figure in self.figures if figure["unit"] == "times tmpfs" or not tmpfs and figure["unit"].startswith("×")]
         if not ratios:
             return
         height = 1.2 + 0.42 * len(ratios)
@@ -182,15 +183,18 @@ class Report:
         colours = ["#2a7f62" if f["met"] is not False else "#c8553d" for f in ratios]
         axes.barh(places, [f["value"] for f in ratios], color=colours)
         for place, figure in zip(places, ratios):
-            low, high = min(figure["ratios"]), max(figure["ratios"])
+            spread = figure.get("ratios") or [figure["value"]]
+            low, high = min(spread), max(spread)
             axes.plot([low, high], [place, place], color="black", linewidth=1)
             if figure["goal"] is not None:
                 axes.plot([figure["goal"]] * 2, [place - 0.4, place + 0.4], color="#333333", linewidth=2)
-            axes.text(max(high, figure["value"], figure["goal"] or 0), place, f" {figure['value']:.2f}", va="center")
+            label = f" {figure['value']:.2f}" + ("" if tmpfs else f" {figure['unit']}")
+            axes.text(max(high, figure["value"], figure["goal"] or 0), place, label, va="center")
         axes.axvline(1, color="grey", linestyle=":")
         axes.set_yticks(places, [f["what"] for f in ratios])
         axes.invert_yaxis()
-        axes.set_xlabel("times the speed of the same bytes on tmpfs (bar: median, line: range, mark: goal)")
+        what = "times the speed of the same bytes on tmpfs" if tmpfs else "times the speed that is named"
+        axes.set_xlabel(f"{what} (bar: median, line: range, mark: goal)")
         axes.set_title(f"vineyard-fs: {self.name}, {self.options['size'] / (1 << 30):g} GiB")
         drawn.tight_layout()
         drawn.savefig(path, dpi=110)

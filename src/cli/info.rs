@@ -11,6 +11,7 @@ use crate::dataset::recipe::{self, Recipe};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::Result;
 use crate::fs::direct::Named;
+use crate::fs::gc::Life;
 use crate::fs::objects::Summary;
 use crate::image::View;
 use crate::vineyard::{Meta, ObjectId, Store};
@@ -49,7 +50,8 @@ fn report(opened: &Opened, named: &Named) -> Result<Value> {
         "name": named.name,
         "file": named.path,
         "id": named.object.to_string(),
-        "state": "dangling",
+        "state": if matches!(named.life, Some(Life::Lives(_))) { "away" } else { "dangling" },
+        "reason": named.life.map(|life| life.to_string()),
     });
     let Some(summary) = &named.summary else { return Ok(report) };
     let mut add = |key: &str, value: Value| {
@@ -68,6 +70,7 @@ fn report(opened: &Opened, named: &Named) -> Result<Value> {
     // Metadata that cannot be read at all has its reason in the summary.
     let Some(Ok(meta)) = meta else { return Ok(report) };
     add("instance", instance(opened, &meta)?);
+    add("copies", copies(opened, named)?);
     let ids: Vec<ObjectId> = meta.blobs().iter().map(|key| key.id).collect();
     let sizes = opened.store.blob_sizes(&ids)?;
     add("blobs", json!({"count": ids.len(), "bytes": sizes.values().sum::<u64>()}));
@@ -110,6 +113,16 @@ fn instance(opened: &Opened, meta: &Meta) -> Result<Value> {
         "socket": info.map(|info| &info.ipc_socket),
         "rpc_endpoint": info.map(|info| &info.rpc_endpoint),
     }))
+}
+
+/// Copies that exist; null if there are none.
+fn copies(opened: &Opened, named: &Named) -> Result<Value> {
+    let copies = opened.fs.copies(named.object)?;
+    let lives = opened.fs.lives(&copies.iter().map(|copy| copy.object).collect::<Vec<_>>())?;
+    let alive = copies.iter().filter(|copy| lives.get(&copy.object).is_some_and(|life| !life.is_over()));
+    let list: Vec<Value> =
+        alive.map(|copy| json!({"instance": copy.instance.0, "id": copy.object.to_string()})).collect();
+    Ok(if list.is_empty() { Value::Null } else { list.into() })
 }
 
 fn attributes_json(attributes: &FileAttributes) -> Value {
@@ -215,6 +228,10 @@ fn text(report: &Value) -> String {
     let mut line = |label: &str, text: String| {
         let _ = writeln!(out, "  {label:<11} {text}");
     };
+    if show("/state") == "away" {
+        line("state", format!("away: {}, and does not answer", show("/reason")));
+        return out;
+    }
     if show("/state") == "dangling" {
         line("state", format!("dangling: object {} is gone; `vineyard-fs rm` removes the name", show("/id")));
         return out;
@@ -236,6 +253,10 @@ fn text(report: &Value) -> String {
     if !get("/instance").is_null() {
         let here = if get("/instance/here") == true { " (this one)" } else { "" };
         line("instance", format!("{}{here} on {}", show("/instance/id"), show("/instance/host")));
+    }
+    for copy in get("/copies").as_array().into_iter().flatten() {
+        let text = |key: &str| copy.get(key).map(|value| value.as_str().map_or(value.to_string(), str::to_owned));
+        line("copy", format!("{} as {}", text("instance").unwrap_or_default(), text("id").unwrap_or_default()));
     }
     let number = |value: Option<&Value>| value.and_then(Value::as_u64);
     if let Some(bytes) = number(report.pointer("/blobs/bytes")) {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::store::{self, Place};
 use crate::error::Result;
 use crate::fs::direct::Named;
+use crate::fs::gc::Life;
 
 /// What `ls` takes.
 #[derive(Clone, Debug, clap::Args)]
@@ -49,7 +50,11 @@ fn file(named: &Named) -> String {
 /// Why a name has no readable file.
 fn note(named: &Named) -> String {
     match &named.summary {
-        None => format!("  (dangling: object {} is gone)", named.object),
+        None => match named.life {
+            Some(Life::Lives(instance)) => format!("  (away: instance {instance} does not answer)"),
+            Some(life @ Life::InstanceGone(_)) => format!("  (dangling: object {}: {life})", named.object),
+            _ => format!("  (dangling: object {} is gone)", named.object),
+        },
         Some(summary) => match &summary.broken {
             Some(reason) => format!("  (broken: {})", store::printable(reason)),
             None => String::new(),
@@ -64,6 +69,7 @@ fn size(named: &Named) -> Option<u64> {
 fn json_of(named: &Named) -> Value {
     let summary = named.summary.as_deref();
     let state = match summary {
+        None if matches!(named.life, Some(Life::Lives(_))) => "away",
         None => "dangling",
         Some(summary) if summary.broken.is_some() => "broken",
         Some(_) => "ok",
@@ -73,7 +79,7 @@ fn json_of(named: &Named) -> Value {
         "file": named.path,
         "id": named.object.to_string(),
         "state": state,
-        "reason": summary.and_then(|s| s.broken.as_deref()),
+        "reason": summary.map_or_else(|| named.life.map(|l| l.to_string()), |s| s.broken.as_deref().map(str::to_owned)),
         "type": summary.map(|s| &*s.typename),
         "rows": summary.and_then(|s| s.rows),
         "bytes": size(named),
@@ -138,6 +144,7 @@ mod tests {
             object: ObjectId(7),
             view: View::Arrow,
             summary: Some(Arc::new(summary)),
+            life: None,
         }
     }
 

@@ -66,7 +66,8 @@ pub struct Args {
     /// How the bytes of files reach readers
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = options::serve())]
     pub serve: ServePolicy,
-    /// Whether data of other instances of the cluster is brought here: when it is read, or never (EREMOTEIO)
+    /// Whether data of other instances of the cluster is brought here: when it is read (lazy), and after the first open
+    /// whole into the local vineyardd, in the background (full), or never (EREMOTEIO)
     #[arg(long, value_name = "WHEN", default_value = "lazy", value_parser = options::migrate())]
     pub migrate: RemotePolicy,
     /// Log to this file instead of the usual place

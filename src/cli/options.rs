@@ -85,6 +85,7 @@ pub fn serve() -> impl TypedValueParser<Value = ServePolicy> {
 fn remote_policy(text: &str) -> Option<RemotePolicy> {
     match text {
         "lazy" => Some(RemotePolicy::Lazy),
+        "full" => Some(RemotePolicy::Full),
         "never" => Some(RemotePolicy::Never),
         _ => None,
     }
@@ -92,7 +93,8 @@ fn remote_policy(text: &str) -> Option<RemotePolicy> {
 
 /// Reads a [`RemotePolicy`]: whether data of other instances is brought here.
 pub fn migrate() -> impl TypedValueParser<Value = RemotePolicy> {
-    PossibleValuesParser::new(["lazy", "never"]).try_map(|text| remote_policy(&text).ok_or("not a way to migrate"))
+    PossibleValuesParser::new(["lazy", "full", "never"])
+        .try_map(|text| remote_policy(&text).ok_or("not a way to migrate"))
 }
 
 /// Puts the options of `-o` into the arguments. Options of fstab that mean nothing here are passed over.
@@ -151,7 +153,7 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
             arguments.serve = policy(&text()?).ok_or_else(|| choice("auto, lazy, assembled"))?;
         }
         "migrate" => {
-            arguments.migrate = remote_policy(&text()?).ok_or_else(|| choice("lazy, never"))?;
+            arguments.migrate = remote_policy(&text()?).ok_or_else(|| choice("lazy, full, never"))?;
         }
         "log_file" | "log-file" => arguments.log_file = Some(PathBuf::from(text()?)),
         "log_level" | "log-level" => arguments.log_level = crate::telemetry::check(&text()?)?,

@@ -13,10 +13,11 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::FileSystem;
+use crate::fuse::area::Maker;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::status;
 use crate::vineyard::launch::{self, Environment};
-use crate::vineyard::{Client, ClientOptions, Store};
+use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, Store};
 
 /// How long a vineyardd may take to answer first.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -61,7 +62,7 @@ impl Place {
     pub fn open(&self) -> Result<Opened> {
         let mounts = mounts();
         let socket = choose(self.socket.as_deref(), &Environment::current(), &mounts)?;
-        let store = Arc::new(Client::connect(ClientOptions::socket(&socket))?);
+        let store = Arc::new(Client::connect(ClientOptions::socket(&socket).remote(remote()))?);
         let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
         let mounts = mounts.into_iter().filter(|mount| mount.socket == socket);
         Ok(Opened { store, fs, mounts: mounts.map(|mount| (mount.mountpoint, mount.prefix)).collect() })
@@ -87,6 +88,13 @@ impl Opened {
             eprintln!("vineyard-fs: warning: {}", printable(&warning));
         }
     }
+}
+
+/// How commands treat data of other instances: as mounts do, in memory of their own.
+pub fn remote() -> RemoteOptions {
+    let maker = std::sync::OnceLock::new();
+    let memory: MemoryMaker = Arc::new(move |size| maker.get_or_init(Maker::own).create(size));
+    RemoteOptions { memory: Some(memory), ..RemoteOptions::default() }
 }
 
 /// A mount and its store.

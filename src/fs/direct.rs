@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::gc::Life;
 use super::host::{Area, Host, HostFile, Serving};
 use super::inode::ViewNode;
 use super::objects::Summary;
@@ -40,8 +41,10 @@ pub struct Named {
     pub object: ObjectId,
     /// The view that was asked for; the listed one where none was.
     pub view: View,
-    /// What is known of the object; `None` if the name has outlived it.
+    /// What is known of the object; `None` if it is not to be had.
     pub summary: Option<Arc<Summary>>,
+    /// Why that is so: the name has outlived its object, or its instance does not answer.
+    pub life: Option<Life>,
 }
 
 impl Named {
@@ -51,7 +54,13 @@ impl Named {
     /// `NotFound` if the name has outlived its object, `Malformed` if the object cannot be shown.
     pub fn shown(&self) -> Result<&Arc<Summary>> {
         let Some(summary) = &self.summary else {
-            return Err(Error::not_found(format!("{:?} is dangling: its object {} is gone", self.name, self.object)));
+            return Err(match self.life {
+                Some(Life::Lives(instance)) => {
+                    let what = format!("{:?} is on instance {instance}, which does not answer", self.name);
+                    Error::new(Kind::Unreachable, what)
+                }
+                _ => Error::not_found(format!("{:?} is dangling: its object {} is gone", self.name, self.object)),
+            });
         };
         match &summary.broken {
             Some(reason) => Err(Error::malformed(format!("{:?} cannot be shown: {reason}", self.name))),
@@ -151,8 +160,11 @@ impl FileSystem {
             let path = name::join(listed.map_or("", |(path, _)| path), &component);
             let summary = self.objects.known_summary(object).filter(|_| !missing.contains(&object));
             let view = summary.as_ref().map_or(View::Raw, |summary| summary.listed);
-            out.push(Named { name, path, object, view, summary });
+            out.push(Named { name, path, object, view, summary, life: None });
         }
+        let lost: Vec<ObjectId> = out.iter().filter(|n| n.summary.is_none()).map(|named| named.object).collect();
+        let lives = self.lives(&lost)?;
+        out.iter_mut().filter(|named| named.summary.is_none()).for_each(|n| n.life = lives.get(&n.object).copied());
         Ok(out)
     }
 
@@ -171,7 +183,10 @@ impl FileSystem {
         }
         for exact in [text, target.dataset()] {
             if let Some(object) = self.object_of(exact)? {
-                let summary = self.objects.summary(&*self.store, object)?;
+                let summary = match self.objects.summary(&*self.store, object) {
+                    Err(error) if error.kind() == Kind::Unreachable => None,
+                    other => other?,
+                };
                 let named = self.named(exact.to_owned(), object, None, summary);
                 let asked = target.view.as_ref().map(|(_, view)| *view).filter(|_| exact != text);
                 if let (Some(view), Ok(summary)) = (asked, named.shown()) {
@@ -193,7 +208,8 @@ impl FileSystem {
         let (directory, part) = name.rsplit_once('/').unwrap_or(("", &name));
         let path = name::join(&directory_path(directory), &Self::listed_component(part, &name, summary.as_deref()));
         let listed = summary.as_ref().map_or(View::Raw, |summary| summary.listed);
-        Named { path, object, view: view.unwrap_or(listed), summary, name }
+        let life = summary.is_none().then(|| self.lives(&[object]).ok()?.remove(&object)).flatten();
+        Named { path, object, view: view.unwrap_or(listed), summary, name, life }
     }
 
     /// As [`FileSystem::find`], where nothing there is an error that proposes names that are alike.

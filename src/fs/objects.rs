@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::copies::{Copy, copies_of};
 use super::deferred::{self, Deferred};
 use crate::dataset::recipe::{Recipe, Written, recipe_of};
 use crate::dataset::{self, Dataset, FileAttributes};
@@ -275,7 +276,10 @@ impl Objects {
                 }
             }
         }
-        let missing = ids.iter().copied().filter(|id| !metas.contains_key(id)).collect();
+        // The instance of an object may be gone, and a copy go on.
+        let lost: Vec<ObjectId> = ids.iter().copied().filter(|id| !summaries.contains_key(id)).collect();
+        summaries.extend(summaries_of_copies(store, &lost)?);
+        let missing = ids.iter().copied().filter(|id| !metas.contains_key(id) && !summaries.contains_key(id)).collect();
         for summary in summaries.values() {
             if let Some(reason) = &summary.broken {
                 tracing::warn!(object = %summary.id, "cannot be shown: {}", reason.escape_debug());
@@ -338,6 +342,24 @@ impl Objects {
             summary.sizes.iter_mut().filter(|(v, _)| *v == view).for_each(|(_, s)| *s = Some(size));
         }
     }
+}
+
+/// Summaries of objects that are not to be had, by copies of them that are.
+fn summaries_of_copies(store: &dyn Store, lost: &[ObjectId]) -> Result<Vec<(ObjectId, Summary)>> {
+    if lost.is_empty() {
+        return Ok(Vec::new());
+    }
+    let copies: Vec<Copy> = copies_of(store, lost)?.into_iter().flatten().collect();
+    let ids: Vec<ObjectId> = copies.iter().map(|copy| copy.object).collect();
+    let metas = if ids.is_empty() { HashMap::new() } else { store.metas(&ids, true)? };
+    let mut found = Vec::new();
+    for copy in copies {
+        let Some(Ok(meta)) = metas.get(&copy.object) else { continue };
+        if let Ok(summary) = store.prepare(&meta.blobs()).and_then(|()| summarize(meta, store)) {
+            found.push((copy.source, Summary { id: copy.source, ..summary }));
+        }
+    }
+    Ok(found)
 }
 
 /// True if the data is on an instance that does not answer, or may not be asked: another time it may be had.

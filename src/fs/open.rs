@@ -3,12 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::copies::is_lost;
 use super::inode::{Inode, Mode, Node, ViewNode};
 use super::objects::Loaded;
 use super::resolve::Target;
 use super::{Caller, FileSystem, Handle, Opened, Serve, ServePolicy, Serving};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
+use crate::vineyard::Arrived;
 
 /// Files below this size are not worth a memory file: one request and a page serve them.
 const SMALL: u64 = 64 << 10;
@@ -26,6 +28,26 @@ const AHEAD_STEP: u64 = 8 << 20;
 
 pub(super) fn wants_write(flags: i32) -> bool {
     flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0
+}
+
+/// Bytes of a file.
+#[derive(Debug)]
+pub enum FileBytes {
+    /// A copy.
+    Copied(Vec<u8>),
+    /// The memory in which they came from another instance.
+    Arrived(Arrived),
+}
+
+impl std::ops::Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            FileBytes::Copied(bytes) => bytes,
+            FileBytes::Arrived(arrived) => arrived.as_ref(),
+        }
+    }
 }
 
 impl FileSystem {
@@ -87,10 +109,12 @@ impl FileSystem {
         {
             return Ok(Mode::Assembled(assembled));
         }
-        let loaded = self.objects.load(&*self.store, view.object)?;
-        let image = loaded.image(view.view, &*self.store).inspect_err(|error| {
+        let (loaded, image) = self.nearest(view.object, view.view, None).inspect_err(|error| {
             tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {error}");
         })?;
+        if loaded.is_remote() {
+            self.wish_copy(view.object);
+        }
         self.objects.learn_size(view.object, view.view, image.size());
         if image.size() <= SMALL && !loaded.is_remote() {
             // A copy outlives the object: whoever maps the file may fault a page in at any time.
@@ -143,11 +167,11 @@ impl FileSystem {
     ///
     /// # Errors
     /// `Stale` if the object was deleted by someone else: its memory may hold other bytes by now.
-    pub fn read(&self, ino: u64, _fh: u64, offset: u64, size: u32) -> Result<Vec<u8>> {
+    pub fn read(&self, ino: u64, _fh: u64, offset: u64, size: u32) -> Result<FileBytes> {
         let inode = self.inode(ino)?;
         let view = match &inode.node {
             Node::Directory { .. } => return Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Node::Staged(staged) => return staged.read(offset, size),
+            Node::Staged(staged) => return staged.read(offset, size).map(FileBytes::Copied),
             Node::View(view) => view,
         };
         let mode = inode.state().mode.clone();
@@ -155,8 +179,7 @@ impl FileSystem {
             Some(mode) => mode,
             // Opened before the server was replaced: reads come as requests, so it was lazy.
             None => {
-                let loaded = self.objects.load(&*self.store, view.object)?;
-                let image = loaded.image(view.view, &*self.store)?;
+                let (loaded, image) = self.nearest(view.object, view.view, None)?;
                 let mode = Mode::Lazy { loaded, image };
                 inode.state().mode.get_or_insert(mode).clone()
             }
@@ -168,31 +191,73 @@ impl FileSystem {
         };
         let end = offset.saturating_add(u64::from(size)).min(image_size);
         if offset >= end {
-            return Ok(Vec::new());
+            return Ok(FileBytes::Copied(Vec::new()));
         }
-        let mut out = vec![0; (end - offset) as usize];
-        match &mode {
-            Mode::Lazy { image, loaded } => {
-                let blobs = image.blobs(offset..end);
-                self.store.prepare(&blobs)?;
-                if loaded.is_remote() {
-                    tracing::trace!(object = %view.object, offset, end, "read of remote data");
-                    loaded.admit(&blobs, &*self.store)?;
-                    self.store.want(&image.parts(offset..end), false)?;
-                    self.bring_ahead(&inode, image, offset..end)?;
+        let buffer = || vec![0; (end - offset) as usize];
+        let out = match &mode {
+            Mode::Lazy { image, loaded } => match self.read_lazily(&inode, loaded, image, offset..end) {
+                Err(error) if loaded.is_remote() && is_lost(&error) => {
+                    let (loaded, image) = self.other_copy(&inode, view, loaded, image).ok_or(error)?;
+                    self.read_lazily(&inode, &loaded, &image, offset..end)?
                 }
-                image.read(&*self.store, offset, &mut out)?;
-                // The copy is whole; now it must still be this object's memory.
-                self.store.verify(&blobs)?;
-                inode.state().bytes_read += out.len() as u64;
-            }
-            Mode::Copied(bytes) => out.copy_from_slice(&bytes[offset as usize..end as usize]),
+                other => other?,
+            },
+            Mode::Copied(bytes) => FileBytes::Copied(bytes[offset as usize..end as usize].to_vec()),
             Mode::Assembled(assembled) => {
                 use std::os::unix::fs::FileExt;
+                let mut out = buffer();
                 assembled.file().file.read_exact_at(&mut out, offset)?;
+                FileBytes::Copied(out)
             }
-        }
+        };
         Ok(out)
+    }
+
+    fn read_lazily(&self, inode: &Inode, loaded: &Loaded, image: &Image, range: Range<u64>) -> Result<FileBytes> {
+        let blobs = image.blobs(range.clone());
+        self.store.prepare(&blobs)?;
+        if loaded.is_remote() {
+            tracing::trace!(object = %loaded.meta.id(), ?range, "read of remote data");
+            loaded.admit(&blobs, &*self.store)?;
+            self.store.want(&image.parts(range.clone()), false)?;
+            self.bring_ahead(inode, image, range.clone())?;
+        }
+        let arrived = match image.single(range.clone()).filter(|_| loaded.is_remote()) {
+            Some((key, part)) => self.store.arrived(key, part)?,
+            None => None,
+        };
+        let out = match arrived {
+            Some(arrived) => FileBytes::Arrived(arrived),
+            None => {
+                let mut out = vec![0; (range.end - range.start) as usize];
+                image.read(&*self.store, range.start, &mut out)?;
+                FileBytes::Copied(out)
+            }
+        };
+        // The copy is whole; now it must still be this object's memory.
+        self.store.verify(&blobs)?;
+        inode.state().bytes_read += range.end - range.start;
+        Ok(out)
+    }
+
+    /// For a file whose data was lost while it was open: the same bytes elsewhere, from where it is read from now on.
+    fn other_copy(
+        &self,
+        inode: &Inode,
+        view: &ViewNode,
+        loaded: &Loaded,
+        image: &Image,
+    ) -> Option<(Arc<Loaded>, Arc<Image>)> {
+        let found = self.nearest(view.object, view.view, Some(loaded.meta.id())).ok()?;
+        if found.0.meta.signature() != loaded.meta.signature() || found.1.size() != image.size() {
+            return None;
+        }
+        tracing::info!(name = ?view.name, object = %view.object, copy = %found.0.meta.id(), "goes on with a copy");
+        let mut state = inode.state();
+        if matches!(state.mode, Some(Mode::Lazy { .. })) {
+            state.mode = Some(Mode::Lazy { loaded: found.0.clone(), image: found.1.clone() });
+        }
+        Some(found)
     }
 
     /// Begins to bring what a sequential reader of remote data will ask for soon. Whoever reads a column or two is not

@@ -35,6 +35,8 @@ pub struct Options {
     pub dir_mode: u16,
     /// How files are served.
     pub serve: ServePolicy,
+    /// Make copies in the local vineyardd of what was opened and lives on another instance.
+    pub copy_remote: bool,
     /// Most bytes of assembled images.
     pub cache_size: u64,
     /// Most bytes of files being written.
@@ -59,6 +61,7 @@ impl Default for Options {
             file_mode: 0o644,
             dir_mode: 0o755,
             serve: ServePolicy::Auto,
+            copy_remote: false,
             cache_size: 1 << 30,
             staging_size: 1 << 30,
             entry_ttl: Duration::from_secs(1),

@@ -182,10 +182,22 @@ impl FileSystem {
         names.push(name);
         names.sort_unstable();
         names.dedup();
+        let saving = self.announce(name, object)?;
         let queries: Vec<NameQuery> = names.iter().map(|n| NameQuery::Exact((*n).to_owned())).collect();
-        let old: Vec<(String, ObjectId)> = self.store.names(&queries)?.into_iter().flatten().collect();
-        self.suspect(&old.iter().map(|(_, id)| *id).collect::<Vec<_>>());
-        self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
+        let put = self.store.names(&queries).and_then(|old| {
+            let old: Vec<(String, ObjectId)> = old.into_iter().flatten().collect();
+            self.suspect(&old.iter().map(|(_, id)| *id).collect::<Vec<_>>());
+            self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
+            Ok(old)
+        });
+        let old = match put {
+            Ok(old) => old,
+            Err(error) => {
+                self.withdraw(saving);
+                return Err(error);
+            }
+        };
+        self.settle_save(name, saving);
         // From here on the new value is in place; what is left to do must not make the save fail.
         for (former, id) in old {
             if former != name
@@ -278,6 +290,7 @@ impl FileSystem {
         }
         self.objects.forget(object);
         self.store.delete(&[object])?;
+        self.drop_copies(object);
         Ok(copy)
     }
 }

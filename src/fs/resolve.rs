@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::copies::HIDDEN;
 use super::inode::{Inode, Node, ViewNode};
 use super::objects::Summary;
 use super::staging::Staged;
@@ -158,10 +159,14 @@ impl FileSystem {
         Ok(None)
     }
 
-    /// All names that begin with a prefix, in byte order.
+    /// All names that begin with a prefix, in byte order, without those that are hidden.
     pub(super) fn names_below(&self, prefix: &str) -> Result<Vec<NamedObject>> {
         let query = NameQuery::Prefix { prefix: prefix.to_owned(), limit: None };
-        Ok(self.store.names(&[query])?.into_iter().next().unwrap_or_default())
+        let mut names = self.store.names(&[query])?.into_iter().next().unwrap_or_default();
+        if !prefix.starts_with(HIDDEN) {
+            names.retain(|(name, _)| !name.starts_with(HIDDEN));
+        }
+        Ok(names)
     }
 
     /// The object that a name points to now.

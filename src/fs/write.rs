@@ -461,6 +461,7 @@ impl FileSystem {
         if let Err(error) = self.store.delete(&[object]) {
             self.warn(format!("object {object} was replaced or removed and could not be deleted: {error}"));
         }
+        self.drop_copies(object);
     }
 
     /// A time for attributes.

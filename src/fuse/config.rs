@@ -66,6 +66,7 @@ impl MountConfig {
             file_mode: (self.file_mode & 0o777) as u16,
             dir_mode: (self.dir_mode & 0o777) as u16,
             serve: self.serve,
+            copy_remote: self.migrate == RemotePolicy::Full,
             cache_size: self.cache_size,
             staging_size: self.staging_size,
             ..Options::default()

@@ -19,6 +19,7 @@ use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
 use super::adapter::{Adapter, Shared};
+use super::area::Maker;
 use super::handshake::{self, Agreed};
 use super::host::{KeeperHost, KeeperLink, forward};
 use super::keeper::watchdog::BEAT;
@@ -30,7 +31,7 @@ use super::{metrics, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host, Options};
 use crate::vineyard::journal::Journal;
-use crate::vineyard::{Client, ClientOptions, RemoteOptions};
+use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
@@ -102,6 +103,8 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let unanswered = journal.begin();
     let journal = Arc::new(journal);
     journal.beat();
+    // Needs a privilege that is dropped next.
+    let memory = Maker::own();
     let sandbox = prepare_process(&hello)?;
     let beating = journal.clone();
     thread("heartbeat", move || {
@@ -113,7 +116,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
 
     release_unknown_files(link)?;
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
-    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
+    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host), memory)?);
     let shared = Arc::new(Shared {
         fs,
         stats: Stats::default(),
@@ -129,6 +132,10 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
     thread("warm-up", move || drop(fs.warm_up()))?;
+    if hello.config.migrate == RemotePolicy::Full {
+        let fs = shared.fs.clone();
+        thread("copies", move || fs.copy_wishes())?;
+    }
     let fs = shared.fs.clone();
     thread("reclaim", move || reclaim(&fs))?;
     let reporter = Arc::new(Reporter { shared, restarts: hello.restarts, sandbox, asking: Arc::default() });
@@ -253,9 +260,16 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 }
 
 /// The filesystem over the store that the keeper connects to.
-fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
+fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>, memory: Maker) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
+    let memory: MemoryMaker = Arc::new(move |size| memory.create(size));
+    let remote = RemoteOptions {
+        policy: config.migrate,
+        cache_size: config.cache_size,
+        memory: Some(memory),
+        ..RemoteOptions::default()
+    };
     let leftovers = match link.leftovers().and_then(|file| file.map(Journal::open).transpose()) {
         Ok(leftovers) => leftovers,
         Err(error) => {
@@ -265,7 +279,7 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -
     };
     let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
         .deadline(Duration::from_millis(config.deadline_ms))
-        .remote(RemoteOptions { policy: config.migrate, cache_size: config.cache_size, ..RemoteOptions::default() })
+        .remote(remote)
         .journal(leftovers);
     // A later server must come up while vineyardd is away: its answers are errors then, and the mount lives.
     let client = match hello.restarts {

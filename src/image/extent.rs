@@ -121,6 +121,15 @@ impl Image {
         Ok(())
     }
 
+    /// The blob that holds a whole range of the file as it is, and the part of it.
+    pub fn single(&self, range: Range<u64>) -> Option<(BlobKey, Range<u64>)> {
+        let mut covering = self.covering(range);
+        match (covering.next()?, covering.next()) {
+            ((Extent { span: span @ Span::Blob { .. }, .. }, part), None) => span.parts(part).pop(),
+            _ => None,
+        }
+    }
+
     /// The blobs behind a range of the file, each once, sorted.
     pub fn blobs(&self, range: Range<u64>) -> Vec<BlobKey> {
         let mut keys: Vec<BlobKey> = self.covering(range).flat_map(|(extent, part)| extent.span.blobs(part)).collect();

@@ -1,6 +1,8 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
 mod delete;
+mod elsewhere;
+mod metadata;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -19,24 +21,15 @@ use super::journal::Journal;
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
-use super::remote::{Remote, RemoteOptions, RemoteStatus};
+use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
-    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, GetDataReply, ListNameReply, Request,
-    ShallowCopyReply, StatusReply, checked_id, name_pattern,
+    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, ListNameReply, Request, ShallowCopyReply,
+    StatusReply, checked_id, name_pattern,
 };
 use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
 use super::wire::{Broken, Refusal, bad_reply};
 use crate::error::{Context, Error, Kind, Result};
 
-/// Objects in the first `get_data` of many; later ones are sized by what came back.
-const FIRST_BATCH: usize = 64;
-/// Most objects in one `get_data`.
-const LARGEST_BATCH: usize = 512;
-/// Size in bytes that the reply to one `get_data` should have. vineyardd has one thread for all metadata, so a larger
-/// one would keep everybody waiting (it makes about 10 MB/s).
-const BATCH_BYTES: usize = 512 << 10;
-/// `get_data` requests that are sent back to back.
-const BATCHES_AHEAD: usize = 8;
 /// Most ids in one request that returns little or nothing about each.
 const IDS_PER_REQUEST: usize = 4096;
 /// Most objects in one `create_datas`.
@@ -221,71 +214,11 @@ impl Client {
         self.fetch(&[key], true)?.remove(&key).ok_or_else(|| gone(key))
     }
 
-    /// Metadata by text id, in batches that are answered in good time. An object whose metadata is beyond parsing maps
-    /// to the error.
-    fn get_data(&self, ids: &[ObjectId], sync: bool, mut each: impl FnMut(ObjectId, Result<Value>)) -> Result<()> {
-        let mut wanted: Vec<u64> = ids.iter().filter(|&&id| id != ObjectId::INVALID).map(|id| id.0).collect();
-        wanted.sort_unstable();
-        wanted.dedup();
-        let mut todo: &[u64] = &wanted;
-        let mut batch = FIRST_BATCH;
-        // While one reply is parsed, the server makes the next.
-        let mut window = BATCHES_AHEAD;
-        let mut sync = sync;
-        while !todo.is_empty() {
-            let (now, later) = todo.split_at(batch.saturating_mul(window).min(todo.len()));
-            let requests: Vec<Request> = now
-                .chunks(batch)
-                .enumerate()
-                .map(|(i, ids)| Request::GetData { id: ids.to_vec(), sync_remote: sync && i == 0, wait: false })
-                .collect();
-            let mut size = 0;
-            let replies = self.run(Repeat::Safe, |connection| {
-                size = 0;
-                connection.calls(&requests, "get_data_reply", |connection, reply: GetDataReply| {
-                    size += connection.last_reply_len();
-                    Ok(reply.content.map(|content| content.0).unwrap_or_default())
-                })
-            });
-            match replies {
-                Ok(replies) => {
-                    for reply in replies {
-                        for (text, value) in reply? {
-                            match text.parse::<ObjectId>() {
-                                Ok(id) if now.binary_search(&id.0).is_ok() => each(id, Ok(value)),
-                                _ => {
-                                    let what = format!("vineyardd sent metadata of {text:.40?} unasked");
-                                    return Err(Error::malformed(what));
-                                }
-                            }
-                        }
-                    }
-                    todo = later;
-                    batch = (BATCH_BYTES / (size / now.len()).max(1)).clamp(1, LARGEST_BATCH);
-                    window = BATCHES_AHEAD;
-                    sync = false;
-                }
-                // One object may spoil the reply for all (nesting that no parser accepts): find it by halving.
-                Err(error) if error.kind() == Kind::Malformed => match now {
-                    [id] => {
-                        each(ObjectId(*id), Err(error));
-                        todo = later;
-                    }
-                    _ if requests.len() > 1 => window = 1,
-                    _ => batch = now.len() / 2,
-                },
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
     fn note(&self, ids: impl IntoIterator<Item = ObjectId>) {
         if let Some(journal) = &self.journal {
             journal.note(ids);
         }
     }
-
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
     fn give_back(&self, made: &[NewBlob]) {
         let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
@@ -354,6 +287,10 @@ impl BlobSource for Client {
         self.remote.want(&remote, ahead, &|| self.cluster())
     }
 
+    fn arrived(&self, key: BlobKey, part: Range<u64>) -> Result<Option<Arrived>> {
+        if self.is_remote(key)? { self.remote.arrived(key, part, &|| self.cluster()) } else { Ok(None) }
+    }
+
     fn blob(&self, key: BlobKey) -> Result<Option<Blob>> {
         if self.is_remote(key)? {
             return self.remote.blob(key);
@@ -402,6 +339,11 @@ impl Store for Client {
     fn metas(&self, ids: &[ObjectId], sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>> {
         let mut metas = HashMap::with_capacity(ids.len());
         self.get_data(ids, sync, |id, value| {
+            // What etcd keeps of a deleted object that had a name; an instance that starts later reads it as metadata.
+            let is_remnant = |tree: &Map<String, Value>| tree.keys().all(|key| matches!(key.as_str(), "id" | "__name"));
+            if value.as_ref().is_ok_and(|value| value.as_object().is_some_and(is_remnant)) {
+                return;
+            }
             let meta = value.and_then(Meta::new).and_then(|meta| {
                 let own = meta.id();
                 if own == id { Ok(meta) } else { Err(meta.error(format!("is what the store has for {id}"))) }
@@ -436,6 +378,11 @@ impl Store for Client {
         })
     }
 
+    fn migrate_to(&self, instance: InstanceId, id: ObjectId) -> Result<ObjectId> {
+        let copy = self.remote.migrate(instance, id, &|| self.cluster())?;
+        self.heard_of(copy, id, instance)
+    }
+
     fn remote_status(&self) -> Option<RemoteStatus> {
         Some(self.remote.status())
     }
@@ -447,8 +394,9 @@ impl Store for Client {
             let Some(number) = key.strip_prefix('i').and_then(|digits| digits.parse().ok()) else {
                 return Err(Error::malformed(format!("vineyardd lists an instance {key:.40?}")));
             };
-            let super::request::ClusterEntry { hostname, rpc_endpoint, ipc_socket } = entry;
-            cluster.insert(InstanceId(number), InstanceInfo { hostname, rpc_endpoint, ipc_socket });
+            let super::request::ClusterEntry { hostname, rpc_endpoint, ipc_socket, member_id } = entry;
+            let shared = member_id.is_some();
+            cluster.insert(InstanceId(number), InstanceInfo { hostname, rpc_endpoint, ipc_socket, shared });
         }
         Ok(cluster)
     }
@@ -514,7 +462,8 @@ impl Store for Client {
     fn drop_blobs(&self, ids: &[ObjectId]) -> Result<()> {
         let requests: Vec<Request> =
             ids.iter().filter(|id| id.is_stored_blob()).map(|id| Request::DropBuffer { id: id.0 }).collect();
-        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)
+        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)?;
+        Ok(())
     }
 
     fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>> {
@@ -585,11 +534,7 @@ impl Store for Client {
             && owner != self.here()?
         {
             let copy = self.remote.shallow_copy(owner, id, &extra, &|| self.cluster())?;
-            // The local vineyardd hears of it now, before it is told to name the one and delete the other.
-            return match self.metas(&[copy], true)?.remove(&copy) {
-                Some(meta) => meta.map(|_| copy),
-                None => Err(Error::stale(format!("{copy}, the copy of {id} on instance {owner}, is not known here"))),
-            };
+            return self.heard_of(copy, id, owner);
         }
         let request = Request::ShallowCopy { id: id.0, extra: &extra };
         let reply: ShallowCopyReply = self.call(Repeat::UnlessSent, &request, "shallow_copy_reply")?;

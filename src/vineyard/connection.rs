@@ -131,6 +131,11 @@ impl Connection {
         self.channel.receive_some(out, Instant::now() + self.patience)
     }
 
+    /// As [`Channel::set_low_water`].
+    pub fn set_low_water(&self, bytes: usize) {
+        self.channel.set_low_water(bytes);
+    }
+
     /// Length in bytes of the reply that came last.
     pub fn last_reply_len(&self) -> usize {
         self.last_reply_len

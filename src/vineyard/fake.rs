@@ -360,8 +360,12 @@ impl Store for FakeStore {
 
     fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>> {
         drop(self.enter(Op::Cluster)?);
-        let info =
-            InstanceInfo { hostname: "fake".into(), rpc_endpoint: String::new(), ipc_socket: "/fake.sock".into() };
+        let info = InstanceInfo {
+            hostname: "fake".into(),
+            rpc_endpoint: String::new(),
+            ipc_socket: "/fake.sock".into(),
+            shared: true,
+        };
         Ok(BTreeMap::from([(self.id, info)]))
     }
 

@@ -26,6 +26,7 @@ use peer::Peer;
 use transfer::{Slab, Transfer, Trust};
 
 pub use peer::Cluster;
+pub use transfer::{Arrived, MemoryMaker};
 
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
@@ -43,6 +44,8 @@ pub enum RemotePolicy {
     /// What is read is brought.
     #[default]
     Lazy,
+    /// The same, and the filesystem makes copies in the local vineyardd of what was opened.
+    Full,
     /// Reading is refused with `Remote`; sizes are still told.
     Never,
 }
@@ -71,7 +74,7 @@ pub struct RemoteStatus {
 }
 
 /// How remote data is treated.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct RemoteOptions {
     /// Whether it is brought.
     pub policy: RemotePolicy,
@@ -79,11 +82,13 @@ pub struct RemoteOptions {
     pub cache_size: u64,
     /// Connections to one instance that bring blobs at the same time.
     pub connections: usize,
+    /// Where memory for large blobs comes from, if not from memfds.
+    pub memory: Option<MemoryMaker>,
 }
 
 impl Default for RemoteOptions {
     fn default() -> Self {
-        RemoteOptions { policy: RemotePolicy::Lazy, cache_size: 1 << 30, connections: 4 }
+        RemoteOptions { policy: RemotePolicy::Lazy, cache_size: 1 << 30, connections: 4, memory: None }
     }
 }
 
@@ -105,11 +110,11 @@ impl Remote {
     pub fn new(options: RemoteOptions, deadline: Duration) -> Self {
         let connections = options.connections.max(1);
         Remote {
-            options,
             deadline,
             cache: Mutex::new(Cache::new(options.cache_size)),
             peers: Mutex::default(),
             fetcher: Arc::new(Fetcher { connections, counters: Counters::default() }),
+            options,
         }
     }
 
@@ -141,7 +146,7 @@ impl Remote {
 
     fn permitted(&self, key: BlobKey) -> Result<()> {
         match self.options.policy {
-            RemotePolicy::Lazy => Ok(()),
+            RemotePolicy::Lazy | RemotePolicy::Full => Ok(()),
             RemotePolicy::Never => {
                 let what = format!("blob {key} lives on another instance, and this mount brings nothing here");
                 Err(Error::new(Kind::Remote, format!("{what} (--migrate never)")))
@@ -230,14 +235,14 @@ impl Remote {
                     let bytes: u64 = group.iter().map(|(_, size)| size).sum();
                     if bytes >= GROUP.0 || group.len() >= GROUP.1 {
                         let group = std::mem::take(group);
-                        failure = failure.and(begin(&mut cache, &group, 0..u64::MAX, &mut jobs));
+                        failure = failure.and(self.begin(&mut cache, &group, 0..u64::MAX, &mut jobs));
                     }
                 } else {
-                    failure = failure.and(begin(&mut cache, &[(*key, size)], part.clone(), &mut jobs));
+                    failure = failure.and(self.begin(&mut cache, &[(*key, size)], part.clone(), &mut jobs));
                 }
             }
             for group in groups.values().filter(|group| !group.is_empty()) {
-                failure = failure.and(begin(&mut cache, group, 0..u64::MAX, &mut jobs));
+                failure = failure.and(self.begin(&mut cache, group, 0..u64::MAX, &mut jobs));
             }
         }
         for (instance, job) in jobs {
@@ -253,27 +258,70 @@ impl Remote {
         failure
     }
 
+    /// Makes transfers that share memory and a request, and asks for a part of each.
+    fn begin(
+        &self,
+        cache: &mut Cache,
+        group: &[(BlobKey, u64)],
+        part: Range<u64>,
+        jobs: &mut Vec<(InstanceId, Job)>,
+    ) -> Result<()> {
+        let Some((first, _)) = group.first() else { return Ok(()) };
+        let (slab, places) = Slab::new(group.iter().map(|(_, size)| *size), self.options.memory.as_ref())?;
+        let mut job = Job::with_capacity(group.len());
+        for (&(key, size), place) in group.iter().zip(places) {
+            let transfer = Arc::new(Transfer::new(key, size, &slab, place));
+            if transfer.demand(part.clone()) {
+                job.push(transfer.clone());
+            }
+            cache.insert(transfer);
+        }
+        if !job.is_empty() {
+            jobs.push((first.instance, job));
+        }
+        Ok(())
+    }
+
     /// Copies bytes, after they have come.
     ///
     /// # Errors
     /// `Remote` if policy forbids it; `Unreachable`; `Stale` if there is no such blob; `Malformed` if the range is
     /// not inside it.
     pub fn read(&self, key: BlobKey, offset: u64, out: &mut [u8], cluster: Cluster) -> Result<()> {
-        let end = offset.saturating_add(out.len() as u64);
-        let size = self.size(key, cluster)?;
-        if end > size {
-            return Err(Error::malformed(format!("bytes {offset} to {end} of blob {key} of {size} bytes")));
+        let part = offset..offset.saturating_add(out.len() as u64);
+        match self.come(key, &part, cluster)? {
+            Some(transfer) => transfer.blob()?.read(offset, out),
+            None => Ok(()),
         }
-        if out.is_empty() {
-            return Ok(());
+    }
+
+    /// The bytes themselves, after they have come; `None` for none.
+    ///
+    /// # Errors
+    /// As [`Remote::read`].
+    pub fn arrived(&self, key: BlobKey, part: Range<u64>, cluster: Cluster) -> Result<Option<Arrived>> {
+        self.come(key, &part, cluster)?.map(|transfer| transfer.arrived(part)).transpose()
+    }
+
+    /// Waits for a part of a blob; `None` for an empty one.
+    fn come(&self, key: BlobKey, part: &Range<u64>, cluster: Cluster) -> Result<Option<Arc<Transfer>>> {
+        let size = self.size(key, cluster)?;
+        if part.end > size {
+            return Err(Error::malformed(format!(
+                "bytes {} to {} of blob {key} of {size} bytes",
+                part.start, part.end
+            )));
+        }
+        if part.is_empty() {
+            return Ok(None);
         }
         loop {
-            self.want(&[(key, offset..end)], false, cluster)?;
+            self.want(&[(key, part.clone())], false, cluster)?;
             let transfer = self.cache().get(key);
             // Dropped again at once: everything else is on its way. The next attempt finds room.
             let Some(transfer) = transfer else { continue };
-            match transfer.wait(end, fetch::patience(self.deadline)) {
-                Ok(true) => return transfer.blob()?.read(offset, out),
+            match transfer.wait(part.end, fetch::patience(self.deadline)) {
+                Ok(true) => return Ok(Some(transfer)),
                 Ok(false) => {}
                 Err(error) => {
                     self.cache().forget(&transfer);
@@ -306,6 +354,17 @@ impl Remote {
         peer.locate(cluster)?;
         self.fetcher.counters.requests.fetch_add(2, Ordering::Relaxed);
         peer.shallow_copy(id, extra)
+    }
+
+    /// Lets an instance copy an object of another one for itself.
+    ///
+    /// # Errors
+    /// `Unreachable`; what that instance answers.
+    pub fn migrate(&self, instance: InstanceId, id: ObjectId, cluster: Cluster) -> Result<ObjectId> {
+        let peer = self.peer(instance);
+        peer.locate(cluster)?;
+        self.fetcher.counters.requests.fetch_add(1, Ordering::Relaxed);
+        peer.migrate(id)
     }
 
     /// Lets an instance delete objects of its own.
@@ -368,29 +427,6 @@ impl Remote {
         }
         Ok(())
     }
-}
-
-/// Makes transfers that share memory and a request, and asks for a part of each.
-fn begin(
-    cache: &mut Cache,
-    group: &[(BlobKey, u64)],
-    part: Range<u64>,
-    jobs: &mut Vec<(InstanceId, Job)>,
-) -> Result<()> {
-    let Some((first, _)) = group.first() else { return Ok(()) };
-    let (slab, places) = Slab::new(group.iter().map(|(_, size)| *size))?;
-    let mut job = Job::with_capacity(group.len());
-    for (&(key, size), place) in group.iter().zip(places) {
-        let transfer = Arc::new(Transfer::new(key, size, &slab, place));
-        if transfer.demand(part.clone()) {
-            job.push(transfer.clone());
-        }
-        cache.insert(transfer);
-    }
-    if !job.is_empty() {
-        jobs.push((first.instance, job));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

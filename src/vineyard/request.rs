@@ -60,6 +60,8 @@ pub enum Request<'a> {
     DropName { name: &'a str },
     #[serde(rename = "del_data_request")]
     DelData { id: Vec<u64>, force: bool, deep: bool, memory_trim: bool, fastpath: bool },
+    #[serde(rename = "migrate_object_request")]
+    MigrateObject { object_id: u64 },
     #[serde(rename = "cluster_meta")]
     ClusterMeta {},
     #[serde(rename = "instance_status_request")]
@@ -156,6 +158,13 @@ pub struct ShallowCopyReply {
     pub target_id: u64,
 }
 
+/// `migrate_object_reply`.
+#[derive(Deserialize, Debug)]
+pub struct MigrateReply {
+    /// The copy.
+    pub object_id: u64,
+}
+
 /// `list_name_reply`.
 #[derive(Deserialize, Debug)]
 pub struct ListNameReply {
@@ -179,6 +188,8 @@ pub struct ClusterEntry {
     pub hostname: String,
     pub rpc_endpoint: String,
     pub ipc_socket: String,
+    /// Number of a member of the etcd cluster; absent without etcd.
+    pub member_id: Option<Value>,
 }
 
 /// `instance_status_reply`.

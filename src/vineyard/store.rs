@@ -9,8 +9,8 @@ use serde_json::Value;
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
 use super::meta::Meta;
-use super::remote::RemoteStatus;
-use crate::error::Result;
+use super::remote::{Arrived, RemoteStatus};
+use crate::error::{Context, Error, Kind, Result};
 
 /// The vineyardd behind a [`Store`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct InstanceInfo {
     pub rpc_endpoint: String,
     /// Its Unix socket on its own host.
     pub ipc_socket: String,
+    /// Its metadata is in etcd, and so that of a cluster.
+    pub shared: bool,
 }
 
 /// Use of the store's memory, in bytes, and of its connections.
@@ -93,6 +95,26 @@ pub struct NewBlob {
     pub offset: u64,
 }
 
+impl NewBlob {
+    /// Fills a part of the blob, which is not sealed yet.
+    ///
+    /// # Errors
+    /// `Malformed` past its end; `Full` or the errno if there is no memory.
+    pub fn write(&self, position: u64, bytes: &[u8]) -> Result<()> {
+        if position.checked_add(bytes.len() as u64).is_none_or(|end| end > self.size) {
+            return Err(Error::malformed(format!("bytes past blob {} of {}", self.id, self.size)));
+        }
+        match &self.file {
+            Some(file) => {
+                let at = self.offset.saturating_add(position);
+                file.write(at, bytes).context(|| format!("writing blob {}", self.id))
+            }
+            None if bytes.is_empty() => Ok(()),
+            None => Err(Error::malformed("a blob without memory")),
+        }
+    }
+}
+
 /// The bytes of blobs, wherever they live. Reading gives no promise that a blob still exists: call
 /// [`BlobSource::verify`] after the copy.
 pub trait BlobSource: Send + Sync {
@@ -129,6 +151,16 @@ pub trait BlobSource: Send + Sync {
         Ok(())
     }
 
+    /// Bytes of a blob that need no copy, after they have come here from another instance. They may be passed on after
+    /// [`BlobSource::verify`], like copies. `None` if there are no such.
+    ///
+    /// # Errors
+    /// As [`BlobSource::read`].
+    fn arrived(&self, key: BlobKey, part: Range<u64>) -> Result<Option<Arrived>> {
+        let _ = (key, part);
+        Ok(None)
+    }
+
     /// The mapped blob, for code that copies large parts by itself; `None` if the blob is not in local memory.
     fn blob(&self, key: BlobKey) -> Result<Option<Blob>>;
 }
@@ -149,6 +181,14 @@ pub trait Store: BlobSource {
 
     /// Sizes of blobs of this instance, without taking references. Unknown ones are absent.
     fn blob_sizes(&self, ids: &[ObjectId]) -> Result<HashMap<ObjectId, u64>>;
+
+    /// Lets another instance make a permanent copy of an object for itself, by its own means. May take long.
+    ///
+    /// # Errors
+    /// `Unreachable`; `Timeout`; what that instance answers.
+    fn migrate_to(&self, instance: InstanceId, id: ObjectId) -> Result<ObjectId> {
+        Err(Error::new(Kind::Unsupported, format!("this store has no instance {instance} to copy {id} to")))
+    }
 
     /// Use of memory and connections.
     fn status(&self) -> Result<StoreStatus>;

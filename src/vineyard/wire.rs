@@ -254,6 +254,15 @@ impl Channel {
         Ok(done)
     }
 
+    /// From here on the other side counts as silent until so many bytes are here (1: until one is). Waiting for more
+    /// spares both sides many small steps. Best effort.
+    pub fn set_low_water(&self, bytes: usize) {
+        let bytes: libc::c_int = i32::try_from(bytes).unwrap_or(i32::MAX);
+        let (socket, size) = (self.stream.as_raw_fd(), size_of_val(&bytes) as libc::socklen_t);
+        // SAFETY: the option is an int, which lives until after the call.
+        unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, (&raw const bytes).cast(), size) };
+    }
+
     /// Reads one frame into `out`, replacing what was there.
     pub fn receive(&self, out: &mut Vec<u8>, deadline: Instant) -> Result<(), Broken> {
         let mut header = [0; 8];

@@ -42,16 +42,19 @@ def end(process, hard=False):
 
 
 class Etcd:
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, host: str = "127.0.0.1"):
         self.folder = folder
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        # What etcd calls itself must be right for all: vineyardd asks it for its addresses, and looks there.
+        self.url = f"http://{host}:{self.port}"
         self.start()
 
     def start(self):
         log = open(self.folder / "etcd.log", "ab")
         peer = f"http://127.0.0.1:{free_port()}"
-        command = [etcd_binary(), "--data-dir", str(self.folder / "etcd"), "--listen-client-urls", self.url]
+        # Instances in network namespaces of their own reach it too.
+        listen = f"http://0.0.0.0:{self.port}"
+        command = [etcd_binary(), "--data-dir", str(self.folder / "etcd"), "--listen-client-urls", listen]
         command += ["--advertise-client-urls", self.url, "--listen-peer-urls", peer]
         command += ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}", "--unsafe-no-fsync"]
         self.process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -69,12 +72,65 @@ class Etcd:
         end(self.process, hard=True)
 
 
-class Instance:
-    """One vineyardd of a cluster."""
+class Link:
+    """A network namespace, and a pair of virtual Ethernet devices that leads to it. Needs root."""
 
-    def __init__(self, folder: pathlib.Path, etcd: Etcd, size: str):
+    count = 0
+
+    def __init__(self):
+        number = (os.getpid() * 8 + Link.count) % (64 << 8)
+        Link.count += 1
+        self.name = f"vfs{number}"
+        self.near, self.far = f"{self.name}a", f"{self.name}b"
+        subnet = f"10.{64 + (number >> 8)}.{number & 255}"
+        self.here, self.there = f"{subnet}.1", f"{subnet}.2"
+        self.run("ip", "netns", "add", self.name)
+        try:
+            self.run("ip", "link", "add", self.near, "type", "veth", "peer", "name", self.far)
+            self.run("ip", "link", "set", self.far, "netns", self.name)
+            self.run("ip", "addr", "add", f"{self.here}/30", "dev", self.near)
+            self.run("ip", "link", "set", self.near, "up")
+            self.inside("ip", "addr", "add", f"{self.there}/30", "dev", self.far)
+            self.inside("ip", "link", "set", self.far, "up")
+            self.inside("ip", "link", "set", "lo", "up")
+        except BaseException:
+            self.remove()
+            raise
+
+    @staticmethod
+    def run(*command):
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+
+    def inside(self, *command):
+        self.run("ip", "netns", "exec", self.name, *command)
+
+    def shape(self, mbit: int):
+        """Limits what comes from there."""
+        limit = ["rate", f"{mbit}mbit", "burst", "256kb", "latency", "50ms"]
+        self.inside("tc", "qdisc", "replace", "dev", self.far, "root", "tbf", *limit)
+
+    def drop_packets(self):
+        """All packets to there vanish without a word, as behind a firewall: they get the address of nobody."""
+        self.run("ip", "neigh", "replace", self.there, "lladdr", "02:00:00:00:00:99", "dev", self.near, "nud", "permanent")
+
+    def deliver_packets(self):
+        self.run("ip", "neigh", "del", self.there, "dev", self.near)
+
+    def received(self) -> int:
+        """Bytes that came from there, headers included."""
+        return int(pathlib.Path(f"/sys/class/net/{self.near}/statistics/rx_bytes").read_text())
+
+    def remove(self):
+        for command in (["ip", "link", "del", self.near], ["ip", "netns", "del", self.name]):
+            subprocess.run(command, capture_output=True, timeout=20)
+
+
+class Instance:
+    """One vineyardd of a cluster, in a network namespace of its own if it has a link."""
+
+    def __init__(self, folder: pathlib.Path, etcd: Etcd, size: str, link: Link | None = None):
         folder.mkdir(exist_ok=True)
-        self.folder, self.etcd, self.size = folder, etcd, size
+        self.folder, self.etcd, self.size, self.link = folder, etcd, size, link
         self.socket = str(folder / "v.sock")
         self.port = free_port()
         self.start()
@@ -82,8 +138,12 @@ class Instance:
     def start(self):
         log = open(self.folder / "vineyardd.log", "ab")
         command = [vineyardd_binary(), "--socket", self.socket, "--size", self.size, "--meta", "etcd"]
+        environment = dict(os.environ)
+        if self.link:
+            environment["MY_HOST_NAME"] = self.link.there
+            command = ["ip", "netns", "exec", self.link.name] + command
         command += ["--etcd_endpoint", self.etcd.url, "--rpc_socket_port", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env=environment)
         for _ in range(600):
             if self.process.poll() is not None:
                 raise RuntimeError(f"vineyardd ended: {(self.folder / 'vineyardd.log').read_text()[-2000:]}")
@@ -117,13 +177,16 @@ class Instance:
 class Cluster:
     """`size` instances, and mounts over them."""
 
-    def __init__(self, folder: pathlib.Path, size: int = 2, memory: str = "1Gi"):
+    def __init__(self, folder: pathlib.Path, size: int = 2, memory: str = "1Gi", linked: bool = False):
+        """With `linked`, the first instance is in a network namespace of its own."""
         self.folder = folder
         self.instances, self.mounts = [], []
-        self.etcd = Etcd(folder)
+        self.link = Link() if linked else None
         try:
+            self.etcd = Etcd(folder, self.link.here) if linked else Etcd(folder)
             for number in range(size):
-                self.instances.append(Instance(folder / f"i{number}", self.etcd, memory))
+                link = self.link if number == 0 else None
+                self.instances.append(Instance(folder / f"i{number}", self.etcd, memory, link))
         except BaseException:
             self.stop()
             raise
@@ -141,4 +204,7 @@ class Cluster:
             mount.unmount()
         for instance in self.instances:
             instance.kill()
-        self.etcd.stop()
+        if hasattr(self, "etcd"):
+            self.etcd.stop()
+        if self.link:
+            self.link.remove()

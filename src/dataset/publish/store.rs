@@ -284,7 +284,7 @@ fn write(job: &Job<'_>, blob: &NewBlob, staged: &[u8]) -> Result<()> {
         if end.is_none_or(|end| end > blob.size) {
             return Err(Error::new(Kind::Internal, format!("bytes past blob {} of {}", blob.id, blob.size)));
         }
-        fill_part(blob, job.position + offset, bytes)
+        blob.write(job.position + offset, bytes)
     };
     let cut = |at: &std::ops::Range<u64>| staged.get(at.start as usize..at.end as usize).ok_or_else(outside);
     match job.part {
@@ -352,15 +352,4 @@ fn pieces(
         from += n as u64;
     }
     Ok(())
-}
-
-/// Writes into the store's memory file.
-fn fill_part(blob: &NewBlob, position: u64, bytes: &[u8]) -> Result<()> {
-    match &blob.file {
-        Some(file) => {
-            file.write(blob.offset.saturating_add(position), bytes).context(|| format!("writing blob {}", blob.id))
-        }
-        None if bytes.is_empty() => Ok(()),
-        None => Err(Error::malformed("a blob without memory")),
-    }
 }

@@ -157,7 +157,7 @@ impl Bed {
                     if part.is_empty() {
                         return Ok(out);
                     }
-                    out.extend(part);
+                    out.extend_from_slice(&part);
                 }
             }
         }

@@ -143,7 +143,7 @@ mod tests {
     }
 
     fn transfer(id: u64, len: u64) -> Arc<Transfer> {
-        let (slab, places) = Slab::new(std::iter::once(len)).unwrap();
+        let (slab, places) = Slab::new(std::iter::once(len), None).unwrap();
         Arc::new(Transfer::new(key(id), len, &slab, places[0]))
     }
 

@@ -16,6 +16,10 @@ use crate::vineyard::wire::{Broken, bad_reply};
 
 /// Bytes that are taken from a socket in one go: they should still be in the processor's cache when they are stored.
 const BUFFER: usize = 256 << 10;
+/// The same where they are received to where they stay.
+const STRAIGHT: u64 = 1 << 20;
+/// Bytes that are waited for together while so many are wanted.
+const LOW_WATER: (usize, u64) = (256 << 10, 1 << 20);
 
 /// Blobs that are asked for with one request: a large one, or several small ones.
 pub type Job = Vec<Arc<Transfer>>;
@@ -163,6 +167,7 @@ fn receive(
     let ends = |error| Broken { error, sent: true };
     let mut inflate = if reply.compress { Some(Inflate::new().map_err(ends)?) } else { None };
     let mut buffer = vec![0; BUFFER];
+    let mut low_water = 1;
     let mut expected = job.iter();
     for payload in &reply.payloads {
         // In the order of the request; what does not exist is left out.
@@ -196,6 +201,18 @@ fn receive(
                 tracing::debug!(blob = %transfer.key(), position, size = transfer.len(), "a transfer is parked");
                 return Err(ends(Error::new(Kind::Busy, "enough")));
             };
+            let due = if wanted >= LOW_WATER.1 { LOW_WATER.0 } else { 1 };
+            if due != low_water {
+                connection.set_low_water(due);
+                low_water = due;
+            }
+            let straight = transfer.receive(position, wanted.min(STRAIGHT), |space| connection.receive_some(space));
+            if let Some(received) = straight {
+                let n = received.map_err(no_memory)?;
+                fetcher.counters.bytes.fetch_add(n, Ordering::Relaxed);
+                position += n;
+                continue;
+            }
             let most = usize::try_from(wanted).unwrap_or(BUFFER).min(buffer.len());
             let part = buffer.get_mut(..most).unwrap_or_default();
             let n = connection.receive_some(part)?;
@@ -205,6 +222,14 @@ fn receive(
         }
     }
     Ok(())
+}
+
+/// The kernel could not put bytes into our memory: there is none left.
+fn no_memory(broken: Broken) -> Broken {
+    match broken.error.kind() {
+        Kind::Os(libc::EFAULT) => Broken { error: Error::new(Kind::Full, "no memory for remote data"), ..broken },
+        _ => broken,
+    }
 }
 
 /// One compressed chunk.

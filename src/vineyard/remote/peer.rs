@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::connection::{Answer, Connection};
-use crate::vineyard::request::{Empty, GetDataReply, Request, ShallowCopyReply, checked_id};
+use crate::vineyard::request::{Empty, GetDataReply, MigrateReply, Request, ShallowCopyReply, checked_id};
 use crate::vineyard::store::InstanceInfo;
 use crate::vineyard::wire::{Broken, bad_reply};
 use crate::vineyard::{InstanceId, ObjectId};
@@ -25,6 +25,8 @@ const ADDRESS_AGE: Duration = Duration::from_secs(5);
 /// After a failure everybody is refused for so long, or for as long as the failure took, instead of waiting for the
 /// same again.
 const DOWN: Duration = Duration::from_secs(1);
+/// How long an instance may take to copy an object for itself: it compresses, at 0.1 to 0.2 GB/s.
+const MIGRATION: Duration = Duration::from_secs(3600);
 /// Connections that are kept for the next request.
 const IDLE: usize = 8;
 /// Most blobs in one question for sizes.
@@ -219,6 +221,17 @@ impl Peer {
         let copy = checked_id(made.map_err(|broken| self.broken(broken.error))??.target_id)?;
         let persisted = connection.call::<Empty>(&Request::Persist { id: copy.0 }, "persist_reply");
         persisted.map_err(|broken| self.broken(broken.error))??;
+        self.checkin(connection);
+        Ok(copy)
+    }
+
+    /// Lets it make a permanent copy of an object of another instance.
+    pub fn migrate(&self, id: ObjectId) -> Result<ObjectId> {
+        let (mut connection, _) = self.checkout(true)?;
+        connection.set_deadline(Instant::now() + MIGRATION);
+        let reply =
+            connection.call::<MigrateReply>(&Request::MigrateObject { object_id: id.0 }, "migrate_object_reply");
+        let copy = checked_id(reply.map_err(|broken| self.broken(broken.error))??.object_id)?;
         self.checkin(connection);
         Ok(copy)
     }

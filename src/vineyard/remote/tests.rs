@@ -110,7 +110,7 @@ impl Drop for FakePeer {
 
 fn cluster_at(port: u16) -> Result<BTreeMap<InstanceId, InstanceInfo>> {
     let rpc_endpoint = format!("127.0.0.1:{port}");
-    let info = InstanceInfo { hostname: "elsewhere".into(), rpc_endpoint, ipc_socket: String::new() };
+    let info = InstanceInfo { hostname: "elsewhere".into(), rpc_endpoint, ipc_socket: String::new(), shared: true };
     Ok(BTreeMap::from([(THERE, info)]))
 }
 

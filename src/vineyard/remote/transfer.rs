@@ -22,10 +22,35 @@ const LINGER: Duration = Duration::from_millis(200);
 /// Places of blobs in a slab.
 const ALIGNMENT: u64 = 64;
 
+/// Slabs from this size on come from a [`MemoryMaker`]: its pages are large.
+const LARGE: u64 = 2 << 20;
+
+/// Makes a memory file of so many zeros that no other process has, with huge pages where there are such.
+pub type MemoryMaker = Arc<dyn Fn(u64) -> Result<OwnedFd> + Send + Sync>;
+
 /// Memory for blobs that are fetched together.
 pub struct Slab {
     file: Arc<OwnedFd>,
     segment: Arc<Segment>,
+    /// The segment is writable: bytes are received into it. With small pages writing to the file is faster, because it
+    /// faults none of them in.
+    writable: bool,
+}
+
+/// Bytes of a blob that have arrived: in memory of this process alone, where they never change.
+#[derive(Clone, Debug)]
+pub struct Arrived {
+    blob: Blob,
+    start: u64,
+    len: usize,
+}
+
+impl AsRef<[u8]> for Arrived {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: `Transfer::arrived` checked that the range is inside the blob and has arrived. The memory file is
+        // known to this process only, and its one writer never goes back behind what has arrived.
+        unsafe { std::slice::from_raw_parts(self.blob.as_ptr().add(self.start as usize), self.len) }
+    }
 }
 
 impl Slab {
@@ -33,7 +58,7 @@ impl Slab {
     ///
     /// # Errors
     /// `TooLarge` past what a file can have; the errno of making or mapping a memory file.
-    pub fn new(sizes: impl Iterator<Item = u64>) -> Result<(Slab, Vec<u64>)> {
+    pub fn new(sizes: impl Iterator<Item = u64>, maker: Option<&MemoryMaker>) -> Result<(Slab, Vec<u64>)> {
         use nix::sys::memfd::{MFdFlags, memfd_create};
         let too_large = || Error::new(Kind::TooLarge, "blobs past 2^63 bytes");
         let mut total = 0u64;
@@ -43,11 +68,18 @@ impl Slab {
             let end = total.checked_add(size).and_then(|end| end.checked_next_multiple_of(ALIGNMENT));
             total = end.ok_or_else(too_large)?;
         }
+        if let Some(maker) = maker.filter(|_| total >= LARGE) {
+            let len = usize::try_from(total).map_err(|_| too_large())?;
+            match maker(total).and_then(|file| Ok((Segment::map_own(&file, len)?, file))) {
+                Ok((segment, file)) => return Ok((Slab { file: Arc::new(file), segment, writable: true }, places)),
+                Err(error) => tracing::debug!("remote data goes into small pages: {error}"),
+            }
+        }
         let file = memfd_create(c"remote-blobs", MFdFlags::MFD_CLOEXEC).context(|| "making a memory file".into())?;
         let len = i64::try_from(total).map_err(|_| too_large())?;
         nix::unistd::ftruncate(&file, len).context(|| format!("a memory file of {len} bytes"))?;
         let segment = Segment::map(&file, usize::try_from(total).map_err(|_| too_large())?)?;
-        Ok((Slab { file: Arc::new(file), segment }, places))
+        Ok((Slab { file: Arc::new(file), segment, writable: false }, places))
     }
 }
 
@@ -98,6 +130,7 @@ pub struct Transfer {
     len: u64,
     place: u64,
     segment: Arc<Segment>,
+    writable: bool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -116,8 +149,8 @@ impl Transfer {
             awaited: u64::MAX,
             phase: Phase::Parked,
         };
-        let segment = slab.segment.clone();
-        Transfer { key, len, place, segment, state: Mutex::new(state), changed: Condvar::new() }
+        let (segment, writable) = (slab.segment.clone(), slab.writable);
+        Transfer { key, len, place, segment, writable, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Which blob.
@@ -137,6 +170,53 @@ impl Transfer {
     /// The blob's memory; only what has arrived may be read from it.
     pub fn blob(&self) -> Result<Blob> {
         Blob::new(self.key, self.segment.clone(), self.place, self.len)
+    }
+
+    /// Bytes that have arrived.
+    ///
+    /// # Errors
+    /// `Internal` if they have not; `Malformed` if they are not inside the blob.
+    pub fn arrived(&self, part: Range<u64>) -> Result<Arrived> {
+        if part.start > part.end || part.end > self.state().done {
+            let what = format!("bytes {} to {} of blob {} are not here", part.start, part.end, self.key);
+            return Err(Error::new(Kind::Internal, what));
+        }
+        Ok(Arrived { blob: self.blob()?, start: part.start, len: (part.end - part.start) as usize })
+    }
+
+    /// For the worker that holds the bytes up to `position`: takes at most `most` more, straight to where they belong.
+    /// `None` if they must go through [`Transfer::store`].
+    ///
+    /// # Errors
+    /// What `receive` says.
+    pub fn receive<E>(
+        &self,
+        position: u64,
+        most: u64,
+        receive: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+    ) -> Option<Result<u64, E>> {
+        if !self.writable || self.state().done != position || most > self.len.saturating_sub(position) {
+            return None;
+        }
+        let start = usize::try_from(self.place + position).ok()?;
+        // SAFETY: the slab is writable. Readers are given only what lies before `done`, and one worker at a time has
+        // this transfer.
+        let space = unsafe { self.segment.writable(start, usize::try_from(most).ok()?) }?;
+        Some(receive(space).map(|n| {
+            let n = (n as u64).min(most);
+            self.advance(position + n);
+            n
+        }))
+    }
+
+    fn advance(&self, done: u64) {
+        let mut state = self.state();
+        state.done = state.done.max(done);
+        if state.done >= state.awaited {
+            state.awaited = u64::MAX;
+            drop(state);
+            self.changed.notify_all();
+        }
     }
 
     /// True if all bytes are here for good.
@@ -269,13 +349,7 @@ impl Transfer {
             ));
         }
         write_all(&file, fresh, self.place + done.max(position))?;
-        let mut state = self.state();
-        state.done = state.done.max(end);
-        if state.done >= state.awaited {
-            state.awaited = u64::MAX;
-            drop(state);
-            self.changed.notify_all();
-        }
+        self.advance(end);
         Ok(())
     }
 

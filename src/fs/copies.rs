@@ -1,0 +1,346 @@
+//! Copies of a dataset on other instances than its own.
+//!
+//! A dataset is one object, on one instance, and its name points to that. A copy is another object with the same
+//! signature, as vineyard's own migration makes it. All copies of an object are found by names that listings do not
+//! show, `.vineyard-fs/copies/OBJECT/INSTANCE`: any mount of the cluster sees them with one question, reads the copy
+//! that is nearest, goes on with another one when the instance of an object dies, and removes all with the object.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use serde_json::{Map, Value};
+
+use super::FileSystem;
+use super::direct::Named;
+use super::objects::Loaded;
+use crate::error::{Context, Error, Kind, Result};
+use crate::image::{Image, View};
+use crate::vineyard::copy::{Progress, copy_object};
+use crate::vineyard::store::NameQuery;
+use crate::vineyard::{InstanceId, Meta, ObjectId, Store};
+
+/// What names begin with that are not shown.
+pub const HIDDEN: &str = ".vineyard-fs/";
+/// What names of copies begin with.
+pub const COPIES: &str = ".vineyard-fs/copies/";
+/// Key of a copy's metadata with the id of the object that it was made of.
+pub const COPY_OF: &str = "vineyard_fs_copy_of_";
+
+/// A copy that a name tells of. Whether it exists is another question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Copy {
+    /// The object that it is a copy of.
+    pub source: ObjectId,
+    /// Where it is.
+    pub instance: InstanceId,
+    /// The copy.
+    pub object: ObjectId,
+}
+
+impl Copy {
+    /// The name under which it is found.
+    pub fn name(&self) -> String {
+        format!("{COPIES}{}/{}", self.source, self.instance)
+    }
+
+    /// Reads such a name.
+    pub fn parse(name: &str, object: ObjectId) -> Option<Copy> {
+        let (source, instance) = name.strip_prefix(COPIES)?.split_once('/')?;
+        let instance = InstanceId(instance.strip_prefix('i')?.parse().ok()?);
+        Some(Copy { source: source.parse().ok()?, instance, object })
+    }
+}
+
+/// What came of a wish for an object on this instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Brought {
+    /// It was here already, as this object.
+    Here(ObjectId),
+    /// It was copied to this object.
+    Copied(ObjectId),
+}
+
+impl Brought {
+    /// The object on this instance.
+    pub fn object(self) -> ObjectId {
+        match self {
+            Brought::Here(object) | Brought::Copied(object) => object,
+        }
+    }
+}
+
+/// Copies of these objects, as their names tell, each list with the objects of `sources` in order.
+///
+/// # Errors
+/// What the store answers.
+pub fn copies_of(store: &dyn Store, sources: &[ObjectId]) -> Result<Vec<Vec<Copy>>> {
+    let query = |source: &ObjectId| NameQuery::Prefix { prefix: format!("{COPIES}{source}/"), limit: None };
+    let answers = store.names(&sources.iter().map(query).collect::<Vec<_>>())?;
+    let parsed =
+        |names: Vec<(String, ObjectId)>| names.iter().filter_map(|(name, id)| Copy::parse(name, *id)).collect();
+    Ok(answers.into_iter().map(parsed).collect())
+}
+
+/// True for errors of an object, or its instance, that another copy may not have.
+pub(super) fn is_lost(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Unreachable | Kind::Stale | Kind::NotFound)
+}
+
+/// Objects that are to be copied here when there is time.
+#[derive(Default)]
+pub(super) struct Wishes {
+    state: Mutex<(VecDeque<ObjectId>, HashSet<ObjectId>)>,
+    more: Condvar,
+}
+
+impl Wishes {
+    fn state(&self) -> MutexGuard<'_, (VecDeque<ObjectId>, HashSet<ObjectId>)> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl FileSystem {
+    /// Copies of an object.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn copies(&self, source: ObjectId) -> Result<Vec<Copy>> {
+        if !self.is_shared()? {
+            return Ok(Vec::new());
+        }
+        Ok(copies_of(&*self.store, &[source])?.into_iter().flatten().collect())
+    }
+
+    /// Whether the store shares its metadata with others, so that there may be copies. Asked once for each vineyardd.
+    pub(super) fn is_shared(&self) -> Result<bool> {
+        let generation = self.store.instance()?.generation;
+        let mut known = self.shared.lock().unwrap_or_else(|e| e.into_inner());
+        match *known {
+            Some((then, shared)) if then == generation => Ok(shared),
+            _ => {
+                let shared = self.store.cluster()?.values().any(|info| info.shared);
+                *known = Some((generation, shared));
+                Ok(shared)
+            }
+        }
+    }
+
+    /// The image of a view, of the object itself or of its nearest copy that can be read; not of `except`.
+    ///
+    /// # Errors
+    /// As [`Loaded::image`].
+    pub(super) fn nearest(
+        &self,
+        object: ObjectId,
+        view: View,
+        except: Option<ObjectId>,
+    ) -> Result<(Arc<Loaded>, Arc<Image>)> {
+        let attempt = |id: ObjectId| {
+            let loaded = self.objects.load(&*self.store, id)?;
+            let image = loaded.image(view, &*self.store)?;
+            Ok((loaded, image))
+        };
+        let here = match self.objects.load(&*self.store, object) {
+            Ok(loaded) => !loaded.is_remote(),
+            Err(error) if is_lost(&error) => false,
+            Err(error) => return Err(error),
+        };
+        if here || !self.is_shared()? {
+            return attempt(object);
+        }
+        let mut copies = self.copies(object)?;
+        let this = self.store.instance()?.id;
+        copies.sort_by_key(|copy| copy.instance != this);
+        let near = copies.iter().take_while(|copy| copy.instance == this).count();
+        let mut order: Vec<ObjectId> = copies.iter().map(|copy| copy.object).collect();
+        order.insert(near, object);
+        let mut failure = None;
+        for id in order.into_iter().filter(|id| Some(*id) != except) {
+            match attempt(id) {
+                Err(error) if is_lost(&error) => drop(failure.get_or_insert(error)),
+                other => return other,
+            }
+        }
+        Err(failure.unwrap_or_else(|| Error::stale(format!("object {object} has no other copy"))))
+    }
+
+    /// Removes all copies of an object that is gone, or is to be read no more.
+    pub(super) fn drop_copies(&self, source: ObjectId) {
+        let copies = match self.copies(source) {
+            Ok(copies) => copies,
+            Err(error) => return self.warn(format!("copies of object {source} may be left over: {error}")),
+        };
+        for copy in copies {
+            if let Err(error) = self.drop_copy(&copy) {
+                self.warn(format!(
+                    "the copy of object {source} on instance {} may be left over: {error}",
+                    copy.instance
+                ));
+            }
+        }
+    }
+
+    /// Removes one copy, first what it is found by.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn drop_copy(&self, copy: &Copy) -> Result<()> {
+        self.store.drop_name(&copy.name())?;
+        self.delete_unnamed(copy.object);
+        Ok(())
+    }
+
+    fn meta_of(&self, object: ObjectId) -> Result<Option<Meta>> {
+        self.store.metas(&[object], true)?.remove(&object).transpose()
+    }
+
+    /// The copy of an object on this instance, if there is one that exists.
+    fn copy_on(&self, source: ObjectId, instance: InstanceId) -> Result<Option<Copy>> {
+        let copy = self.copies(source)?.into_iter().find(|copy| copy.instance == instance);
+        let Some(copy) = copy else { return Ok(None) };
+        Ok(self.meta_of(copy.object)?.filter(|meta| meta.instance() == instance).map(|_| copy))
+    }
+
+    /// Sees to it that an object has a copy here that is as permanent as itself.
+    ///
+    /// # Errors
+    /// As [`copy_object`]; `Stale` if the object is gone.
+    pub fn copy_here(&self, object: ObjectId, progress: Progress) -> Result<Brought> {
+        let here = self.store.instance()?.id;
+        let meta = self.meta_of(object)?.ok_or_else(|| gone(object))?;
+        if meta.instance() == here {
+            return Ok(Brought::Here(object));
+        }
+        if let Some(copy) = self.copy_on(object, here)? {
+            return Ok(Brought::Here(copy.object));
+        }
+        let extra = Map::from_iter([(COPY_OF.to_owned(), Value::from(object.to_string()))]);
+        let copy = copy_object(&*self.store, &meta, extra, progress)?;
+        match self.register(Copy { source: object, instance: here, object: copy }) {
+            Ok(brought) => Ok(brought),
+            Err(error) => {
+                self.store.delete(&[copy])?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a copy known, unless another one was quicker.
+    fn register(&self, copy: Copy) -> Result<Brought> {
+        if let Some(other) = self.copy_on(copy.source, copy.instance)? {
+            self.store.delete(&[copy.object])?;
+            return Ok(Brought::Here(other.object));
+        }
+        self.store.put_name(&copy.name(), copy.object).context(|| "making a copy known".into())?;
+        // Who removes the object looks for copies afterwards; so one of us sees the other.
+        if self.meta_of(copy.source)?.is_none() {
+            self.store.drop_name(&copy.name())?;
+            return Err(gone(copy.source));
+        }
+        Ok(Brought::Copied(copy.object))
+    }
+
+    /// Moves a dataset to this instance: its name points to a copy here, and the former object goes, with its copies
+    /// elsewhere.
+    ///
+    /// # Errors
+    /// As [`FileSystem::copy_here`]; `Stale` if the name gets another value meanwhile. Nothing has changed then.
+    pub fn move_here(&self, named: &Named, progress: Progress) -> Result<Brought> {
+        let here = self.store.instance()?.id;
+        let meta = self.meta_of(named.object)?.ok_or_else(|| gone(named.object))?;
+        if meta.instance() == here {
+            return Ok(Brought::Here(named.object));
+        }
+        let known = self.copy_on(named.object, here)?;
+        let copy = match &known {
+            Some(copy) => copy.object,
+            None => copy_object(&*self.store, &meta, Map::new(), progress)?,
+        };
+        if let Err(error) = self.promote(&named.name, named.object, copy) {
+            if known.is_none() {
+                self.store.delete(&[copy])?;
+            }
+            return Err(error);
+        }
+        Ok(Brought::Copied(copy))
+    }
+
+    /// Lets a name point to a copy of its object, which then goes.
+    ///
+    /// # Errors
+    /// `Stale` if the name points elsewhere by now; what the store answers.
+    pub fn promote(&self, name: &str, object: ObjectId, copy: ObjectId) -> Result<()> {
+        {
+            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            if self.object_of(name)? != Some(object) {
+                return Err(Error::stale(format!("{name:?} has got another value meanwhile")));
+            }
+            self.store.put_name(name, copy)?;
+        }
+        // It is the dataset now, and no copy any more.
+        for other in self.copies(object)?.iter().filter(|other| other.object == copy) {
+            self.store.drop_name(&other.name())?;
+        }
+        self.delete_unnamed(object);
+        Ok(())
+    }
+
+    /// Remembers that an object of another instance is to be copied here.
+    pub(super) fn wish_copy(&self, object: ObjectId) {
+        if !self.options.copy_remote || self.options.read_only {
+            return;
+        }
+        let mut state = self.wishes.state();
+        if state.1.insert(object) {
+            state.0.push_back(object);
+            self.wishes.more.notify_one();
+        }
+    }
+
+    /// Copies objects here for as long as the process lives. For a thread of its own.
+    pub fn copy_wishes(&self) {
+        loop {
+            let object = {
+                let mut state = self.wishes.state();
+                loop {
+                    match state.0.pop_front() {
+                        Some(object) => break object,
+                        None => state = self.wishes.more.wait(state).unwrap_or_else(|e| e.into_inner()),
+                    }
+                }
+            };
+            match self.copy_here(object, &mut |_| Ok(())) {
+                Ok(Brought::Copied(copy)) => tracing::info!(%object, %copy, "copied to this instance"),
+                Ok(Brought::Here(_)) => {}
+                Err(error) => {
+                    // It is read from where it is; the next open tries again.
+                    self.wishes.state().1.remove(&object);
+                    match error.kind() {
+                        Kind::Unsupported | Kind::Stale => tracing::info!(%object, "not copied here: {error}"),
+                        _ => self.warn(format!("object {object} was not copied to this instance: {error}")),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn gone(object: ObjectId) -> Error {
+    Error::stale(format!("object {object} is gone"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_copies_are_read_back() {
+        let copy = Copy { source: ObjectId(0x1234), instance: InstanceId(17), object: ObjectId(5) };
+        assert_eq!(copy.name(), ".vineyard-fs/copies/o0000000000001234/i17");
+        assert_eq!(Copy::parse(&copy.name(), ObjectId(5)), Some(copy));
+        for wrong in ["x", ".vineyard-fs/copies/o1/i1", ".vineyard-fs/copies/o0000000000001234/17", COPIES] {
+            assert_eq!(Copy::parse(wrong, ObjectId(5)), None, "{wrong}");
+        }
+    }
+}

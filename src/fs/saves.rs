@@ -1,0 +1,178 @@
+//! Saves of one name at the same time, on several instances.
+//!
+//! The name map has no compare-and-swap: of two writers that both see the old object, each replaces the name and deletes
+//! that one, and what the first put is left over. So in a cluster a save announces itself by a name that listings do
+//! not show, `.vineyard-fs/saves/HASH/OBJECT`, before it looks at what it replaces, and looks at the others when it is
+//! through:
+//!
+//! * The name leads to another object by now: our own goes.
+//! * Nobody else is announced: who comes later sees our object as the one to be replaced.
+//! * Somebody else is: we mark our save as done and look again. Either the other one has put its object by then, and
+//!   ours goes; or it will find our mark when it is through, and removes our object if that is not the value.
+
+use super::FileSystem;
+use super::copies::HIDDEN;
+use super::name::stable_hash;
+use crate::error::{Context, Result};
+use crate::vineyard::ObjectId;
+use crate::vineyard::store::NameQuery;
+
+/// What ends the name of a save that is through.
+const DONE: &str = ".done";
+
+/// A save that others can see.
+#[derive(Debug)]
+pub(super) struct Saving {
+    /// What the names of all saves of this name begin with.
+    prefix: String,
+    object: ObjectId,
+}
+
+/// Another save of the same name.
+struct Other {
+    name: String,
+    object: ObjectId,
+    done: bool,
+}
+
+/// What names of saves begin with.
+pub(super) fn prefix() -> String {
+    format!("{HIDDEN}saves/")
+}
+
+impl Saving {
+    fn new(name: &str, object: ObjectId) -> Saving {
+        Saving { prefix: format!("{}{:016x}/", prefix(), stable_hash(&[name.as_bytes()])), object }
+    }
+
+    fn open(&self) -> String {
+        format!("{}{}", self.prefix, self.object)
+    }
+
+    fn done(&self) -> String {
+        self.open() + DONE
+    }
+}
+
+impl FileSystem {
+    /// Before it is looked at what a name leads to, in order to replace it. Nothing where nobody else can be.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub(super) fn announce(&self, name: &str, object: ObjectId) -> Result<Option<Saving>> {
+        if !self.is_shared()? {
+            return Ok(None);
+        }
+        let saving = Saving::new(name, object);
+        self.store.put_name(&saving.open(), object).context(|| format!("announcing a new value of {name:?}"))?;
+        Ok(Some(saving))
+    }
+
+    /// The save did not happen.
+    pub(super) fn withdraw(&self, saving: Option<Saving>) {
+        if let Some(saving) = saving
+            && let Err(error) = self.store.drop_name(&saving.open())
+        {
+            self.warn(format!("{:?} is left over, `vineyard-fs gc` removes it: {error}", saving.open()));
+        }
+    }
+
+    /// After the name was put.
+    pub(super) fn settle_save(&self, name: &str, saving: Option<Saving>) {
+        let Some(saving) = saving else { return };
+        if let Err(error) = self.settle_now(name, &saving) {
+            self.warn(format!("saves of {name:?} may have left something over, `vineyard-fs gc` removes it: {error}"));
+        }
+    }
+
+    fn settle_now(&self, name: &str, saving: &Saving) -> Result<()> {
+        if self.is_settled(name, saving)? {
+            return self.store.drop_name(&saving.open());
+        }
+        self.store.put_name(&saving.done(), saving.object)?;
+        self.store.drop_name(&saving.open())?;
+        match self.is_settled(name, saving)? {
+            true => self.store.drop_name(&saving.done()),
+            false => Ok(()),
+        }
+    }
+
+    /// Removes what others have left to us. False if somebody else must still see our save.
+    fn is_settled(&self, name: &str, saving: &Saving) -> Result<bool> {
+        let queries =
+            [NameQuery::Exact(name.to_owned()), NameQuery::Prefix { prefix: saving.prefix.clone(), limit: None }];
+        let mut answers = self.store.names(&queries)?.into_iter();
+        let value = answers.next().unwrap_or_default().pop().map(|(_, object)| object);
+        let others = answers.next().unwrap_or_default().into_iter().filter(|(_, object)| *object != saving.object);
+        let others: Vec<Other> =
+            others.map(|(name, object)| Other { done: name.ends_with(DONE), name, object }).collect();
+        if value != Some(saving.object) {
+            // Whoever replaced it may have seen it, and removed it too.
+            self.objects.forget(saving.object);
+            self.store.delete(&[saving.object])?;
+            return Ok(true);
+        }
+        for other in others.iter().filter(|other| other.done) {
+            self.objects.forget(other.object);
+            self.store.delete(&[other.object])?;
+            self.store.drop_name(&other.name)?;
+        }
+        Ok(others.iter().all(|other| other.done))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::vineyard::Store;
+    use crate::vineyard::fake::FakeStore;
+
+    fn object(store: &FakeStore) -> ObjectId {
+        let content = json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int"});
+        let made = store.create_objects(vec![content]).unwrap()[0].id;
+        store.persist(made).unwrap();
+        made
+    }
+
+    #[test]
+    fn saves_at_the_same_time_leave_one_value_and_nothing_else() {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let writer = || FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let writers: Vec<FileSystem> = (0..4).map(|_| writer()).collect();
+        for _ in 0..50 {
+            std::thread::scope(|scope| {
+                for fs in &writers {
+                    let store = &store;
+                    scope.spawn(move || (0..4).for_each(|_| fs.point_name("x", object(store), &["x"]).unwrap()));
+                }
+            });
+            let names = store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }]).unwrap().remove(0);
+            assert_eq!(names.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["x"]);
+            assert_eq!(store.object_count(), 1);
+            assert!(store.metas(&[names[0].1], true).unwrap().contains_key(&names[0].1), "the value lives");
+        }
+    }
+
+    #[test]
+    fn the_first_of_two_interleaved_saves_goes() {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let (a, b) = (object(&store), object(&store));
+        let first = fs.announce("x", a).unwrap();
+        let second = fs.announce("x", b).unwrap();
+        // Both have seen that there is no old value.
+        store.put_name("x", a).unwrap();
+        fs.settle_save("x", first);
+        assert_eq!(store.object_count(), 2, "the second may still fail");
+        store.put_name("x", b).unwrap();
+        fs.settle_save("x", second);
+        assert_eq!((fs.object_of("x").unwrap(), store.object_count()), (Some(b), 1));
+        let names = store.names(&[NameQuery::Prefix { prefix: HIDDEN.into(), limit: None }]).unwrap().remove(0);
+        assert!(names.is_empty(), "{names:?}");
+    }
+}

@@ -1,0 +1,169 @@
+"""Random saves, reads, renames and removes on three mounts, with kills and restarts, against a model.
+
+`VINEYARD_FS_MODEL_SECONDS` says how long (20), `VINEYARD_FS_MODEL_SEED` repeats a run.
+
+The model knows for each name which versions it may have. What was acknowledged is the only one; after an error it may be
+the old or the new one. The data of an instance that was killed is gone, unless it was pinned elsewhere.
+"""
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from cluster import Cluster
+from conftest import cli
+
+NAMES = [f"n{number}" for number in range(12)]
+#: What a program may see of what it cannot have.
+LOST = {errno.EHOSTUNREACH, errno.ESTALE, errno.EIO, errno.ENOENT, errno.ENODEV, errno.ENOSPC}
+ABSENT = None
+
+
+class Model:
+    def __init__(self, cluster, seed):
+        self.random = random.Random(seed)
+        self.cluster, self.mounts = cluster, [cluster.mount(number, "--deadline", "3s") for number in range(3)]
+        #: Possible versions of each name, and where each version's data is: instance ids.
+        self.versions = {name: {ABSENT} for name in NAMES}
+        self.homes = {}
+        self.last = 0
+        self.counts = {}
+        self.dead_ids = set()
+
+    def frame(self, version):
+        rows = 1 + version * 7919 % 40_000
+        return pd.DataFrame({c: np.full(rows, version) for c in "abc"})
+
+    def lost(self, version) -> bool:
+        """All instances that had the data are gone, or may be."""
+        return version is not ABSENT and not (self.homes.get(version, set()) - self.dead_ids)
+
+    def count(self, what):
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def run(self, action, *arguments):
+        try:
+            result = action(*arguments)
+            self.count(action.__name__)
+            return result
+        except (OSError, pa.ArrowException) as error:
+            number = getattr(error, "errno", None)
+            assert number in LOST or number is None, f"{action.__name__} {arguments}: {error!r}"
+            self.count(f"{action.__name__}: {errno.errorcode.get(number, 'error')}")
+            return error
+
+    def save(self, mount, name):
+        self.last += 1
+        version, former = self.last, self.versions[name]
+        self.homes[version] = {self.instance(mount).id}
+        self.versions[name] = former | {version}
+        self.frame(version).to_feather(mount / f"{name}.arrow", compression="uncompressed")
+        self.versions[name] = {version}
+
+    def read(self, mount, name):
+        possible = self.versions[name]
+        try:
+            found = pd.read_feather(mount / f"{name}.arrow")
+        except FileNotFoundError:
+            assert ABSENT in possible or any(map(self.lost, possible)), f"{name}: {possible} is not found"
+            return
+        except OSError:
+            # Nothing that lives may be unreadable while nothing is being killed.
+            assert any(map(self.lost, possible)), f"{name}: {possible} of {self.homes} cannot be read, {self.dead_ids}"
+            raise
+        values = set(found.to_numpy().ravel().tolist())
+        assert len(values) == 1, f"{name} is a mixture of {values}"
+        [version] = values
+        assert version in possible, f"{name} is {version}, not one of {possible}"
+        assert len(found) == len(self.frame(version)), f"{name} {version} is not whole"
+        if len(possible) > 1:
+            self.versions[name] = {version}
+
+    def remove(self, mount, name):
+        self.versions[name] = self.versions[name] | {ABSENT}
+        (mount / f"{name}.arrow").unlink()
+        self.versions[name] = {ABSENT}
+
+    def rename(self, mount, name):
+        other = self.random.choice([other for other in NAMES if other != name])
+        before, over = self.versions[name], self.versions[other]
+        self.versions[name], self.versions[other] = before | {ABSENT}, over | before
+        os.rename(mount / f"{name}.arrow", mount / f"{other}.arrow")
+        self.versions[name], self.versions[other] = {ABSENT}, before - {ABSENT}
+
+    def pin(self, mount, name):
+        possible = self.versions[name]
+        instance = self.instance(mount)
+        result = cli("pin", name, "--socket", instance.socket, check=False)
+        if result.returncode == 0 and len(possible) == 1:
+            [version] = possible
+            if version is not ABSENT:
+                self.homes[version] = self.homes[version] | {instance.id}
+
+    def instance(self, mount):
+        return self.cluster[self.mounts.index(mount)]
+
+    def kill_server(self, mount):
+        os.kill(mount.status()["server"]["pid"], signal.SIGKILL)
+
+    def restart_instance(self, mount):
+        instance = self.instance(mount)
+        instance.kill()
+        self.dead_ids.add(instance.id)
+        instance.start()
+
+    def step(self):
+        mount, name = self.random.choice(self.mounts), self.random.choice(NAMES)
+        actions = [self.save] * 30 + [self.read] * 40 + [self.remove] * 6 + [self.rename] * 10 + [self.pin] * 3
+        action = self.random.choice(actions)
+        self.run(action, mount, name)
+
+    def upset(self):
+        mount = self.random.choice(self.mounts)
+        action = self.random.choice([self.kill_server, self.kill_server, self.restart_instance])
+        self.run(action, mount)
+
+
+def test_random_operations_on_three_mounts(folder):
+    seconds = float(os.environ.get("VINEYARD_FS_MODEL_SECONDS", 20))
+    seed = int(os.environ.get("VINEYARD_FS_MODEL_SEED", time.time_ns() % 1_000_000))
+    print(f"seed {seed}")
+    cluster = Cluster(folder, 3)
+    try:
+        model = Model(cluster, seed)
+        end, upset = time.monotonic() + seconds, time.monotonic() + 5
+        while time.monotonic() < end:
+            model.step()
+            if time.monotonic() > upset:
+                model.upset()
+                upset = time.monotonic() + model.random.uniform(3, 9)
+        # All is quiet: what was acknowledged and lives is there on each mount, and the same.
+        time.sleep(1.1)
+        for name in NAMES:
+            for mount in model.mounts:
+                model.run(model.read, mount, name)
+        for instance in cluster.instances:
+            cli("gc", "--socket", instance.socket, check=False)
+        for name in NAMES:
+            for mount in model.mounts:
+                model.run(model.read, mount, name)
+        print(json.dumps(model.counts, indent=1))
+        # Nothing is left over once everything is removed.
+        for name in NAMES:
+            (model.mounts[0] / f"{name}.arrow").unlink(missing_ok=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and any(instance.usage() for instance in cluster.instances):
+            for instance in cluster.instances:
+                cli("gc", "--socket", instance.socket, check=False)
+            time.sleep(1)
+        left = [instance.usage() for instance in cluster.instances]
+        assert left == [0, 0, 0] or model.counts.get("kill_server"), f"left over: {left}"
+        print(f"left over: {left} bytes")
+    finally:
+        cluster.stop()
