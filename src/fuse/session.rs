@@ -31,7 +31,7 @@ use super::{metrics, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::{FileSystem, Host, Options};
 use crate::vineyard::journal::Journal;
-use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions};
+use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemotePolicy};
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
