@@ -190,9 +190,8 @@ fn filter() -> Result<BpfProgram> {
     rules.insert(libc::SYS_connect, Vec::new());
     // The resolver asks for two addresses at once, and how much has come.
     rules.insert(libc::SYS_sendmmsg, Vec::new());
-    let command = |number: libc::Ioctl| rule(vec![when(1, SeccompCmpOp::Eq, number as u64)?]);
-    rules
-        .insert(libc::SYS_ioctl, vec![command(libc::FIONBIO as libc::Ioctl)?, command(libc::FIONREAD as libc::Ioctl)?]);
+    let command = |number: u64| rule(vec![when(1, SeccompCmpOp::Eq, number)?]);
+    rules.insert(libc::SYS_ioctl, vec![command(libc::FIONBIO)?, command(libc::FIONREAD)?]);
     let target: TargetArch = std::env::consts::ARCH.try_into().map_err(refused)?;
     let otherwise = SeccompAction::Errno(libc::ENOSYS as u32);
     let filter = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, target).map_err(refused)?;
@@ -211,8 +210,11 @@ mod tests {
 
     use super::*;
 
+    /// A name, whether it is allowed, and the attempt.
+    type Attempt = (&'static str, bool, Box<dyn Fn() -> bool>);
+
     /// What the child below tries, and whether it may.
-    fn attempts() -> Vec<(&'static str, bool, Box<dyn Fn() -> bool>)> {
+    fn attempts() -> Vec<Attempt> {
         let call = |number: i64, arguments: [usize; 3]| {
             // SAFETY: none of the calls below writes to memory of this process; pointers are null or to constants.
             (unsafe { libc::syscall(number, arguments[0], arguments[1], arguments[2]) }) >= 0
