@@ -191,10 +191,7 @@ fn filter() -> Result<BpfProgram> {
     // The resolver asks for two addresses at once, and how much has come.
     rules.insert(libc::SYS_sendmmsg, Vec::new());
     let command = |number: u64| rule(vec![when(1, SeccompCmpOp::Eq, number)?]);
-    // The type of these differs between C libraries.
-    #[allow(clippy::unnecessary_cast)]
-    let (nonblocking, readable) = (libc::FIONBIO as u64, libc::FIONREAD as u64);
-    rules.insert(libc::SYS_ioctl, vec![command(nonblocking)?, command(readable)?]);
+    rules.insert(libc::SYS_ioctl, vec![command(libc::FIONBIO)?, command(libc::FIONREAD)?]);
     let target: TargetArch = std::env::consts::ARCH.try_into().map_err(refused)?;
     let otherwise = SeccompAction::Errno(libc::ENOSYS as u32);
     let filter = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, target).map_err(refused)?;
@@ -213,10 +210,10 @@ mod tests {
 
     use super::*;
 
-    /// A name, whether it may be done, and a try of it.
+    /// A name, whether it is allowed, and the attempt.
     type Attempt = (&'static str, bool, Box<dyn Fn() -> bool>);
 
-    /// What the child below tries.
+    /// What the child below tries, and whether it may.
     fn attempts() -> Vec<Attempt> {
         let call = |number: i64, arguments: [usize; 3]| {
             // SAFETY: none of the calls below writes to memory of this process; pointers are null or to constants.
