@@ -226,7 +226,8 @@ fn prepare_process(hello: &Hello) -> Result<Sandbox> {
     privileges::raise_open_files();
     privileges::drop_all()?;
     privileges::end_with_parent(hello.keeper_pid)?;
-    let network = if hello.config.migrate == RemotePolicy::Never { Network::None } else { Network::Connects };
+    // A private vineyardd is in no cluster. In one, sizes are asked and objects removed over TCP, whatever is brought.
+    let network = if hello.config.launch.is_some() { Network::None } else { Network::Connects };
     let sandbox = sandbox::enter(network);
     for missing in &sandbox.missing {
         tracing::warn!("the server is not locked in as it should be: {missing}");

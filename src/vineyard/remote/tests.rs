@@ -393,7 +393,7 @@ fn large_blobs_are_received_to_where_they_stay() {
         for reader in 0..4 {
             let (remote, peer) = (&remote, &peer);
             scope.spawn(move || {
-                for piece in (0..40).map(|piece| (piece * 7 + reader * 11) % 40 << 20) {
+                for piece in (0..40).map(|piece| ((piece * 7 + reader * 11) % 40) << 20) {
                     let found = read(remote, peer, 1, piece as u64, 1 << 20).unwrap();
                     assert!(found == bytes(1, len)[piece..][..1 << 20]);
                 }
