@@ -10,6 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 
+pub mod csi;
 pub mod gc;
 pub mod get;
 pub mod helper;
@@ -55,6 +56,9 @@ enum Command {
     Unmount(unmount::Args),
     /// How a mount is doing, or all of them
     Status(status::Args),
+    /// The driver that puts mounts into Kubernetes pods
+    #[command(subcommand)]
+    Csi(csi::CsiCommand),
     /// Let a running mount go on with this program, without a break
     Upgrade(upgrade::Args),
     /// Share the data of a Kedro pipeline through vineyard
@@ -117,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Mount(arguments) => mount::run(*arguments),
         Command::Unmount(arguments) => unmount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Csi(command) => csi::run(command),
         Command::Upgrade(arguments) => upgrade::run(&arguments),
         Command::Kedro(command) => kedro::run(command),
         Command::Run(arguments) => kedro::run_command(arguments),

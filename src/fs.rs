@@ -26,6 +26,7 @@ mod publish;
 mod reclaim;
 mod rename;
 mod resolve;
+mod room;
 mod saves;
 pub mod staging;
 #[cfg(test)]
@@ -244,7 +245,7 @@ impl FileSystem {
         // Handles of a former server must not meet ours: each has a range of its own, whatever the clock does.
         let start = (options.epoch % EPOCHS + 1) << EPOCH_SHIFT;
         FileSystem {
-            objects: objects::Objects::default(),
+            objects: objects::Objects::new(options.tables),
             inodes: Inodes::new(options.prefix.clone()),
             cache: cache::ImageCache::new(options.cache_size, host.clone()),
             handles: Mutex::default(),

@@ -8,6 +8,7 @@ mod adapter;
 pub mod area;
 pub mod config;
 mod direntplus;
+pub mod handover;
 pub mod handshake;
 pub mod host;
 pub mod journal;

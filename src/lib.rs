@@ -7,7 +7,7 @@
 //!
 //! | floor | what it knows |
 //! |---|---|
-//! | [`cli`], [`kedro`] | what people call |
+//! | [`cli`], [`csi`], [`kedro`] | what people call |
 //! | [`fuse`] | the kernel's protocol: sessions, descriptors, passthrough |
 //! | [`fs`] | names, inodes, handles, directories, staging, publishing |
 //! | [`image`] | the bytes of a file, as extents over shared memory |
@@ -16,6 +16,7 @@
 #![warn(missing_docs)]
 
 pub mod cli;
+pub mod csi;
 pub mod dataset;
 pub mod error;
 pub mod fs;

@@ -19,6 +19,7 @@ use crate::fuse::config::{Launch, MountConfig};
 use crate::fuse::mount::keep_open;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::{keeper, mount as mounting, mountinfo, privileges};
+use crate::image::View;
 use crate::telemetry::{self, Format};
 use crate::vineyard::RemotePolicy;
 use crate::vineyard::launch::{self, Chosen, Environment, LaunchOptions};
@@ -70,6 +71,12 @@ pub struct Args {
     /// whole into the local vineyardd, in the background (full), or never (EREMOTEIO)
     #[arg(long, value_name = "WHEN", default_value = "lazy", value_parser = options::migrate())]
     pub migrate: RemotePolicy,
+    /// How listings show tables that were not saved as files: arrow, feather or parquet
+    #[arg(long, value_name = "FORMAT", default_value = "arrow", value_parser = options::table_view())]
+    pub format: View,
+    /// Socket of a process that keeps the mount alive from one keeper to the next
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub holder: Option<PathBuf>,
     /// Log to this file instead of the usual place
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub log_file: Option<PathBuf>,
@@ -131,7 +138,7 @@ pub fn run(mut arguments: Args) -> Result<()> {
         arguments.socket = Some(source);
     }
     let mountpoint = mountinfo::absolute(&arguments.mountpoint)?;
-    check_mountpoint(&mountpoint, arguments.nonempty)?;
+    check_mountpoint(&mountpoint, arguments.nonempty, arguments.holder.is_some())?;
     let runtime = Runtime::of(&mountpoint);
     runtime.create()?;
     let config = configuration(arguments, mountpoint, &runtime);
@@ -170,6 +177,8 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         staging_size: arguments.staging_size.unwrap_or(memory / 2),
         serve: arguments.serve,
         migrate: arguments.migrate,
+        tables: arguments.format,
+        holder: arguments.holder,
         uid: arguments.uid.unwrap_or_else(|| nix::unistd::getuid().as_raw()),
         gid: arguments.gid.unwrap_or_else(|| nix::unistd::getgid().as_raw()),
         dir_mode: arguments.dir_mode,
@@ -208,7 +217,7 @@ fn choose_store(arguments: &Args, runtime: &Runtime, log: PathBuf) -> Result<(Pa
 }
 
 /// Finds out whether something can be mounted here, and repairs what a killed keeper has left.
-fn check_mountpoint(mountpoint: &Path, nonempty: bool) -> Result<()> {
+fn check_mountpoint(mountpoint: &Path, nonempty: bool, held: bool) -> Result<()> {
     let refuse = |kind, message: String| Err(Error::new(kind, message));
     let runtime = Runtime::of(mountpoint);
     // Looked up before the directory is looked at: that could hang.
@@ -223,6 +232,10 @@ fn check_mountpoint(mountpoint: &Path, nonempty: bool) -> Result<()> {
                 keeper.pid,
             );
             return refuse(Kind::Busy, message);
+        }
+        if held {
+            // The keeper takes it over, or takes it away.
+            return Ok(());
         }
         eprintln!("vineyard-fs: removing the mount that a killed vineyard-fs left on {}", mountpoint.display());
         mounting::detach(mountpoint)?;

@@ -7,6 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use super::mount::Args;
 use crate::error::{Error, Kind, Result};
 use crate::fs::ServePolicy;
+use crate::image::View;
 use crate::vineyard::RemotePolicy;
 
 /// Reads a size: a number with an optional unit (`K`, `M`, `G`, `T`, each also with `i`, `B` or `iB`; powers of 1024),
@@ -97,6 +98,15 @@ pub fn migrate() -> impl TypedValueParser<Value = RemotePolicy> {
         .try_map(|text| remote_policy(&text).ok_or("not a way to migrate"))
 }
 
+fn table(text: &str) -> Option<View> {
+    [View::Arrow, View::Feather, View::Parquet].into_iter().find(|view| view.extension() == Some(text))
+}
+
+/// Reads the view that listings show of tables.
+pub fn table_view() -> impl TypedValueParser<Value = View> {
+    PossibleValuesParser::new(["arrow", "feather", "parquet"]).try_map(|text| table(&text).ok_or("not a format"))
+}
+
 /// Puts the options of `-o` into the arguments. Options of fstab that mean nothing here are passed over.
 ///
 /// # Errors
@@ -155,6 +165,9 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
         "migrate" => {
             arguments.migrate = remote_policy(&text()?).ok_or_else(|| choice("lazy, full, never"))?;
         }
+        "format" => {
+            arguments.format = table(&text()?).ok_or_else(|| choice("arrow, feather, parquet"))?;
+        }
         "log_file" | "log-file" => arguments.log_file = Some(PathBuf::from(text()?)),
         "log_level" | "log-level" => arguments.log_level = crate::telemetry::check(&text()?)?,
         "log_format" | "log-format" => {
@@ -165,6 +178,9 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
         "gid" => arguments.gid = Some(number()?),
         "dir_mode" | "dir-mode" => arguments.dir_mode = mode(&text()?)?,
         "file_mode" | "file-mode" => arguments.file_mode = mode(&text()?)?,
+        "metrics" => {
+            arguments.metrics = Some(text()?.parse().map_err(|_| "needs an address such as 127.0.0.1:9464")?);
+        }
         "deadline" => arguments.deadline = millis(&text()?)?,
         // What mount(8) and systemd use themselves, and what is so in any case.
         "defaults"

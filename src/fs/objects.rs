@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::copies::{Copy, copies_of};
 use super::deferred::{self, Deferred};
-use crate::dataset::recipe::{Recipe, Written, recipe_of};
+use crate::dataset::recipe::{Recipe, Written, recipe_of, written_as};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Counts, Image, View};
@@ -165,9 +165,16 @@ struct Known {
 #[derive(Default)]
 pub struct Objects {
     known: Mutex<Known>,
+    /// The listed view of tables that were not saved as files.
+    tables: View,
 }
 
 impl Objects {
+    /// An empty table. Listings show tables that were not saved as files as this view, where they have it.
+    pub fn new(tables: View) -> Self {
+        Objects { tables, ..Objects::default() }
+    }
+
     fn known(&self) -> std::sync::MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -254,7 +261,7 @@ impl Objects {
                     continue;
                 }
             };
-            let summary = summarize(meta, &recorder);
+            let summary = summarize(meta, &recorder, self.tables);
             let sizes = recorder.take();
             if sizes.is_empty() {
                 summaries.insert(id, summary?);
@@ -269,7 +276,7 @@ impl Objects {
             let all = store.prepare(&wanted);
             for (meta, sizes) in again {
                 let sizes = if all.is_ok() { Ok(()) } else { store.prepare(&sizes) };
-                match sizes.and_then(|()| summarize(meta, store)) {
+                match sizes.and_then(|()| summarize(meta, store, self.tables)) {
                     Ok(summary) => drop(summaries.insert(meta.id(), summary)),
                     Err(error) if is_elsewhere(&error) => absent = Some(error),
                     Err(error) => return Err(error),
@@ -278,7 +285,7 @@ impl Objects {
         }
         // The instance of an object may be gone, and a copy go on.
         let lost: Vec<ObjectId> = ids.iter().copied().filter(|id| !summaries.contains_key(id)).collect();
-        summaries.extend(summaries_of_copies(store, &lost)?);
+        summaries.extend(summaries_of_copies(store, &lost, self.tables)?);
         let missing = ids.iter().copied().filter(|id| !metas.contains_key(id) && !summaries.contains_key(id)).collect();
         for summary in summaries.values() {
             if let Some(reason) = &summary.broken {
@@ -345,7 +352,7 @@ impl Objects {
 }
 
 /// Summaries of objects that are not to be had, by copies of them that are.
-fn summaries_of_copies(store: &dyn Store, lost: &[ObjectId]) -> Result<Vec<(ObjectId, Summary)>> {
+fn summaries_of_copies(store: &dyn Store, lost: &[ObjectId], tables: View) -> Result<Vec<(ObjectId, Summary)>> {
     if lost.is_empty() {
         return Ok(Vec::new());
     }
@@ -355,7 +362,7 @@ fn summaries_of_copies(store: &dyn Store, lost: &[ObjectId]) -> Result<Vec<(Obje
     let mut found = Vec::new();
     for copy in copies {
         let Some(Ok(meta)) = metas.get(&copy.object) else { continue };
-        if let Ok(summary) = store.prepare(&meta.blobs()).and_then(|()| summarize(meta, store)) {
+        if let Ok(summary) = store.prepare(&meta.blobs()).and_then(|()| summarize(meta, store, tables)) {
             found.push((copy.source, Summary { id: copy.source, ..summary }));
         }
     }
@@ -369,7 +376,7 @@ fn is_elsewhere(error: &Error) -> bool {
 
 /// # Errors
 /// Only what says nothing about the object itself.
-fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
+fn summarize(meta: &Meta, source: &dyn BlobSource, tables: View) -> Result<Summary> {
     let described = dataset::decode(meta, source).and_then(|dataset| {
         let mut sizes: Vec<(View, Option<u64>)> = Vec::new();
         for view in image::views_of(&dataset) {
@@ -379,10 +386,17 @@ fn summarize(meta: &Meta, source: &dyn BlobSource) -> Result<Summary> {
             sizes.push((view, size));
         }
         let mut listed = image::listed_view(&dataset);
+        if listed == View::Arrow && sizes.iter().any(|(view, _)| *view == tables) {
+            listed = tables;
+        }
         if let Some(recipe) = recipe_of(meta)? {
             let written = view_of(recipe.view);
             sizes.retain(|(view, _)| *view != written);
             sizes.push((written, Some(recipe.size)));
+            listed = written;
+        } else if let Some(written) = written_as(meta).map(view_of)
+            && sizes.iter().any(|(view, _)| *view == written)
+        {
             listed = written;
         }
         Ok((dataset, sizes, listed))

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::image::View;
+
 /// How files are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -35,6 +37,8 @@ pub struct Options {
     pub dir_mode: u16,
     /// How files are served.
     pub serve: ServePolicy,
+    /// Which view listings show of a table that was not saved as a file, where the table has it.
+    pub tables: View,
     /// Make copies in the local vineyardd of what was opened and lives on another instance.
     pub copy_remote: bool,
     /// Most bytes of assembled images.
@@ -61,6 +65,7 @@ impl Default for Options {
             file_mode: 0o644,
             dir_mode: 0o755,
             serve: ServePolicy::Auto,
+            tables: View::Arrow,
             copy_remote: false,
             cache_size: 1 << 30,
             staging_size: 1 << 30,

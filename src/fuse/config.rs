@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::fs::{Options, ServePolicy};
+use crate::image::View;
 use crate::vineyard::RemotePolicy;
 
 /// The choices of one mount.
@@ -39,6 +40,12 @@ pub struct MountConfig {
     pub dir_mode: u32,
     /// Permission bits of files.
     pub file_mode: u32,
+    /// Which view listings show of a table that was not saved as a file.
+    #[serde(default)]
+    pub tables: View,
+    /// Socket of a process that keeps the mount alive from one keeper to the next.
+    #[serde(default)]
+    pub holder: Option<PathBuf>,
     /// Longest time for one request to the store, in milliseconds.
     pub deadline_ms: u64,
     /// Where Prometheus finds counters, if anywhere.
@@ -66,6 +73,7 @@ impl MountConfig {
             file_mode: (self.file_mode & 0o777) as u16,
             dir_mode: (self.dir_mode & 0o777) as u16,
             serve: self.serve,
+            tables: self.tables,
             copy_remote: self.migrate == RemotePolicy::Full,
             cache_size: self.cache_size,
             staging_size: self.staging_size,

@@ -14,6 +14,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::children::{Server, Store};
 use self::files::Files;
+use self::successor::{Begun, Successor};
 use self::upgrade::Pending;
 use self::watchdog::{LOOK, Watchdog};
 use super::config::MountConfig;
@@ -30,6 +31,7 @@ pub mod children;
 mod duties;
 pub mod files;
 mod report;
+mod successor;
 pub mod upgrade;
 pub mod watchdog;
 
@@ -106,8 +108,8 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
     let journal = Journal::create()?;
     let limit = Duration::from_millis(config.deadline_ms).max(SHORTEST_LIMIT);
     let watchdog = Watchdog::new(Journal::open(journal.try_clone()?)?, limit);
-    let (mounted, agreed) = mount_now(&config, runtime, record)?;
-    let files = Files::new(&config);
+    let mut files = Files::new(&config);
+    let Begun { mounted, agreed, successor, resumed } = successor::begin(&config, runtime, record, &mut files)?;
     let no_passthrough = match agreed.flags & flag::PASSTHROUGH {
         0 => Some(format!("this kernel (FUSE 7.{}) has no passthrough; Linux 6.9 has", agreed.minor)),
         _ => files.probe(&mounted.fuse).err().map(|error| error.to_string()),
@@ -144,7 +146,10 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         server: None,
         next_start: Some(Instant::now()),
         failures: 0,
-        starts: 0,
+        // A server that is not the mount's first one adopts what is there.
+        starts: u64::from(resumed),
+        successor,
+        handed_over: false,
         ready: false,
         failed: None,
         ending: None,
@@ -230,6 +235,10 @@ struct Keeper {
     /// Servers that died soon after their start, in a row.
     failures: usize,
     starts: u64,
+    /// Who holds a copy of the connection.
+    successor: Option<Successor>,
+    /// The mount is the holder's now, and must stay.
+    handed_over: bool,
     /// Some server has been serving.
     ready: bool,
     /// Why the first server could not.
@@ -244,6 +253,7 @@ struct Keeper {
 struct Woken {
     signal: bool,
     disconnected: bool,
+    holder: bool,
     request: bool,
     question: bool,
     order: bool,
@@ -267,11 +277,13 @@ impl Keeper {
             if woken.request {
                 self.answer_server();
             }
+            self.follow_holder(woken.holder)?;
             if woken.signal {
                 while let Some(signal) = signals.read_signal()? {
                     match i32::try_from(signal.ssi_signo).map(Signal::try_from) {
                         Ok(Ok(Signal::SIGCHLD)) => {}
                         Ok(Ok(Signal::SIGUSR1)) => self.dump(),
+                        _ if self.hand_over() => return Ok(()),
                         _ => self.end("a signal"),
                     }
                 }
@@ -307,6 +319,10 @@ impl Keeper {
         if let (Some(next), None) = (self.next_start, self.ending) {
             longest = Some(next.saturating_duration_since(Instant::now()).min(LOOK));
         }
+        if let (Some(due), None) = (self.successor.as_ref().and_then(Successor::due), self.ending) {
+            let left = due.saturating_duration_since(Instant::now());
+            longest = Some(longest.map_or(left, |longest: Duration| longest.min(left)));
+        }
         if let Some(since) = self.ending {
             longest = Some((since + LAST_WORDS).saturating_duration_since(Instant::now()));
         }
@@ -316,11 +332,13 @@ impl Keeper {
         let control = self.server.as_ref().and_then(|server| server.control.as_ref()).map(AsFd::as_fd);
         // No event is asked of the connection: an error is told in any case, when the mount has gone.
         let fuse = self.ending.is_none().then(|| self.mounted.fuse.as_fd());
+        let holder = self.successor.as_ref().and_then(Successor::socket);
         let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         fds.push(PollFd::new(self.answers.as_fd(), PollFlags::POLLIN));
         fds.push(PollFd::new(self.commands.as_fd(), PollFlags::POLLIN));
         fds.extend(control.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         fds.extend(fuse.map(|fd| PollFd::new(fd, PollFlags::empty())));
+        fds.extend(holder.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Woken::default()),
@@ -333,6 +351,7 @@ impl Keeper {
             order: woken.next().unwrap_or(false),
             request: control.is_some() && woken.next().unwrap_or(false),
             disconnected: fuse.is_some() && woken.next().unwrap_or(false),
+            holder: holder.is_some() && woken.next().unwrap_or(false),
         })
     }
 
@@ -410,8 +429,11 @@ impl Keeper {
         self.detach();
     }
 
-    /// Detaches the mount, if it is still this one that is mounted there.
+    /// Detaches the mount, if it is still this one that is mounted there, and still this keeper's.
     fn detach(&self) {
+        if self.handed_over {
+            return;
+        }
         match mountinfo::at(&self.config.mountpoint) {
             Ok(Some(found)) if found.device == self.mounted.device => {
                 if let Err(error) = mount::detach(&self.config.mountpoint) {
@@ -429,7 +451,7 @@ impl Keeper {
         if let Some(mut server) = self.server.take() {
             server.kill();
         }
-        if let Some(leftovers) = &self.leftovers {
+        if let Some(leftovers) = self.leftovers.as_ref().filter(|_| !self.handed_over) {
             leftovers.end(self.config.launch.is_some());
         }
         self.store.stop();

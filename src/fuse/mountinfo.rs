@@ -16,6 +16,9 @@ pub struct Mount {
     pub id: u64,
     /// Device `major:minor`; for FUSE the minor is the number of the connection.
     pub device: (u32, u32),
+    /// The directory of the file system that is shown: `/`, or a deeper one for a bind mount of it. A removed one ends
+    /// in `//deleted`.
+    pub root: PathBuf,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
     /// File system type with its subtype, such as `fuse.sshfs`.
@@ -49,7 +52,8 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let id = text(fields.next()?)?.parse().ok()?;
     let device = text(fields.nth(1)?)?;
     let (major, minor) = device.split_once(':')?;
-    let mountpoint = unescape(fields.nth(1)?);
+    let root = unescape(fields.next()?);
+    let mountpoint = unescape(fields.next()?);
     let options = text(fields.next()?)?;
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = text(fields.next()?)?.to_owned();
@@ -57,6 +61,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
     Some(Mount {
         id,
         device: (major.parse().ok()?, minor.parse().ok()?),
+        root: PathBuf::from(root),
         mountpoint: PathBuf::from(mountpoint),
         fs_type,
         source,
@@ -126,10 +131,11 @@ mod tests {
 
     #[test]
     fn lines_are_read_with_escapes_and_optional_tags() {
-        let line = br"36 35 0:53 / /mnt/my\040data\134x rw,nosuid shared:1 master:2 - fuse.vineyard-fs /run/v\011y rw,user_id=0";
+        let line = br"36 35 0:53 /run\0407 /mnt/my\040data\134x rw,nosuid shared:1 master:2 - fuse.vineyard-fs /run/v\011y rw,user_id=0";
         let mount = parse(line).unwrap();
         assert_eq!(mount.id, 36);
         assert_eq!(mount.device, (0, 53));
+        assert_eq!(mount.root, Path::new("/run 7"));
         assert_eq!(mount.mountpoint, Path::new("/mnt/my data\\x"));
         assert_eq!(mount.fs_type, FS_TYPE);
         assert_eq!(mount.source, OsString::from("/run/v\ty"));

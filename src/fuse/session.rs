@@ -23,7 +23,7 @@ use super::handshake::{self, Agreed};
 use super::host::{KeeperHost, KeeperLink, forward};
 use super::keeper::watchdog::BEAT;
 use super::protocol::{Hello, Request, VERSION};
-use super::sandbox::{self, Network, Sandbox};
+use super::sandbox::{self, Sandbox};
 use super::stats::Stats;
 use super::workers::Workers;
 use super::{metrics, privileges, status};
@@ -226,9 +226,7 @@ fn prepare_process(hello: &Hello) -> Result<Sandbox> {
     privileges::raise_open_files();
     privileges::drop_all()?;
     privileges::end_with_parent(hello.keeper_pid)?;
-    // A private vineyardd is in no cluster. In one, sizes are asked and objects removed over TCP, whatever is brought.
-    let network = if hello.config.launch.is_some() { Network::None } else { Network::Connects };
-    let sandbox = sandbox::enter(network);
+    let sandbox = sandbox::enter();
     for missing in &sandbox.missing {
         tracing::warn!("the server is not locked in as it should be: {missing}");
     }
@@ -337,5 +335,22 @@ impl Reporter {
             return json!({"error": error.to_string()});
         }
         answer.recv_timeout(STORE_PATIENCE).unwrap_or_else(|_| json!({"error": "the store does not answer"}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn lost_requests_are_answered_with_an_error() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        refuse_unanswered(&write, &[5]);
+        let mut reply = [0; 17];
+        assert_eq!(nix::unistd::read(&read, &mut reply).unwrap(), 16);
+        assert_eq!(reply[..4], 16u32.to_ne_bytes());
+        assert_eq!(reply[4..8], (-libc::EIO).to_ne_bytes());
+        assert_eq!(reply[8..16], 5u64.to_ne_bytes());
     }
 }

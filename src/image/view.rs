@@ -7,9 +7,11 @@ use crate::dataset::{Dataset, Span, Table};
 use crate::error::{Error, Kind, Result};
 
 /// A file form of a dataset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum View {
     /// Arrow IPC file, `.arrow`.
+    #[default]
     Arrow,
     /// The same bytes under the name that pandas uses, `.feather`.
     Feather,

@@ -1,5 +1,6 @@
 //! Helpers of the integration tests.
 #![allow(dead_code)]
 
+pub mod csi;
 pub mod point;
 pub mod vineyardd;

@@ -26,6 +26,9 @@ struct Kept {
     what: KeptFile,
 }
 
+/// Files with their descriptors, and texts by name.
+pub type Copies = (Vec<(KeptFile, OwnedFd)>, Vec<(String, String)>);
+
 /// All of it.
 pub struct Files {
     images: Maker,
@@ -49,6 +52,22 @@ impl Files {
             state: BTreeMap::new(),
             state_bytes: 0,
         }
+    }
+
+    /// Takes a file that another keeper kept.
+    pub fn adopt(&mut self, what: KeptFile, file: OwnedFd) {
+        self.last_key = self.last_key.max(what.key);
+        self.kept.insert(what.key, Kept { file, what });
+    }
+
+    /// All files with descriptors of their own, and all texts.
+    ///
+    /// # Errors
+    /// If there are too many descriptors.
+    pub fn copies(&self) -> Result<Copies> {
+        let copy = |kept: &Kept| Ok((kept.what.clone(), kept.file.try_clone()?));
+        let files = self.kept.values().map(copy).collect::<Result<_>>()?;
+        Ok((files, self.state.iter().map(|(key, value)| (key.clone(), value.clone())).collect()))
     }
 
     /// Tries whether the kernel takes backing files of this process.
@@ -238,6 +257,8 @@ mod tests {
         let keys = |after| files.list(after).iter().map(|f| f.key).collect::<Vec<_>>();
         assert_eq!((keys(0), keys(1), keys(3)), (vec![1], vec![2, 3], vec![4, 5]));
         assert!(files.list(u64::MAX).is_empty());
+        let copies = files.copies().unwrap().0;
+        assert_eq!(copies.iter().map(|(what, _)| what.key).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
         files.tag(3, "view 7".into()).unwrap();
         assert_eq!(files.get(3).unwrap().0.tag.as_deref(), Some("view 7"));
         assert_eq!(files.tag(9, "x".into()).unwrap_err().kind(), Kind::NotFound);

@@ -1,0 +1,158 @@
+//! The node plugin: both services on a Unix socket, repairs, and metrics.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use super::holder::Holder;
+use super::identity::IdentityService;
+use super::metrics::Metrics;
+use super::node::{NodeOptions, NodeService};
+use super::proto::identity_server::IdentityServer;
+use super::proto::node_server::NodeServer;
+use super::state::State;
+use crate::error::{Context, Error, Kind, Result};
+
+/// How often targets are compared with the mounts there are.
+const REPAIR: Duration = Duration::from_secs(2);
+/// Calls at once; a waiting one costs a thread.
+const THREADS: usize = 64;
+/// How long calls may go on after a signal.
+const LAST_CALLS: Duration = Duration::from_secs(2);
+
+/// What a node plugin is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The socket that the kubelet asks at.
+    pub endpoint: PathBuf,
+    /// The folder shared with the mounter.
+    pub state_dir: PathBuf,
+    /// Where metrics are asked for.
+    pub metrics: Option<SocketAddr>,
+    /// For the service.
+    pub node: NodeOptions,
+}
+
+/// The socket that an endpoint names: `unix:///csi/csi.sock`, `unix:/csi/csi.sock` or a path.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn endpoint(text: &str) -> std::result::Result<PathBuf, String> {
+    let path = text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:")).unwrap_or(text);
+    if path.contains("://") || !Path::new(path).is_absolute() {
+        return Err(format!("{text:?} is not a Unix socket such as unix:///csi/csi.sock"));
+    }
+    Ok(path.into())
+}
+
+/// Runs until a signal ends it.
+///
+/// # Errors
+/// If it cannot listen.
+pub fn run(options: Options) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(THREADS)
+        .thread_stack_size(512 << 10)
+        .thread_name("call")
+        .build()
+        .context(|| "cannot start".into())?;
+    let result = runtime.block_on(serve(options));
+    runtime.shutdown_timeout(LAST_CALLS);
+    result
+}
+
+async fn serve(mut options: Options) -> Result<()> {
+    let state = State::create(&options.state_dir)?;
+    let kubelet = std::path::absolute(&options.node.kubelet_dir)?;
+    if !kubelet.is_dir() {
+        let message = format!("{kubelet:?} is not there: give the kubelet's --root-dir with --kubelet-dir");
+        return Err(Error::new(Kind::Invalid, message));
+    }
+    options.node.kubelet_dir = kubelet;
+    let metrics = Arc::new(Metrics::default());
+    if let Some(address) = options.metrics {
+        let listener = TcpListener::bind(address).await.context(|| format!("cannot listen on {address}"))?;
+        tokio::spawn(metrics.clone().serve(listener));
+    }
+    let identity = IdentityService { mounter: state.mounter_socket() };
+    let holder = Holder::start(&state.holder_socket())?;
+    let node = NodeService::new(options.node.clone(), state.clone(), metrics);
+    let repairing = node.clone();
+    tokio::spawn(async move {
+        loop {
+            let (repairing, holder) = (repairing.clone(), holder.clone());
+            let work = move || {
+                repairing.repair();
+                if let Err(error) = holder.drop_unused() {
+                    tracing::warn!("{error}");
+                }
+            };
+            // Fails only when the runtime ends.
+            tokio::task::spawn_blocking(work).await.ok();
+            tokio::time::sleep(REPAIR).await;
+        }
+    });
+    let listener = listen(&options.endpoint)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tracing::info!("node {} listens on {:?}", options.node.node_id, options.endpoint);
+    let (ended, mut is_ended) = tokio::sync::watch::channel(false);
+    let end = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("ending");
+        ended.send(true).ok();
+    };
+    let served = Server::builder()
+        .add_service(IdentityServer::new(identity))
+        .add_service(NodeServer::new(node))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), end);
+    // A caller that keeps its connection open would keep this process.
+    let patience = async move {
+        is_ended.wait_for(|ended| *ended).await.ok();
+        tokio::time::sleep(LAST_CALLS).await;
+    };
+    let served = tokio::select! {
+        served = served => served.map_err(|error| Error::new(Kind::Internal, "gRPC").with_source(error)),
+        () = patience => Ok(()),
+    };
+    std::fs::remove_file(&options.endpoint).ok();
+    std::fs::remove_file(state.holder_socket()).ok();
+    state.tidy();
+    served
+}
+
+fn listen(endpoint: &Path) -> Result<UnixListener> {
+    // One that was killed leaves its socket; anything else that is there is not this program's.
+    match std::fs::symlink_metadata(endpoint) {
+        Ok(there) if there.file_type().is_socket() => std::fs::remove_file(endpoint)?,
+        Ok(_) => return Err(Error::new(Kind::Exists, format!("{endpoint:?} is there and is no socket"))),
+        Err(_) => {}
+    }
+    UnixListener::bind(endpoint).context(|| format!("cannot listen on {endpoint:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_unix_sockets() {
+        for text in ["unix:///csi/csi.sock", "unix:/csi/csi.sock", "/csi/csi.sock"] {
+            assert_eq!(endpoint(text), Ok("/csi/csi.sock".into()), "{text}");
+        }
+        for text in ["tcp://0.0.0.0:80", "csi.sock", "", "unix://csi.sock"] {
+            assert!(endpoint(text).is_err(), "{text}");
+        }
+    }
+}
