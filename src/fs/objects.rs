@@ -102,9 +102,9 @@ impl Loaded {
             return Ok(image.clone());
         }
         let blobs = self.meta.blobs();
-        source.prepare(&blobs)?;
         let allowed: Vec<_> = blobs.iter().map(|key| (*key, 0..0)).collect();
         source.want(&allowed, false)?;
+        source.prepare(&blobs)?;
         if self.checked.get().is_none() {
             self.dataset.validate(source).map_err(|e| self.wrap(e))?;
             if self.remote.is_none() {

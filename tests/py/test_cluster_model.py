@@ -62,8 +62,9 @@ class Model:
                 self.count(f"{action.__name__}: {errno.errorcode.get(number, 'error')}")
                 entry.append(repr(error)[:60])
         except AssertionError as error:
-            about = [entry for entry in self.history if not names or names[0] in entry or len(entry) == 3]
-            raise AssertionError(f"{error}\nbefore it: {about[-12:]}") from error
+            before = "\n".join(map(str, self.history[-80:]))
+            logs = "\n".join(line for mount in self.mounts for line in mount.log.read_text().splitlines()[-30:])
+            raise AssertionError(f"{entry}: {error}\nbefore it:\n{before}\nlogs:\n{logs}") from error
         self.history.append(entry)
 
     def save(self, mount, name):
@@ -85,8 +86,8 @@ class Model:
             assert ABSENT in possible or any(map(self.lost, possible)), f"{name}: {possible} is not found"
             return
         except OSError:
-            # Nothing that lives may be unreadable while nothing is being killed.
-            assert any(map(self.lost, possible)), f"{name}: {possible} of {self.homes} cannot be read, {self.dead_ids}"
+            # Nothing that lives may be unreadable; what was just removed elsewhere may be known here for a second.
+            assert ABSENT in possible or any(map(self.lost, possible)), f"{name}: {possible} of {self.homes} cannot be read, {self.dead_ids}"
             raise
         values = set(found.to_numpy().ravel().tolist())
         assert len(values) == 1, f"{name} is a mixture of {values}"
