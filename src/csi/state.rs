@@ -27,6 +27,12 @@ pub struct MountKey {
 }
 
 impl MountKey {
+    /// Permission bits of directories and of files. Who may use a volume is decided by who may mount it, so without a
+    /// group it is open to all users of a pod.
+    pub fn modes(&self) -> (u32, u32) {
+        if self.group.is_some() { (0o775, 0o664) } else { (0o777, 0o666) }
+    }
+
     /// A name that can be a file's.
     pub fn name(&self) -> String {
         let group = self.group.map_or("any".to_owned(), |group| group.to_string());

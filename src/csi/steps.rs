@@ -25,8 +25,15 @@ use crate::error::{Error, Kind, Result};
 /// One system call.
 #[derive(Clone, Debug)]
 pub enum Step {
-    /// Makes a directory, if it is not there.
-    MakeDirectory(CString),
+    /// Makes a directory, if it is not there; a new one gets this mode and group, whatever this process's mask.
+    MakeDirectory {
+        /// Where.
+        path: CString,
+        /// Permission bits.
+        mode: u32,
+        /// Its group.
+        group: u32,
+    },
     /// Shows a directory at a second place.
     Bind {
         /// What is shown.
@@ -193,7 +200,16 @@ impl Step {
         // live until after the call, which keeps none of them.
         let (result, fine) = unsafe {
             match self {
-                Step::MakeDirectory(path) => (libc::mkdir(path.as_ptr(), 0o777), libc::EEXIST),
+                Step::MakeDirectory { path, mode, group } => {
+                    let mut result = libc::mkdir(path.as_ptr(), *mode);
+                    if result == 0 {
+                        result = libc::chown(path.as_ptr(), 0, *group);
+                    }
+                    if result == 0 {
+                        result = libc::chmod(path.as_ptr(), *mode);
+                    }
+                    (result, libc::EEXIST)
+                }
                 Step::Bind { from, to } => {
                     (libc::mount(from.as_ptr(), to.as_ptr(), none, libc::MS_BIND, none.cast()), 0)
                 }
@@ -246,17 +262,12 @@ mod tests {
     fn steps_are_done_until_one_fails() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| path(&folder.path().join(name)).unwrap();
-        let steps = [
-            Step::MakeDirectory(at("a")),
-            Step::MakeDirectory(at("a")),
-            Step::Probe(at("a")),
-            Step::Figures(at("a")),
-            Step::RemoveDirectory(at("none")),
-        ];
+        let make = |name: &str| Step::MakeDirectory { path: at(name), mode: 0o777, group: 0 };
+        let steps =
+            [make("a"), make("a"), Step::Probe(at("a")), Step::Figures(at("a")), Step::RemoveDirectory(at("none"))];
         let figures = run(&steps, soon()).unwrap().unwrap();
         assert!(figures.total_bytes >= figures.free_bytes && figures.total_bytes > 0);
-        let trouble =
-            run(&[Step::MakeDirectory(at("a")), Step::Probe(at("b")), Step::RemoveDirectory(at("a"))], soon());
+        let trouble = run(&[make("a"), Step::Probe(at("b")), Step::RemoveDirectory(at("a"))], soon());
         assert_eq!(trouble.unwrap(), Err(Trouble::Failed { step: 1, errno: Errno::ENOENT }));
         assert!(folder.path().join("a").is_dir(), "steps after the one that failed are not done");
         assert!(path(Path::new("a\0b")).is_err());

@@ -112,9 +112,10 @@ pub fn bind(record: &Record, mount: &Path, until: Instant) -> Outcome<()> {
     let target = steps::path(&record.target)?;
     let mut plan = Vec::new();
     let mut from = mount.to_owned();
+    let (mode, _) = record.key().modes();
     for part in record.attributes.prefix.iter().flat_map(|prefix| prefix.split('/')) {
         from.push(part);
-        plan.push(Step::MakeDirectory(steps::path(&from)?));
+        plan.push(Step::MakeDirectory { path: steps::path(&from)?, mode, group: record.group.unwrap_or(0) });
     }
     let directories = plan.len();
     plan.push(Step::Bind { from: steps::path(&from)?, to: target.clone() });

@@ -107,13 +107,13 @@ pub fn start(spawn: &Spawn<'_>, until: Instant) -> Outcome<Running> {
 
 fn command(spawn: &Spawn<'_>) -> Command {
     let MountKey { format, group, .. } = spawn.key;
-    // Who may use a volume is decided by who may mount it, so without a group it is open to the pod's users.
-    let (dir_mode, file_mode) = if group.is_some() { ("0775", "0664") } else { ("0777", "0666") };
+    let (dir_mode, file_mode) = spawn.key.modes();
     let mut command = Command::new("/proc/self/exe");
     command.arg0("vineyard-fs").arg("mount").arg(spawn.path).arg("--foreground");
     command.arg("--socket").arg(spawn.socket).arg("--holder").arg(spawn.state.holder_socket());
     command.args(["--uid", "0", "--gid", &group.unwrap_or(0).to_string()]);
-    command.args(["--dir-mode", dir_mode, "--file-mode", file_mode, "--format", format.as_str()]);
+    command.args(["--dir-mode", &format!("{dir_mode:o}"), "--file-mode", &format!("{file_mode:o}")]);
+    command.args(["--format", format.as_str()]);
     let log_format = match spawn.options.log_format {
         LogFormat::Text => "text",
         LogFormat::Json => "json",
