@@ -376,10 +376,23 @@ impl FileSystem {
             super::adopt::note_staged(other);
         }
         let name = self.point_path(to, same_view, view.object)?;
+        self.move_inode(view, to, &name);
         if name == view.name {
             return Ok(());
         }
         self.store.drop_name(&view.name)
+    }
+
+    /// The kernel lets the new path lead to the inode of the old one, and may open that for writing: it must know by
+    /// then what it is called.
+    fn move_inode(&self, view: &ViewNode, to: &Target, name: &str) {
+        let path = super::name::join(&view.directory, &view.component);
+        let ino = self.inodes.view_number(&path, view.object, view.view);
+        if self.inodes.get(ino).is_some() {
+            self.inodes.keep_number(&to.path(), view.object, view.view, ino);
+            let moved = to.view_node(name.to_owned(), view.object, view.view, view.summary.clone());
+            self.inodes.replace(ino, Node::View(moved));
+        }
     }
 
     /// `RENAME_EXCHANGE`: two published files of one format, or two directories, change places.
