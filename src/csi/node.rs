@@ -235,22 +235,22 @@ impl Inner {
                 self.check_same(record, there)?;
             }
             let live = self.live(&record.key(), until)?;
-            match mounted.as_slice() {
-                [there] if shows(there, record, &live) => {
+            match mounted.last() {
+                Some(there) if shows(there, record, &live) => {
                     self.records.write(record)?;
                     return Ok(());
                 }
-                [] => target::prepare(&record.target)?,
-                _ => {
+                None => target::prepare(&record.target)?,
+                Some(_) if mounted.len() < target::REPAIRS => {
                     tracing::info!("{:?} shows a mount that has ended; binding it again", record.target);
-                    target::unmount(&record.target)?;
                 }
+                Some(_) => target::unmount(&record.target)?,
             }
             self.records.write(record)?;
             let bound = target::bind(record, &live.path, until);
             // The mount may have been replaced in between.
-            let verified = bound.and_then(|()| match target::mounts(&record.target)?.as_slice() {
-                [there] if shows(there, record, &live) => Ok(()),
+            let verified = bound.and_then(|()| match target::mounts(&record.target)?.last() {
+                Some(there) if shows(there, record, &live) => Ok(()),
                 _ => {
                     let message = format!("the mount of vineyardd {} has just been replaced", live.key.vineyard);
                     Err(Failure::new(Code::Unavailable, message))
@@ -260,12 +260,12 @@ impl Inner {
                 Ok(()) => return Ok(()),
                 Err(failure) if failure.code == Code::Unavailable && attempt < ATTEMPTS && Instant::now() < until => {
                     tracing::info!("{:?}: {}", record.target, failure.message);
-                    target::unmount(&record.target)?;
                 }
                 Err(failure) => {
-                    // Nothing half done stays: the directory was made by this call or by the kubelet, who makes it anew.
-                    target::unmount(&record.target).ok();
+                    // Nothing half done stays, such as a mount that is writable where it should not be. But a volume
+                    // of a running pod stays, dead, until it can be repaired.
                     if !known {
+                        target::unmount(&record.target).ok();
                         self.records.remove(&record.target)?;
                     }
                     return Err(failure);

@@ -41,6 +41,9 @@ pub enum Step {
         /// Where.
         to: CString,
     },
+    /// Lets what is mounted here, and bind mounts of it that are made from now on, have no part in what happens at other
+    /// places where it is mounted.
+    Private(CString),
     /// Makes what is mounted here read-only, for those who come this way.
     ReadOnly(CString),
     /// Takes the mount here out of the tree.
@@ -213,6 +216,7 @@ impl Step {
                 Step::Bind { from, to } => {
                     (libc::mount(from.as_ptr(), to.as_ptr(), none, libc::MS_BIND, none.cast()), 0)
                 }
+                Step::Private(path) => (libc::mount(none, path.as_ptr(), none, libc::MS_PRIVATE, none.cast()), 0),
                 Step::ReadOnly(path) => {
                     // Flags that are not named are taken away, and the kernel refuses to take these from a FUSE mount.
                     let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV;

@@ -19,6 +19,8 @@ const DETACH: Duration = Duration::from_secs(5);
 const REMOVE_PREFIX: Duration = Duration::from_secs(1);
 /// Mounts on one target, at most: more are not taken away by one call.
 const LAYERS: usize = 64;
+/// Mounts on one target that are repaired by another one on top.
+pub const REPAIRS: usize = 32;
 
 /// Checks a target path by its text alone.
 ///
@@ -104,7 +106,9 @@ pub fn prepare(target: &Path) -> Outcome<()> {
     Ok(())
 }
 
-/// Shows the record's part of `mount` at its target.
+/// Shows the record's part of `mount` at its target, on top of a dead mount that is there: a container's volume is a
+/// part of that one, so what is mounted on it appears in the container, and what replaces it does not
+/// (mount_namespaces(7)).
 ///
 /// # Errors
 /// `UNAVAILABLE` if the mount does not answer in time: another try may find another one.
@@ -117,6 +121,8 @@ pub fn bind(record: &Record, mount: &Path, until: Instant) -> Outcome<()> {
         from.push(part);
         plan.push(Step::MakeDirectory { path: steps::path(&from)?, mode, group: record.group.unwrap_or(0) });
     }
+    // Each target propagates to its pod alone: what is mounted on it must not appear on the others.
+    plan.push(Step::Private(steps::path(mount)?));
     let directories = plan.len();
     plan.push(Step::Bind { from: steps::path(&from)?, to: target.clone() });
     if record.read_only {
@@ -126,8 +132,6 @@ pub fn bind(record: &Record, mount: &Path, until: Instant) -> Outcome<()> {
         Ok(_) => return Ok(()),
         Err(trouble) => trouble,
     };
-    // A mount that is writable where it should not be, or that appears after the answer, must not stay.
-    unmount(&record.target).ok();
     let attributes = &record.attributes;
     Err(match trouble {
         Trouble::Hung => {
