@@ -156,6 +156,9 @@ pub struct Hello {
     pub no_passthrough: Option<String>,
     /// How many servers this mount had before.
     pub restarts: u64,
+    /// A number that no server of this mount had before, also under another keeper.
+    #[serde(default)]
+    pub epoch: u64,
     /// Process id of the keeper.
     pub keeper_pid: u32,
 }

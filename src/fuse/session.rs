@@ -284,7 +284,7 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -
         0 => Client::connect(options)?,
         _ => Client::new(options)?,
     };
-    let options = Options { epoch: hello.restarts, ..config.filesystem() };
+    let options = Options { epoch: hello.epoch, ..config.filesystem() };
     let fs = FileSystem::new(Arc::new(client), host, options);
     fs.adopt();
     Ok(fs)
