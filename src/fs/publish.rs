@@ -43,7 +43,9 @@ impl FileSystem {
             (_, Node::Staged(staged)) => {
                 // Who closes a file means what is in it; of a process that ends, nobody knows whether it was done.
                 let unfinished = if is_exiting(caller.pid) { Unfinished::Keep } else { Unfinished::Publish };
-                self.publish_changed(staged, unfinished)
+                let published = self.publish_changed(staged, unfinished);
+                staged.state().closed_by = Some(caller.pid);
+                published
             }
             _ => Ok(()),
         }

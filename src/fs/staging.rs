@@ -56,6 +56,8 @@ pub(super) struct State {
     pub passthrough: Option<u32>,
     /// Its last writer is being closed: it is not decided yet what becomes of it.
     pub settling: bool,
+    /// The process that closed a descriptor of it last.
+    pub closed_by: Option<u32>,
     /// Someone had it open for reading and writing: a shared mapping may still change it, unseen.
     pub shared_writable: bool,
     /// Someone opened it for reading: its bytes must not change any more once it is published.
@@ -410,6 +412,7 @@ impl Staging {
             opens: 0,
             was_opened: false,
             settling: false,
+            closed_by: None,
             passthrough: None,
             shared_writable: false,
             had_readers: false,

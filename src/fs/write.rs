@@ -167,7 +167,9 @@ impl FileSystem {
             // A close reaches us in two steps, the second a moment after the program went on: a reader that comes in
             // between waits for it, so as to read the very file that was written.
             for _ in 0..CLOSE_TAKES_MS {
-                if dirty || state.writers.is_empty() || state.writers.contains(&caller.pid) {
+                let own = state.writers.contains(&caller.pid);
+                let closes_own = own && state.closed_by == Some(caller.pid);
+                if state.writers.is_empty() || ((dirty || own) && !closes_own) {
                     break;
                 }
                 drop(state);
