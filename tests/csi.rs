@@ -415,6 +415,17 @@ fn both_processes_may_be_replaced_while_a_pod_reads_and_writes() {
     node.start_mounter();
     node.publish(request.clone()).unwrap();
     assert_eq!(mounts_at(&target)[0].device, device);
+    // Both at once: the mounter waits for the next plugin.
+    node.channel = None;
+    Node::stop(&mut node.plugin, Signal::SIGTERM);
+    let mut ending = node.mounter.take().unwrap();
+    kill(Pid::from_raw(ending.id() as i32), Signal::SIGTERM).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    node.start_plugin("10s");
+    ending.wait().unwrap();
+    node.start_mounter();
+    node.publish(request.clone()).unwrap();
+    assert_eq!(mounts_at(&target)[0].device, device);
     println!("a pod while both processes are replaced: {}", pod.end());
     node.unpublish(&request).unwrap();
 }

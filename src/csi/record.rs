@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(records.read(&record.target), None);
         records.write(&record).unwrap();
         assert_eq!(records.read(&record.target), Some(record.clone()));
-        assert_eq!(records.all(), [record.clone()]);
+        assert_eq!(records.all(), std::slice::from_ref(&record));
         assert_eq!(record.root(), Path::new("/x/y"));
         assert_eq!(record.key().group, Some(7));
         std::fs::write(records.file(&record.target), "{").unwrap();
