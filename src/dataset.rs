@@ -20,6 +20,8 @@ pub mod recipe;
 pub mod span;
 pub mod table;
 mod tensor;
+#[cfg(test)]
+mod testing;
 
 pub use attributes::FileAttributes;
 pub use check::check;

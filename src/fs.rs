@@ -26,6 +26,7 @@ mod publish;
 mod reclaim;
 mod rename;
 mod resolve;
+mod room;
 mod saves;
 pub mod staging;
 #[cfg(test)]

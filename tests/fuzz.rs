@@ -135,7 +135,10 @@ fn read_views(dataset: &Dataset, source: &dyn BlobSource, sound: bool) {
     }
     for view in image::views_of(dataset) {
         let read = image::build(dataset, view, Counts::From(source)).and_then(|image| {
-            assert!(image.size() < 1 << 32, "a view of {} bytes", image.size());
+            // Metadata can say that there are any number of nulls or zeros: reading them all tells nothing more.
+            if image.size() > 1 << 26 {
+                return Ok(());
+            }
             let mut at = 0;
             let mut out = vec![0; 64 << 10];
             while at < image.size() {

@@ -6,7 +6,7 @@ import sys
 
 from common import Report, parse_size
 
-BENCHMARKS = ["read", "write", "cluster"]
+BENCHMARKS = ["read", "write", "cluster", "kedro"]
 
 
 def main():

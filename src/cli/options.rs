@@ -178,6 +178,9 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
         "gid" => arguments.gid = Some(number()?),
         "dir_mode" | "dir-mode" => arguments.dir_mode = mode(&text()?)?,
         "file_mode" | "file-mode" => arguments.file_mode = mode(&text()?)?,
+        "metrics" => {
+            arguments.metrics = Some(text()?.parse().map_err(|_| "needs an address such as 127.0.0.1:9464")?);
+        }
         "deadline" => arguments.deadline = millis(&text()?)?,
         // What mount(8) and systemd use themselves, and what is so in any case.
         "defaults"

@@ -93,7 +93,7 @@ impl Opened {
 /// How commands treat data of other instances: as mounts do, in memory of their own.
 pub fn remote() -> RemoteOptions {
     let maker = std::sync::OnceLock::new();
-    let memory: MemoryMaker = Arc::new(move |size| maker.get_or_init(Maker::own).create(size));
+    let memory: MemoryMaker = Arc::new(move |size| maker.get_or_init(Maker::unlimited).create(size));
     RemoteOptions { memory: Some(memory), ..RemoteOptions::default() }
 }
 

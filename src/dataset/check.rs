@@ -173,27 +173,7 @@ fn keys(key: &DataType, span: &Span, validity: &Span, len: u64, values: u64, sou
 mod tests {
     use super::*;
     use crate::dataset::column;
-    use crate::vineyard::{Blob, BlobKey};
-
-    struct Nothing;
-
-    impl BlobSource for Nothing {
-        fn size(&self, key: BlobKey) -> Result<u64> {
-            Err(Error::stale(key.to_string()))
-        }
-        fn read(&self, key: BlobKey, _: u64, _: &mut [u8]) -> Result<()> {
-            Err(Error::stale(key.to_string()))
-        }
-        fn prepare(&self, _: &[BlobKey]) -> Result<()> {
-            Ok(())
-        }
-        fn verify(&self, _: &[BlobKey]) -> Result<()> {
-            Ok(())
-        }
-        fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
-            Ok(None)
-        }
-    }
+    use crate::dataset::testing::Nothing;
 
     fn strings(offsets: &[u64], data: &[u8]) -> Result<()> {
         let buffers = vec![Span::EMPTY, column::offsets(offsets.iter().copied()), Span::literal(data)];

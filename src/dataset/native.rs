@@ -15,7 +15,7 @@ use super::frame::Cells;
 use super::materialize::unify_dictionaries;
 use super::publish::{schema_message, type_width};
 use super::recipe::narrow;
-use super::{ArrayLayout, Batch, Dataset, Span, Table, arrow, tensor};
+use super::{ArrayLayout, Batch, Dataset, Span, Table, arrow, pickle, tensor};
 use crate::error::{Context, Error, Result};
 use crate::vineyard::{BlobSource, Meta, ObjectId};
 
@@ -143,7 +143,11 @@ fn frame_batch(meta: &Meta, schema: &Schema, source: &dyn BlobSource) -> Result<
 }
 
 fn frame_column(meta: &Meta, member: &Meta, i: usize, field: &Field, source: &dyn BlobSource) -> Result<ArrayLayout> {
-    let Cells::Column(column) = tensor::cells(member, source)? else {
+    let cells = match member.base_type() {
+        "vineyard::PickleBuffer" => pickle::cells(arrow::pickle_span(member)?, None, source)?,
+        _ => tensor::cells(member, source)?,
+    };
+    let Cells::Column(column) = cells else {
         return Err(member.error("is no column"));
     };
     let mut layout = retype(column.layout, field.data_type())?;

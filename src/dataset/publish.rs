@@ -8,6 +8,7 @@ mod arrow_file;
 mod arrow_stream;
 mod check;
 mod column;
+mod datetimes;
 mod decode;
 mod frame;
 #[cfg(test)]

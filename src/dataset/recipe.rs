@@ -8,7 +8,7 @@
 //!   or `[-3, blob, offset, count, shift]` for `count` 64-bit offsets at `offset`, each less `shift`, as 32-bit ones
 //!   (`-4`: as 64-bit ones).
 //!   Blobs are numbered in the order in which [`blobs_in_order`] meets them: ids change when an object migrates.
-//!   Without `extents` the file's bytes are the blob [`KEPT`].
+//!   Without `extents` the file's bytes are the blob [`KEPT`]; with `view` alone they were given up.
 //! - [`super::attributes::ATTRIBUTES_KEY`], JSON text of [`super::FileAttributes`].
 
 use std::collections::HashSet;
@@ -77,6 +77,42 @@ impl Written {
     }
 }
 
+/// The format that an object was written in, also where its file's bytes were given up; `None` if no file was written.
+pub fn written_as(meta: &Meta) -> Option<Written> {
+    let recipe = meta.json_text(RECIPE).ok()?;
+    recipe.get("view").and_then(Value::as_str).and_then(Written::from_extension)
+}
+
+/// Content for a copy of an object without the bytes of the file that it was written as; `None` if it keeps none.
+pub fn without_kept(meta: &Meta) -> Option<Value> {
+    meta.get(KEPT)?;
+    let written = written_as(meta)?;
+    let mut content = Map::new();
+    for (key, value) in meta.iter() {
+        match (key.as_str(), value) {
+            // What the store says about an object, not its writer.
+            ("id" | "signature" | "instance_id" | "transient" | "global", _) | (KEPT, _) => {}
+            ("__name" | "__timestamp" | "__labels", _) => {}
+            (RECIPE, _) => drop(content.insert(key.clone(), given_up(written).into())),
+            (_, Value::Object(member)) => {
+                let mut link = Map::new();
+                link.insert("id".into(), member.get("id")?.clone());
+                if member.get("typename").and_then(Value::as_str) == Some("vineyard::Blob") {
+                    link.insert("typename".into(), "vineyard::Blob".into());
+                }
+                content.insert(key.clone(), link.into());
+            }
+            (_, value) => drop(content.insert(key.clone(), value.clone())),
+        }
+    }
+    Some(content.into())
+}
+
+/// The recipe that is left when a file's bytes are given up: what it was written as.
+pub fn given_up(written: Written) -> String {
+    serde_json::json!({"view": written.extension()}).to_string()
+}
+
 /// How to put a written file together again.
 #[derive(Clone, Debug)]
 pub struct Recipe {
@@ -101,6 +137,10 @@ pub fn recipe_of(meta: &Meta) -> Result<Option<Recipe>> {
     let value = meta.json_text(RECIPE)?;
     let view = value.get("view").and_then(Value::as_str).and_then(Written::from_extension);
     let view = view.ok_or_else(|| meta.error("has a recipe of no known view"))?;
+    if value.get("size").is_none() && meta.get(KEPT).is_none() {
+        // The bytes were given up: the view is made anew from the columns.
+        return Ok(None);
+    }
     let size = value.get("size").and_then(Value::as_u64).filter(|&n| n <= i64::MAX as u64);
     let size = size.ok_or_else(|| meta.error("has a recipe without a size"))?;
     let Some(extents) = value.get("extents") else {

@@ -29,6 +29,9 @@ enum Note {
         attributes: Box<FileAttributes>,
         published: Option<(String, u64)>,
         clean: Option<Stamp>,
+        /// It is its path's no more: only open handles lead to it.
+        #[serde(default)]
+        gone: bool,
     },
 }
 
@@ -49,6 +52,7 @@ pub(super) fn note_staged(staged: &Staged) {
         attributes: Box::new(FileAttributes { xattrs: Default::default(), ..state.attributes.clone() }),
         published: state.published.as_ref().map(|(name, object)| (name.clone(), object.0)),
         clean: state.clean.as_ref().map(|(stamp, _)| *stamp),
+        gone: state.detached || state.retired,
     };
     drop(state);
     note(staged.file(), &note_of);
@@ -80,10 +84,10 @@ impl FileSystem {
                         self.cache.insert(ObjectId(object), *view, Arc::new(Assembled::adopt(file, size)));
                     }
                 }
-                Ok(Note::Staged { ino, directory, component, attributes, published, clean }) => {
+                Ok(Note::Staged { ino, directory, component, attributes, published, clean, gone }) => {
                     let target = Target::new(&directory, &component);
                     let published = published.map(|(name, object)| (name, ObjectId(object)));
-                    self.staging.adopt(ino, file, target, *attributes, published, clean);
+                    self.staging.adopt(ino, file, target, *attributes, published, clean, gone);
                 }
                 Err(error) => tracing::warn!("a memory file with an unknown note is dropped: {error}"),
             }

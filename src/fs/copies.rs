@@ -206,6 +206,7 @@ impl FileSystem {
     /// # Errors
     /// As [`copy_object`]; `Stale` if the object is gone.
     pub fn copy_here(&self, object: ObjectId, progress: Progress) -> Result<Brought> {
+        let _unit = self.unit();
         let here = self.store.instance()?.id;
         let meta = self.meta_of(object)?.ok_or_else(|| gone(object))?;
         if meta.instance() == here {
@@ -246,6 +247,7 @@ impl FileSystem {
     /// # Errors
     /// As [`FileSystem::copy_here`]; `Stale` if the name gets another value meanwhile. Nothing has changed then.
     pub fn move_here(&self, named: &Named, progress: Progress) -> Result<Brought> {
+        let _unit = self.unit();
         let here = self.store.instance()?.id;
         let meta = self.meta_of(named.object)?.ok_or_else(|| gone(named.object))?;
         if meta.instance() == here {

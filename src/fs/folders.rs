@@ -3,7 +3,7 @@
 //! Vineyard knows names only: a directory exists there as long as a name lies under it. What `mkdir`, `chmod` and `chown`
 //! say lives as long as the mount, and the host keeps it for the server after this one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
@@ -19,6 +19,8 @@ use crate::error::Result;
 const NOTE: &str = "directory:";
 /// What the host's texts of inode numbers of renamed directories begin with.
 const NUMBER: &str = "number:";
+/// What the host's texts of renames under way begin with.
+const RENAMING: &str = "renaming:";
 
 /// What is known of a directory beside its name.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -49,12 +51,14 @@ impl Folder {
 /// All such directories, by full name.
 pub(super) struct Folders {
     table: Mutex<BTreeMap<String, Folder>>,
+    /// Renames that a former server did not end, by the old name.
+    unfinished: Mutex<HashMap<String, (u64, String)>>,
     host: Arc<dyn Host>,
 }
 
 impl Folders {
     pub(super) fn new(host: Arc<dyn Host>) -> Self {
-        Folders { table: Mutex::default(), host }
+        Folders { table: Mutex::default(), unfinished: Mutex::default(), host }
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<String, Folder>> {
@@ -75,6 +79,11 @@ impl Folders {
                 }
             } else if let Some(name) = key.strip_prefix(NUMBER) {
                 numbers.extend(text.parse().ok().map(|number| (name.to_owned(), number)));
+            } else if let Some(from) = key.strip_prefix(RENAMING)
+                && let Some((number, to)) = text.split_once(' ')
+                && let Ok(number) = number.parse()
+            {
+                self.unfinished().insert(from.to_owned(), (number, to.to_owned()));
             }
         }
         Ok(numbers)
@@ -83,6 +92,26 @@ impl Folders {
     /// Keeps the inode number of a renamed directory for the next server.
     pub(super) fn keep_number(&self, name: &str, number: u64) {
         self.host.note(&format!("{NUMBER}{name}"), Some(&number.to_string()));
+    }
+
+    /// Notes that a directory, with this inode number, is about to get another name.
+    pub(super) fn begin_rename(&self, from: &str, number: u64, to: &str) {
+        self.host.note(&format!("{RENAMING}{from}"), Some(&format!("{number} {to}")));
+    }
+
+    /// Notes that it has it.
+    pub(super) fn end_rename(&self, from: &str) {
+        self.host.note(&format!("{RENAMING}{from}"), None);
+        self.unfinished().remove(from);
+    }
+
+    /// Inode number and new name of a directory that a former server was renaming when it ended.
+    pub(super) fn unfinished_rename(&self, from: &str) -> Option<(u64, String)> {
+        self.unfinished().get(from).cloned()
+    }
+
+    fn unfinished(&self) -> MutexGuard<'_, HashMap<String, (u64, String)>> {
+        self.unfinished.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn keep(&self, name: &str, folder: Option<&Folder>) {
@@ -188,8 +217,9 @@ impl Folders {
             table.insert(new.clone(), folder.clone());
         }
         let gone: Vec<&String> = moved.iter().map(|(old, ..)| old).filter(|old| !table.contains_key(*old)).collect();
-        gone.iter().for_each(|old| self.keep(old, None));
+        // In this order a server that is replaced in between leaves both, and the rename comes again.
         moved.iter().for_each(|(_, new, folder)| self.keep(new, Some(folder)));
+        gone.iter().for_each(|old| self.keep(old, None));
     }
 
     /// Full names of all directories that were made here and lie below a name with its slash.

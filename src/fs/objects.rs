@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::copies::{Copy, copies_of};
 use super::deferred::{self, Deferred};
-use crate::dataset::recipe::{Recipe, Written, recipe_of};
+use crate::dataset::recipe::{Recipe, Written, recipe_of, written_as};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Counts, Image, View};
@@ -102,9 +102,9 @@ impl Loaded {
             return Ok(image.clone());
         }
         let blobs = self.meta.blobs();
-        source.prepare(&blobs)?;
         let allowed: Vec<_> = blobs.iter().map(|key| (*key, 0..0)).collect();
         source.want(&allowed, false)?;
+        source.prepare(&blobs)?;
         if self.checked.get().is_none() {
             self.dataset.validate(source).map_err(|e| self.wrap(e))?;
             if self.remote.is_none() {
@@ -393,6 +393,10 @@ fn summarize(meta: &Meta, source: &dyn BlobSource, tables: View) -> Result<Summa
             let written = view_of(recipe.view);
             sizes.retain(|(view, _)| *view != written);
             sizes.push((written, Some(recipe.size)));
+            listed = written;
+        } else if let Some(written) = written_as(meta).map(view_of)
+            && sizes.iter().any(|(view, _)| *view == written)
+        {
             listed = written;
         }
         Ok((dataset, sizes, listed))

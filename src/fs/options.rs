@@ -25,7 +25,8 @@ pub struct Options {
     pub prefix: String,
     /// Refuse every change with EROFS.
     pub read_only: bool,
-    /// How many servers the mount had before: handles and inode numbers of theirs are never used again.
+    /// A number that no server of the mount had before, 0 for the first: handles and inode numbers of theirs are never
+    /// used again.
     pub epoch: u64,
     /// Owner of files that carry none of their own.
     pub uid: u32,

@@ -119,7 +119,7 @@ impl FileSystem {
     ) -> Result<Option<(String, ObjectId)>> {
         let _unit = self.unit();
         let plan = publish::plan(input, format, attributes, Limits::of(&*self.store)?)?;
-        let published = publish::realize(&*self.store, &plan, input)?;
+        let published = self.realize(&plan, input)?;
         for warning in &published.warnings {
             self.warn(format!("{:?}: {warning}", target.path()));
         }

@@ -1,5 +1,6 @@
 //! Names: mkdir, rmdir, unlink, rename.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::sync::Arc;
 
@@ -10,6 +11,11 @@ use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
+
+/// Whether a name is a directory's or lies below it.
+fn is_inside(name: &str, directory: &str) -> bool {
+    name.strip_prefix(directory).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
 
 impl FileSystem {
     fn target(&self, parent: u64, name: &OsStr) -> Result<Target> {
@@ -97,6 +103,7 @@ impl FileSystem {
         }
         self.staging.detach(staged);
         staged.state().detached = true;
+        super::adopt::note_staged(staged);
         Ok(())
     }
 
@@ -147,7 +154,11 @@ impl FileSystem {
         let there = self.resolve(&to, 0)?;
         let Some(source) = source else {
             let done = caller.resent && there.is_some();
-            return if done { Ok(()) } else { Err(Error::not_found("no such file")) };
+            return if done {
+                self.finish_rename(&from.plain, &to.plain)
+            } else {
+                Err(Error::not_found("no such file"))
+            };
         };
         if flags & libc::RENAME_EXCHANGE != 0 {
             let there = there.ok_or_else(|| Error::not_found("nothing to exchange with"))?;
@@ -164,7 +175,7 @@ impl FileSystem {
         }
         let new_directory = to.directory.clone();
         match (source, there) {
-            (Found::Directory { name }, there) => self.rename_directory(&name, &to, there)?,
+            (Found::Directory { name }, there) => self.rename_directory(&name, &to, there, caller)?,
             (_, Some(Found::Directory { .. })) => {
                 return Err(Error::new(Kind::IsDirectory, "the new name is a directory"));
             }
@@ -176,8 +187,11 @@ impl FileSystem {
         Ok(())
     }
 
-    fn rename_directory(&self, from: &str, to: &Target, there: Option<Found>) -> Result<()> {
+    fn rename_directory(&self, from: &str, to: &Target, there: Option<Found>, caller: Caller) -> Result<()> {
+        // A former server may have moved a part.
+        let again = caller.resent && self.folders.unfinished_rename(from).is_some_and(|(_, target)| target == to.plain);
         match there {
+            Some(Found::Directory { .. }) if again => {}
             Some(Found::Directory { name }) if name == from => return Ok(()),
             Some(Found::Directory { name }) if !self.is_empty_directory(&name)? => {
                 return Err(Error::new(Kind::NotEmpty, "the new name is a directory that is not empty"));
@@ -187,6 +201,10 @@ impl FileSystem {
         }
         if to.plain.starts_with(&format!("{from}/")) {
             return Err(Error::new(Kind::Invalid, "a directory cannot move into itself"));
+        }
+        self.know_directories(from)?;
+        if !again {
+            self.folders.begin_rename(from, self.inodes.directory(from), &to.plain);
         }
         for staged in self.staging.tree(from) {
             let mut target = staged.state().target.clone();
@@ -202,13 +220,58 @@ impl FileSystem {
         self.folders.remove(&to.plain);
         self.move_directories(&[(from, &to.plain)]);
         self.folders.stay(&to.plain);
+        self.folders.end_rename(from);
+        Ok(())
+    }
+
+    /// The names of a directory and of all below it, whether names lie under them or not.
+    fn tree(&self, top: &str) -> Result<BTreeSet<String>> {
+        let prefix = format!("{top}/");
+        let mut tree = BTreeSet::from([top.to_owned()]);
+        let names = self.names_below(&prefix)?.into_iter();
+        let names = names.filter_map(|(name, _)| Some(name.rsplit_once('/')?.0.to_owned()));
+        let staged = self.staging.directories().into_iter().filter(|directory| directory.starts_with(&prefix));
+        for directory in names.chain(staged).chain(self.folders.below(&prefix)) {
+            let parts = directory.match_indices('/').map(|(at, _)| at).filter(|at| *at > top.len());
+            tree.extend(parts.map(|at| directory.get(..at).unwrap_or_default().to_owned()));
+            tree.insert(directory);
+        }
+        Ok(tree)
+    }
+
+    /// Makes the inodes of a directory and of all below it, whose numbers the kernel may have from a former server: it
+    /// keeps those numbers when it renames.
+    fn know_directories(&self, top: &str) -> Result<()> {
+        if self.options.epoch > 0 {
+            for name in self.tree(top)? {
+                self.inodes.ensure(self.inodes.directory(&name), || Node::Directory { name });
+            }
+        }
+        Ok(())
+    }
+
+    /// A rename of a directory came again, and a former server had moved everything: what is left are the numbers.
+    fn finish_rename(&self, from: &str, to: &str) -> Result<()> {
+        let Some((number, target)) = self.folders.unfinished_rename(from) else { return Ok(()) };
+        if target == to && self.inodes.directory(to) != number {
+            for name in self.tree(to)? {
+                let former = format!("{from}{}", name.get(to.len()..).unwrap_or_default());
+                self.inodes.ensure(self.inodes.directory(&former), || Node::Directory { name: former });
+            }
+            self.move_directories(&[(from, to)]);
+        }
+        self.folders.end_rename(from);
         Ok(())
     }
 
     /// Lets what is known of directories follow their new names, here and for the next server.
     fn move_directories(&self, changes: &[(&str, &str)]) {
         self.folders.rename(changes);
-        for (name, number) in self.inodes.rename_directories(changes) {
+        // The new names first: a number that two names have for a moment leads to what was renamed either way.
+        let is_new = |name: &str| changes.iter().any(|(_, to)| is_inside(name, to));
+        let (new, old): (Vec<_>, Vec<_>) =
+            self.inodes.rename_directories(changes).into_iter().partition(|(name, _)| is_new(name));
+        for (name, number) in new.into_iter().chain(old) {
             self.folders.keep_number(&name, number);
         }
     }
@@ -271,6 +334,7 @@ impl FileSystem {
         if let Some(other) = other {
             // What it published was replaced with the name; what it did not publish ends here.
             other.state().detached = true;
+            super::adopt::note_staged(&other);
         }
         if let Some(view) = replaces {
             // The version under the old path goes with the path.
@@ -309,12 +373,26 @@ impl FileSystem {
             let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
             self.staging.detach(other);
             other.state().detached = true;
+            super::adopt::note_staged(other);
         }
         let name = self.point_path(to, same_view, view.object)?;
+        self.move_inode(view, to, &name);
         if name == view.name {
             return Ok(());
         }
         self.store.drop_name(&view.name)
+    }
+
+    /// The kernel lets the new path lead to the inode of the old one, and may open that for writing: it must know by
+    /// then what it is called.
+    fn move_inode(&self, view: &ViewNode, to: &Target, name: &str) {
+        let path = super::name::join(&view.directory, &view.component);
+        let ino = self.inodes.view_number(&path, view.object, view.view);
+        if self.inodes.get(ino).is_some() {
+            self.inodes.keep_number(&to.path(), view.object, view.view, ino);
+            let moved = to.view_node(name.to_owned(), view.object, view.view, view.summary.clone());
+            self.inodes.replace(ino, Node::View(moved));
+        }
     }
 
     /// `RENAME_EXCHANGE`: two published files of one format, or two directories, change places.
@@ -337,6 +415,8 @@ impl FileSystem {
                 self.store.put_name(&b.name, a.object)
             }
             (Found::Directory { name: a }, Found::Directory { name: b }) => {
+                self.know_directories(&a)?;
+                self.know_directories(&b)?;
                 for staged in self.staging.tree(&a).into_iter().chain(self.staging.tree(&b)) {
                     self.publish_changed(&staged, Unfinished::Publish)?;
                     staged.await_closes();
@@ -388,6 +468,9 @@ impl FileSystem {
     pub fn forget(&self, ino: u64, count: u64) {
         let node = self.inodes.get(ino).map(|inode| inode.node.clone());
         self.inodes.forget(ino, count);
+        if self.inodes.get(ino).is_none() {
+            self.staging.forget(ino);
+        }
         // A published file that the kernel forgot is found through the store from now on.
         if let Some(Node::Staged(staged)) = node
             && self.inodes.get(ino).is_none()

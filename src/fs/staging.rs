@@ -329,6 +329,8 @@ struct Redirect {
 /// All staged files, by path.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
+    /// Files of former servers that were removed or replaced while they were open, by inode number.
+    gone: Mutex<HashMap<u64, Arc<Staged>>>,
     redirects: Mutex<HashMap<(String, u32), Redirect>>,
     next: AtomicU64,
 }
@@ -336,7 +338,12 @@ pub struct Staging {
 impl Staging {
     /// Nothing staged; inode numbers start above `start`, which is below 2^61.
     pub fn new(start: u64) -> Self {
-        Staging { by_path: Mutex::default(), redirects: Mutex::default(), next: AtomicU64::new(start) }
+        Staging {
+            by_path: Mutex::default(),
+            gone: Mutex::default(),
+            redirects: Mutex::default(),
+            next: AtomicU64::new(start),
+        }
     }
 
     fn by_path(&self) -> MutexGuard<'_, HashMap<String, Arc<Staged>>> {
@@ -361,7 +368,8 @@ impl Staging {
         self.insert(ino, Arc::new(file), target, attributes, replaces, |_| {})
     }
 
-    /// Puts the staged file of a former server back to its path, under its number.
+    /// Puts the staged file of a former server back to its path, under its number; one that is `gone` only to its number.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn adopt(
         &self,
         ino: u64,
@@ -370,13 +378,18 @@ impl Staging {
         attributes: FileAttributes,
         published: Option<(String, ObjectId)>,
         clean: Option<Stamp>,
+        gone: bool,
     ) {
-        self.insert(ino, file, target, attributes, None, |state| {
+        let staged = self.insert(ino, file, target, attributes, None, |state| {
             state.published = published;
             state.clean = clean.map(|stamp| (stamp, None));
             // Who has it open is not known: it is treated as read and written by all.
             (state.was_opened, state.had_readers) = (true, true);
+            state.detached = gone;
         });
+        if gone {
+            self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(ino, staged);
+        }
     }
 
     fn insert(
@@ -411,13 +424,23 @@ impl Staging {
         change(&mut state);
         let staged =
             Arc::new(Staged { made: Instant::now(), ino, file, state: Mutex::new(state), publishing: Mutex::new(()) });
-        self.by_path().insert(path, staged.clone());
+        if !staged.state().detached {
+            self.by_path().insert(path, staged.clone());
+        }
         super::adopt::note_staged(&staged);
         staged
     }
 
+    /// Lets go of a file of a former server that only its number led to.
+    pub(super) fn forget(&self, ino: u64) {
+        self.gone.lock().unwrap_or_else(|e| e.into_inner()).remove(&ino);
+    }
+
     /// The staged file of an inode number.
     pub(super) fn by_ino(&self, ino: u64) -> Option<Arc<Staged>> {
+        if let Some(staged) = self.gone.lock().unwrap_or_else(|e| e.into_inner()).get(&ino) {
+            return Some(staged.clone());
+        }
         self.by_path().values().find(|staged| staged.ino == ino).cloned()
     }
 

@@ -120,8 +120,7 @@ impl FileSystem {
         if let Some(assembled) = self.cache.get(view.object, view.view) {
             return copy_file(&assembled.file().file, file, assembled.size());
         }
-        let loaded = self.objects.load(&*self.store, view.object)?;
-        let bytes = loaded.image(view.view, &*self.store)?;
+        let (_, bytes) = self.nearest(view.object, view.view, None)?;
         image::assemble(&bytes, &*self.store, file, 2)?;
         self.store.verify(&bytes.blobs(0..bytes.size()))
     }
@@ -417,6 +416,7 @@ impl FileSystem {
         let Some((_, object)) = published else {
             if staged.state().retired {
                 self.staging.detach(staged);
+                super::adopt::note_staged(staged);
             }
             return;
         };

@@ -39,21 +39,19 @@ impl Maker {
             Area::Image => "within_size",
             Area::Staging => "always",
         };
-        let tmpfs = private_tmpfs(wanted, limit, "0700")
+        let tmpfs = private_tmpfs(wanted, limit)
             .or_else(|error| {
                 tracing::info!("no huge pages for {area:?} files: {error}");
-                private_tmpfs("never", limit, "0700")
+                private_tmpfs("never", limit)
             })
             .inspect_err(|error| tracing::info!("{area:?} files are memfds: {error}"))
             .ok();
         Maker { area, limit, tmpfs }
     }
 
-    /// A place for memory of this process, which it can still use after it has become another user; no limit.
-    pub fn own() -> Self {
-        let tmpfs = private_tmpfs("within_size", NO_LIMIT, "0777");
-        let tmpfs = tmpfs.inspect_err(|error| tracing::info!("no huge pages for remote data: {error}")).ok();
-        Maker { area: Area::Image, limit: NO_LIMIT, tmpfs }
+    /// A place for data that came from elsewhere, whose owner keeps a limit itself.
+    pub fn unlimited() -> Self {
+        Self::new(Area::Image, NO_LIMIT)
     }
 
     /// Most bytes of all files together.
@@ -95,13 +93,13 @@ fn no_room(errno: nix::errno::Errno) -> Error {
 }
 
 /// Makes a tmpfs that is mounted nowhere, by fsopen(2), fsconfig(2) and fsmount(2).
-fn private_tmpfs(huge: &str, limit: u64, mode: &str) -> Result<OwnedFd> {
+fn private_tmpfs(huge: &str, limit: u64) -> Result<OwnedFd> {
     let name = c"tmpfs";
     // SAFETY: `name` is a terminated string that outlives the call.
     let context = unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), FSOPEN_CLOEXEC) };
     let context = owned(context).context(|| "fsopen".into())?;
     let size = limit.to_string();
-    for (key, value) in [("source", "vineyard-fs"), ("huge", huge), ("size", &size), ("mode", mode)] {
+    for (key, value) in [("source", "vineyard-fs"), ("huge", huge), ("size", &size), ("mode", "0700")] {
         configure(&context, FSCONFIG_SET_STRING, Some((key, value)))
             .context(|| format!("tmpfs option {key}={value}"))?;
     }

@@ -120,6 +120,17 @@ impl KeeperLink {
         Ok(self.descriptor(&Request::Leftovers)?.map(std::fs::File::from))
     }
 
+    /// A memory file of `size` zeros for this server alone.
+    ///
+    /// # Errors
+    /// If the keeper cannot make it.
+    pub fn memory(&self, size: u64) -> Result<OwnedFd> {
+        match self.ask(&Request::Memory { size })? {
+            (Reply::Descriptor, Some(fd)) => Ok(fd),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     /// All kept files, as a server finds them at its start.
     ///
     /// # Errors

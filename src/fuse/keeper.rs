@@ -148,6 +148,7 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         failures: 0,
         // A server that is not the mount's first one adopts what is there.
         starts: u64::from(resumed),
+        first_epoch: if resumed { seconds_up() } else { 0 },
         successor,
         handed_over: false,
         ready: false,
@@ -235,6 +236,9 @@ struct Keeper {
     /// Servers that died soon after their start, in a row.
     failures: usize,
     starts: u64,
+    /// Epoch of the first server. A keeper that goes on with a mount does not know how many servers it had: there was less
+    /// than one a second.
+    first_epoch: u64,
     /// Who holds a copy of the connection.
     successor: Option<Successor>,
     /// The mount is the holder's now, and must stay.
@@ -503,6 +507,7 @@ impl Keeper {
             }
             Request::Files { after } => Ok((Reply::Files { files: self.files.list(after) }, None)),
             Request::File { key } => self.files.get(key).map(|(kept, fd)| (Reply::File(kept), Some(fd))),
+            Request::Memory { size } => self.files.memory(size).map(|fd| (Reply::Descriptor, Some(fd))),
             Request::CreateFile { area, size } => {
                 let fuse = self.no_passthrough.is_none().then(|| self.mounted.fuse.as_fd());
                 self.files.create(area, size, fuse).map(|(kept, fd)| (Reply::File(kept), Some(fd)))
@@ -536,7 +541,14 @@ impl Keeper {
             flags: self.agreed.flags,
             no_passthrough: self.no_passthrough.clone(),
             restarts: self.starts.saturating_sub(1),
+            epoch: self.first_epoch.saturating_add(self.starts.saturating_sub(1)),
             keeper_pid: std::process::id(),
         }
     }
+}
+
+/// Time since the machine was started, which never jumps.
+fn seconds_up() -> u64 {
+    use nix::time::{ClockId, clock_gettime};
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(1, |time| u64::try_from(time.tv_sec()).unwrap_or(1))
 }

@@ -48,6 +48,11 @@ pub enum Request {
         /// Its key.
         key: u64,
     },
+    /// A memory file of so many bytes that the keeper does not keep.
+    Memory {
+        /// Its size.
+        size: u64,
+    },
     /// A new memory file.
     CreateFile {
         /// What it is for.
@@ -102,7 +107,7 @@ pub enum Reply {
     },
     /// To [`Request::CreateFile`] and [`Request::File`]; the descriptor comes along.
     File(KeptFile),
-    /// To [`Request::Connect`], [`Request::Leftovers`], [`Request::Journal`] and [`Request::Metrics`]; the descriptor comes along, if there is one.
+    /// To [`Request::Memory`], [`Request::Connect`], [`Request::Leftovers`], [`Request::Journal`] and [`Request::Metrics`]; the descriptor comes along, if there is one.
     Descriptor,
     /// To [`Request::States`]; empty at the end.
     States {
@@ -151,6 +156,9 @@ pub struct Hello {
     pub no_passthrough: Option<String>,
     /// How many servers this mount had before.
     pub restarts: u64,
+    /// A number that no server of this mount had before, also under another keeper.
+    #[serde(default)]
+    pub epoch: u64,
     /// Process id of the keeper.
     pub keeper_pid: u32,
 }

@@ -19,12 +19,11 @@ use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
 use super::adapter::{Adapter, Shared};
-use super::area::Maker;
 use super::handshake::{self, Agreed};
 use super::host::{KeeperHost, KeeperLink, forward};
 use super::keeper::watchdog::BEAT;
 use super::protocol::{Hello, Request, VERSION};
-use super::sandbox::{self, Network, Sandbox};
+use super::sandbox::{self, Sandbox};
 use super::stats::Stats;
 use super::workers::Workers;
 use super::{metrics, privileges, status};
@@ -103,8 +102,6 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let unanswered = journal.begin();
     let journal = Arc::new(journal);
     journal.beat();
-    // Needs a privilege that is dropped next.
-    let memory = Maker::own();
     let sandbox = prepare_process(&hello)?;
     let beating = journal.clone();
     thread("heartbeat", move || {
@@ -116,7 +113,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
 
     release_unknown_files(link)?;
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
-    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host), memory)?);
+    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
     let shared = Arc::new(Shared {
         fs,
         stats: Stats::default(),
@@ -132,12 +129,12 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
     thread("warm-up", move || drop(fs.warm_up()))?;
+    let fs = shared.fs.clone();
+    thread("reclaim", move || reclaim(&fs))?;
     if hello.config.migrate == RemotePolicy::Full {
         let fs = shared.fs.clone();
         thread("copies", move || fs.copy_wishes())?;
     }
-    let fs = shared.fs.clone();
-    thread("reclaim", move || reclaim(&fs))?;
     let reporter = Arc::new(Reporter { shared, restarts: hello.restarts, sandbox, asking: Arc::default() });
     let dumping = reporter.clone();
     thread("state dump", move || dump_on_signal(&dumping))?;
@@ -229,8 +226,7 @@ fn prepare_process(hello: &Hello) -> Result<Sandbox> {
     privileges::raise_open_files();
     privileges::drop_all()?;
     privileges::end_with_parent(hello.keeper_pid)?;
-    let network = if hello.config.migrate == RemotePolicy::Never { Network::None } else { Network::Connects };
-    let sandbox = sandbox::enter(network);
+    let sandbox = sandbox::enter();
     for missing in &sandbox.missing {
         tracing::warn!("the server is not locked in as it should be: {missing}");
     }
@@ -261,22 +257,23 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 }
 
 /// The filesystem over the store that the keeper connects to.
-fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>, memory: Maker) -> Result<FileSystem> {
+fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
-    let memory: MemoryMaker = Arc::new(move |size| memory.create(size));
-    let remote = RemoteOptions {
-        policy: config.migrate,
-        cache_size: config.cache_size,
-        memory: Some(memory),
-        ..RemoteOptions::default()
-    };
     let leftovers = match link.leftovers().and_then(|file| file.map(Journal::open).transpose()) {
         Ok(leftovers) => leftovers,
         Err(error) => {
             tracing::warn!("what this server leaves in the store if it is killed stays there: {error}");
             None
         }
+    };
+    let maker = link.clone();
+    let memory: MemoryMaker = Arc::new(move |size| maker.memory(size));
+    let remote = RemoteOptions {
+        policy: config.migrate,
+        cache_size: config.cache_size,
+        memory: Some(memory),
+        ..RemoteOptions::default()
     };
     let options = ClientOptions::connector(Box::new(move |_deadline| link.connect()))
         .deadline(Duration::from_millis(config.deadline_ms))
@@ -287,7 +284,7 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>, m
         0 => Client::connect(options)?,
         _ => Client::new(options)?,
     };
-    let options = Options { epoch: hello.restarts, ..config.filesystem() };
+    let options = Options { epoch: hello.epoch, ..config.filesystem() };
     let fs = FileSystem::new(Arc::new(client), host, options);
     fs.adopt();
     Ok(fs)
@@ -338,5 +335,22 @@ impl Reporter {
             return json!({"error": error.to_string()});
         }
         answer.recv_timeout(STORE_PATIENCE).unwrap_or_else(|_| json!({"error": "the store does not answer"}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn lost_requests_are_answered_with_an_error() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        refuse_unanswered(&write, &[5]);
+        let mut reply = [0; 17];
+        assert_eq!(nix::unistd::read(&read, &mut reply).unwrap(), 16);
+        assert_eq!(reply[..4], 16u32.to_ne_bytes());
+        assert_eq!(reply[4..8], (-libc::EIO).to_ne_bytes());
+        assert_eq!(reply[8..16], 5u64.to_ne_bytes());
     }
 }

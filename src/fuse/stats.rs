@@ -69,6 +69,9 @@ operations!(
     Lseek,
 );
 
+/// One number of a counter.
+type Reading = fn(&Counter) -> u64;
+
 struct Counter {
     count: AtomicU64,
     errors: AtomicU64,
@@ -159,7 +162,7 @@ impl Stats {
     /// Adds the counters in the text format of Prometheus; operations that never happened are left out.
     pub fn write_metrics(&self, out: &mut String) {
         let used = || OPERATIONS.iter().zip(&self.counters).filter(|(_, counter)| counter.count.load(Relaxed) > 0);
-        let kinds: [(&str, &str, fn(&Counter) -> u64); 3] = [
+        let kinds: [(&str, &str, Reading); 3] = [
             ("requests_total", "Requests answered.", |counter| counter.count.load(Relaxed)),
             ("request_errors_total", "Requests answered with an error.", |counter| counter.errors.load(Relaxed)),
             ("request_bytes_total", "Bytes that requests moved.", |counter| counter.bytes.load(Relaxed)),

@@ -216,6 +216,7 @@ impl Mapping {
         // allocated before they are stored to.
         let base =
             unsafe { mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, target, 0) }
+                .map_err(|errno| no_room(errno.into()))
                 .context(|| format!("mapping a memory file of {size} bytes"))?;
         Ok(Mapping { base: base.cast(), len })
     }

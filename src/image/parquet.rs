@@ -36,11 +36,19 @@ const MAGIC: &[u8] = b"PAR1";
 /// Version of the format in the footer: 2 for files with the logical types of format 2.
 const VERSION: i32 = 2;
 
-/// Checks that Parquet has all types of a table.
+/// Most row groups of a file: their numbers have 16 bits (`ordinal` of `RowGroup`, `parquet.thrift`).
+const MAX_GROUPS: u64 = i16::MAX as u64;
+
+/// Checks that Parquet has all types of a table, and room for its rows.
 ///
 /// # Errors
 /// `Unsupported`, naming the column.
 pub fn supports(table: &Table) -> Result<()> {
+    let rows = table.batches.iter().fold(0u64, |sum, batch| sum.saturating_add(batch.rows));
+    // A group is full to more than half: a batch that is not cut did not fit beside the rows before it.
+    if rows / group::ROWS > MAX_GROUPS / 2 {
+        return Err(Error::new(Kind::Unsupported, format!("{rows} rows are too many for a Parquet file")));
+    }
     types::convert(&table.schema).map(drop)
 }
 
@@ -91,13 +99,28 @@ struct Layout {
 
 impl Layout {
     fn of(table: &Table) -> Result<Layout> {
-        let (stored, descriptor) = types::convert(&table.schema)?;
+        supports(table)?;
+        let (stored, descriptor) = types::convert(&nullable_where_null(table))?;
         for batch in &table.batches {
             super::arrow::check_batch(&table.schema, batch)?;
         }
         let plans = Plan::of_table(table, &stored, &descriptor);
         Ok(Layout { descriptor, stored, plans })
     }
+}
+
+/// The schema, with what has nulls as nullable: files may say otherwise, and most programs do not mind.
+fn nullable_where_null(table: &Table) -> Schema {
+    let has_nulls = |i: usize| {
+        let columns = table.batches.iter().filter_map(|batch| batch.columns.get(i));
+        columns.into_iter().any(|column| column.null_count.is_some_and(|count| count > 0))
+    };
+    let fields =
+        table.schema.fields().iter().enumerate().map(|(i, field)| match field.is_nullable() || !has_nulls(i) {
+            true => field.clone(),
+            false => Arc::new(field.as_ref().clone().with_nullable(true)),
+        });
+    Schema::new_with_metadata(fields.collect::<Vec<_>>(), table.schema.metadata().clone())
 }
 
 /// Appends one row group and returns its entry in the footer.

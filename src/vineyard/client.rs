@@ -1,7 +1,6 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
 mod delete;
-mod elsewhere;
 mod metadata;
 
 use std::collections::{BTreeMap, HashMap};
@@ -219,6 +218,7 @@ impl Client {
             journal.note(ids);
         }
     }
+
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
     fn give_back(&self, made: &[NewBlob]) {
         let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
@@ -462,8 +462,7 @@ impl Store for Client {
     fn drop_blobs(&self, ids: &[ObjectId]) -> Result<()> {
         let requests: Vec<Request> =
             ids.iter().filter(|id| id.is_stored_blob()).map(|id| Request::DropBuffer { id: id.0 }).collect();
-        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)?;
-        Ok(())
+        self.tell(&requests, "drop_buffer_reply", Refusal::is_absence)
     }
 
     fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>> {

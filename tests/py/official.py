@@ -30,6 +30,11 @@ def frames():
     shuffled = np.random.default_rng(0).permutation(n)
     yield "shuffled", base.set_index(pd.Index(shuffled, name="key"))
     yield "dates", base.set_index(pd.date_range("2020-01-01", periods=n, freq="s", unit="us").rename("when"))
+    for unit in ["ms", "us", "ns"]:
+        times = pd.Series(pd.date_range("2020-01-01", periods=n, freq="s", unit=unit))
+        berlin = times.dt.tz_localize("Europe/Berlin", ambiguous=False, nonexistent="shift_forward")
+        yield f"times_{unit}", base.assign(t=times, z=berlin, u=times.dt.tz_localize("UTC"))
+        yield f"nat_{unit}", base.assign(t=times.where(times.index % 3 > 0), z=berlin.where(times.index % 4 > 0))
     yield "single", base[:1]
     yield "empty", base[:0]
     text = pd.Series([None if i % 4 == 2 else f"wört {i}" for i in range(n)], dtype=object)

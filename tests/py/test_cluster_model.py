@@ -34,6 +34,9 @@ class Model:
         self.homes = {}
         self.last = 0
         self.counts = {}
+        self.history = []
+        #: What could not be saved stays readable on the mount that it was written on.
+        self.unsaved = {}
         self.dead_ids = set()
 
     def frame(self, version):
@@ -47,24 +50,33 @@ class Model:
     def count(self, what):
         self.counts[what] = self.counts.get(what, 0) + 1
 
-    def run(self, action, *arguments):
+    def run(self, action, mount, *names):
+        entry = [action.__name__, self.mounts.index(mount), *names]
         try:
-            result = action(*arguments)
-            self.count(action.__name__)
-            return result
-        except (OSError, pa.ArrowException) as error:
-            number = getattr(error, "errno", None)
-            assert number in LOST or number is None, f"{action.__name__} {arguments}: {error!r}"
-            self.count(f"{action.__name__}: {errno.errorcode.get(number, 'error')}")
-            return error
+            try:
+                entry.append(action(mount, *names))
+                self.count(action.__name__)
+            except (OSError, pa.ArrowException) as error:
+                number = getattr(error, "errno", None)
+                assert number in LOST or number is None, f"{entry}: {error!r}"
+                self.count(f"{action.__name__}: {errno.errorcode.get(number, 'error')}")
+                entry.append(repr(error)[:60])
+        except AssertionError as error:
+            before = "\n".join(map(str, self.history[-80:]))
+            logs = "\n".join(line for mount in self.mounts for line in mount.log.read_text().splitlines()[-30:])
+            raise AssertionError(f"{entry}: {error}\nbefore it:\n{before}\nlogs:\n{logs}") from error
+        self.history.append(entry)
 
     def save(self, mount, name):
         self.last += 1
         version, former = self.last, self.versions[name]
         self.homes[version] = {self.instance(mount).id}
         self.versions[name] = former | {version}
+        self.unsaved[mount, name] = version
         self.frame(version).to_feather(mount / f"{name}.arrow", compression="uncompressed")
+        del self.unsaved[mount, name]
         self.versions[name] = {version}
+        return version
 
     def read(self, mount, name):
         possible = self.versions[name]
@@ -74,16 +86,19 @@ class Model:
             assert ABSENT in possible or any(map(self.lost, possible)), f"{name}: {possible} is not found"
             return
         except OSError:
-            # Nothing that lives may be unreadable while nothing is being killed.
-            assert any(map(self.lost, possible)), f"{name}: {possible} of {self.homes} cannot be read, {self.dead_ids}"
+            # Nothing that lives may be unreadable; what was just removed elsewhere may be known here for a second.
+            assert ABSENT in possible or any(map(self.lost, possible)), f"{name}: {possible} of {self.homes} cannot be read, {self.dead_ids}"
             raise
         values = set(found.to_numpy().ravel().tolist())
         assert len(values) == 1, f"{name} is a mixture of {values}"
         [version] = values
+        if version == self.unsaved.get((mount, name)):
+            return version
         assert version in possible, f"{name} is {version}, not one of {possible}"
         assert len(found) == len(self.frame(version)), f"{name} {version} is not whole"
         if len(possible) > 1:
             self.versions[name] = {version}
+        return version
 
     def remove(self, mount, name):
         self.versions[name] = self.versions[name] | {ABSENT}
@@ -96,6 +111,10 @@ class Model:
         self.versions[name], self.versions[other] = before | {ABSENT}, over | before
         os.rename(mount / f"{name}.arrow", mount / f"{other}.arrow")
         self.versions[name], self.versions[other] = {ABSENT}, before - {ABSENT}
+        if (mount, name) in self.unsaved:
+            # Renaming publishes it.
+            self.versions[other] = self.versions[other] | {self.unsaved.pop((mount, name))}
+        return other
 
     def pin(self, mount, name):
         possible = self.versions[name]

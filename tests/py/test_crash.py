@@ -125,7 +125,8 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
         kills.append(time.monotonic())
         os.kill(server, signal.SIGKILL)
         deadline = time.monotonic() + 20
-        while (now := mount.status()["server"]["pid"]) in (None, server):
+        # On a busy machine the keeper itself may take longer than `status` waits.
+        while (now := mount.status().get("server", {}).get("pid")) in (None, server):
             assert time.monotonic() < deadline, "no server comes back"
             time.sleep(0.02)
         server = now

@@ -70,6 +70,9 @@ def view_problem(path, view: str, made: Made, expected: pa.Table) -> str | None:
             return where
     else:
         found = read_arrow(path.read_bytes())
+        zones = lambda table: [getattr(dtype, "tz", None) for dtype in table.schema.types]
+        if zones(found) != zones(expected):
+            return f"zones {zones(found)}, expected {zones(expected)}"
         if not made.file.endswith("parquet") and not tables.same_schema(found.schema, expected.schema):
             return f"schema {found.schema}, expected {expected.schema}"
         if where := tables.difference(found, expected):

@@ -2,13 +2,15 @@
 //!
 //! Layout: `python/vineyard/data/dataframe.py` and `python/vineyard/data/index.py` of v6d 0.24. What decides are the
 //! `pandas` key of the schema (<https://pandas.pydata.org/docs/development/developer.html>) and the values: numbers without
-//! nulls (NaN under a null of a float column is as good), booleans without nulls, strings of `object` columns.
+//! nulls (NaN under a null of a float column is as good), booleans without nulls, strings of `object` columns, times with or
+//! without a named zone.
 
 use arrow_schema::{DataType, Schema, TimeUnit};
 use serde_json::Value;
 
 use super::check;
 use super::column::{Column, width};
+use super::datetimes::{NOT_A_TIME, Times};
 use super::join::{buffer_bytes, join_batches};
 use super::native;
 use super::plan::{Draft, Field, Part, field};
@@ -107,6 +109,8 @@ struct Cells {
     descr: String,
     /// True for strings, whose buffer is an array object.
     strings: bool,
+    /// Times, which are no tensor but a pickle.
+    times: Option<Times>,
 }
 
 /// The tensor type of a column, by its Arrow type and numpy's.
@@ -131,15 +135,47 @@ fn cells(data_type: &DataType, numpy_type: &str, pandas_type: &str, index: bool)
             TimeUnit::Microsecond => "<M8[us]",
             TimeUnit::Nanosecond => "<M8[ns]",
         },
+        Timestamp(..) if !index => {
+            let times = Times::of(data_type).filter(|times| times.numpy_type() == numpy_type)?;
+            let nothing = String::new;
+            return Some(Cells {
+                parameter: nothing(),
+                value_type: nothing(),
+                descr: nothing(),
+                strings: false,
+                times: Some(times),
+            });
+        }
         Utf8 | LargeUtf8 if numpy_type == "object" && pandas_type == "unicode" => {
             let text = |t: &str| t.to_owned();
             let parameter = text("std::string");
-            return Some(Cells { parameter, value_type: text("string"), descr: text("str"), strings: true });
+            return Some(Cells {
+                parameter,
+                value_type: text("string"),
+                descr: text("str"),
+                strings: true,
+                times: None,
+            });
         }
         _ => return None,
     };
     let (parameter, value_type) = super::npy::element(descr)?;
-    (numpy_type == value_type).then(|| Cells { parameter, value_type, descr: descr.into(), strings: false })
+    (numpy_type == value_type).then(|| Cells {
+        parameter,
+        value_type,
+        descr: descr.into(),
+        strings: false,
+        times: None,
+    })
+}
+
+/// True if every null of a column of times has `NaT` below it, as pandas writes them, and nothing else has.
+fn nat_under_nulls(column: &Column, staged: &[u8]) -> Result<bool> {
+    let bitmap = buffer_bytes(&column.buffer(0), staged)?;
+    let values = buffer_bytes(&column.buffer(1), staged)?;
+    let is_nat = |value: &[u8]| value == NOT_A_TIME.to_le_bytes();
+    let is_null = |i: usize| !bitmap.is_empty() && !check::bit(&bitmap, i);
+    Ok(values.chunks_exact(8).enumerate().all(|(i, value)| is_null(i) == is_nat(value)))
 }
 
 /// True if every null of a float column has a NaN below it, as pandas writes them.
@@ -195,6 +231,12 @@ pub(super) fn frame(draft: &mut Draft, batches: &Batches, staged: &[u8]) -> Resu
         }
     };
     for (i, (column, kind)) in columns.iter().zip(&kinds).enumerate() {
+        if kind.times.is_some() {
+            if !nat_under_nulls(column, staged)? {
+                return Ok(None);
+            }
+            continue;
+        }
         if column.null_count == 0 || (kind.strings && pandas.labels.get(i).is_some_and(Option::is_some)) {
             continue;
         }
@@ -241,7 +283,7 @@ fn build(
     }
     if let Some((start, step)) = pandas.range {
         let (parameter, value_type) = ("int64".to_owned(), "int64".to_owned());
-        let kind = Cells { parameter, value_type, descr: "<i8".into(), strings: false };
+        let kind = Cells { parameter, value_type, descr: "<i8".into(), strings: false, times: None };
         let values = (0..rows as i64).flat_map(|i| (start + i * step).to_le_bytes()).collect();
         let column =
             Column { len: rows, buffers: vec![vec![], vec![Part::owned(values)]], ..Column::empty(&DataType::Int64) };
@@ -266,6 +308,13 @@ fn add_index(draft: &mut Draft, root: &mut Vec<(String, Field)>, name: &Value, k
 }
 
 fn tensor(draft: &mut Draft, column: &Column, kind: &Cells, rows: u64, staged: &[u8]) -> Result<Field> {
+    if let Some(times) = &kind.times {
+        let parts = times.pickle(rows, column.buffer(1));
+        let size: u64 = parts.iter().map(Part::len).sum();
+        let buffer = draft.blob(parts);
+        let fields = vec![field("size_", size), field("nbytes", size), ("buffer_".into(), buffer)];
+        return Ok(draft.object("vineyard::PickleBuffer", fields));
+    }
     let (buffer, nbytes) = if kind.strings {
         (native::array(draft, column)?, rows * 8)
     } else if column.data_type == DataType::Boolean {

@@ -29,6 +29,22 @@ pub(super) struct Node {
     children: Vec<Node>,
 }
 
+/// The entries of a map are never null (`Schema.fbs` of the Arrow format): an array of another type cannot be made.
+fn check_maps(data_type: &DataType) -> Result<()> {
+    use DataType::*;
+    match data_type {
+        Map(entries, _) if entries.is_nullable() => Err(Error::malformed("a map whose entries may be null")),
+        Map(f, _) | List(f) | LargeList(f) | ListView(f) | LargeListView(f) | FixedSizeList(f, _) => {
+            check_maps(f.data_type())
+        }
+        Struct(fields) => fields.iter().try_for_each(|f| check_maps(f.data_type())),
+        Union(fields, _) => fields.iter().try_for_each(|(_, f)| check_maps(f.data_type())),
+        Dictionary(_, values) => check_maps(values),
+        RunEndEncoded(_, values) => check_maps(values.data_type()),
+        _ => Ok(()),
+    }
+}
+
 /// The schema of a file or stream.
 #[derive(Clone, Debug)]
 pub(super) struct Layout {
@@ -46,6 +62,7 @@ impl Layout {
             return Err(Error::malformed("big-endian Arrow data"));
         }
         let schema = arrow_ipc::convert::try_fb_to_schema(fb).map_err(arrow)?;
+        schema.fields().iter().try_for_each(|field| check_maps(field.data_type()))?;
         let fields = fb.fields().ok_or_else(|| Error::malformed("a schema without fields"))?;
         let nodes = schema
             .fields()

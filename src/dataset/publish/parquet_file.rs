@@ -10,9 +10,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float32Type, Float64Type};
-use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, PrimitiveArray, RecordBatch};
+use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, Int64Array, PrimitiveArray, RecordBatch};
 use arrow_data::ArrayData;
 use arrow_schema::{DataType, Field as ArrowField, Fields, Schema, SchemaRef};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
@@ -23,6 +25,7 @@ use parquet::file::metadata::PageIndexPolicy;
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::column::Column;
+use super::datetimes::NOT_A_TIME;
 use super::ipc::arrow;
 use super::join::buffer_bytes;
 use super::plan::{Draft, Field, Part, PlannedObject};
@@ -121,7 +124,9 @@ impl Decode {
         guarded(|| {
             let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
             let metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
-            let read: Fields = metadata.schema().fields().iter().map(|f| read_field(f, true)).collect();
+            let said = said_schema(&metadata);
+            let read: Fields =
+                metadata.schema().fields().iter().map(|f| read_field(&with_zone(f, said.as_ref()), true)).collect();
             let schema = Arc::new(Schema::new_with_metadata(read, metadata.schema().metadata().clone()));
             // As views, strings take no more memory than their pages, however often they repeat.
             let viewed: Vec<ArrowField> =
@@ -349,7 +354,7 @@ fn column(array: ArrayRef, field: &ArrowField) -> Result<Column> {
     decode::columns(&batch)?.pop().ok_or_else(|| Error::new(Kind::Internal, "a batch without its column"))
 }
 
-/// Floats with NaN in the places of nulls, as pandas has them; the parquet crate leaves zeros there.
+/// Floats with NaN, and times with NaT, in the places of nulls, as pandas has them; the parquet crate leaves zeros there.
 fn nan_under_nulls(array: ArrayRef) -> ArrayRef {
     fn fill<T: ArrowPrimitiveType>(array: &PrimitiveArray<T>, nan: T::Native) -> ArrayRef {
         let values = (0..array.len()).map(|i| if array.is_null(i) { nan } else { array.value(i) });
@@ -362,10 +367,16 @@ fn nan_under_nulls(array: ArrayRef) -> ArrayRef {
     if let Some(floats) = array.as_primitive_opt::<Float64Type>() {
         return fill(floats, f64::NAN);
     }
-    match array.as_primitive_opt::<Float32Type>() {
-        Some(floats) => fill(floats, f32::NAN),
-        None => array,
+    if let Some(floats) = array.as_primitive_opt::<Float32Type>() {
+        return fill(floats, f32::NAN);
     }
+    if matches!(array.data_type(), DataType::Timestamp(..)) {
+        let times = |data: ArrayData| data.into_builder().data_type(DataType::Int64).build();
+        let filled = times(array.to_data()).map(|data| fill(&Int64Array::from(data), NOT_A_TIME).to_data());
+        let filled = filled.and_then(|data| data.into_builder().data_type(array.data_type().clone()).build());
+        return filled.map_or(array, arrow_array::make_array);
+    }
+    array
 }
 
 /// Elements `start..start + rows` of a dictionary column.
@@ -388,6 +399,27 @@ fn slice_keys(whole: &Column, start: u64, rows: u64) -> Result<Column> {
         buffers[1].push(part.slice(start * width..(start + rows) * width)?);
     }
     Ok(Column { len: rows, null_count: nulls, buffers, ..whole.clone() })
+}
+
+/// The Arrow schema that a file's writer kept in its footer, if it did.
+fn said_schema(metadata: &ArrowReaderMetadata) -> Option<Schema> {
+    let pairs = metadata.metadata().file_metadata().key_value_metadata()?;
+    let text = pairs.iter().find(|pair| pair.key == parquet::arrow::ARROW_SCHEMA_META_KEY)?.value.as_ref()?;
+    let bytes = BASE64_STANDARD.decode(text).ok()?;
+    arrow_ipc::convert::try_schema_from_ipc_buffer(&bytes).ok()
+}
+
+/// Times in the zone that the writer said. The parquet crate (60.1) takes its word only where the unit is the same too,
+/// and Parquet has no seconds.
+fn with_zone(field: &Arc<ArrowField>, said: Option<&Schema>) -> Arc<ArrowField> {
+    let said = said.and_then(|schema| schema.field_with_name(field.name()).ok());
+    match (field.data_type(), said.map(ArrowField::data_type)) {
+        (DataType::Timestamp(unit, Some(_)), Some(DataType::Timestamp(_, Some(zone)))) => {
+            let zoned = DataType::Timestamp(*unit, Some(zone.clone()));
+            Arc::new(field.as_ref().clone().with_data_type(zoned))
+        }
+        _ => field.clone(),
+    }
 }
 
 /// The field as it is read: dictionaries are kept at the top level (batches of nested ones cannot share one dictionary

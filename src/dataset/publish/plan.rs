@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::column::Column;
 use super::inflate::Inflated;
 use super::parquet_file::Decode;
+use crate::dataset::recipe::{KEPT, RECIPE, Written, given_up};
 use crate::error::{Error, Kind, Result};
 use crate::vineyard::ObjectId;
 
@@ -175,6 +176,25 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The plan without the bytes of the file beside its decoded columns; `None` if it keeps none.
+    pub fn without_kept(&self) -> Option<Plan> {
+        let mut plan = self.clone();
+        let last = plan.blobs.len().checked_sub(1)?;
+        let root = plan.objects.last_mut()?;
+        let at = root.fields.iter().position(|(key, _)| key == KEPT)?;
+        // It was planned last, so that no other number changes.
+        if root.fields.remove(at).1 != Field::Blob(last) {
+            return None;
+        }
+        let (_, recipe) = root.fields.iter_mut().find(|(key, _)| key == RECIPE)?;
+        let Field::Json(Value::String(text)) = recipe else { return None };
+        let said: Value = serde_json::from_str(text).ok()?;
+        let written = said.get("view").and_then(Value::as_str).and_then(Written::from_extension)?;
+        *recipe = given_up(written).into();
+        plan.blobs.pop();
+        Some(plan)
+    }
+
     /// Sum of the blobs' sizes in bytes, without those that decoding will add.
     pub fn size(&self) -> u64 {
         self.blobs.iter().map(PlannedBlob::size).sum()

@@ -33,6 +33,7 @@ pub type Copies = (Vec<(KeptFile, OwnedFd)>, Vec<(String, String)>);
 pub struct Files {
     images: Maker,
     staging: Maker,
+    memory: Maker,
     kept: BTreeMap<u64, Kept>,
     last_key: u64,
     state: BTreeMap<String, String>,
@@ -45,6 +46,7 @@ impl Files {
         Files {
             images: Maker::new(Area::Image, config.cache_size),
             staging: Maker::new(Area::Staging, config.staging_size),
+            memory: Maker::unlimited(),
             kept: BTreeMap::new(),
             last_key: 0,
             state: BTreeMap::new(),
@@ -96,6 +98,14 @@ impl Files {
         let what = KeptFile { key: self.last_key, area, size, backing, tag: None };
         self.kept.insert(what.key, Kept { file: ours, what: what.clone() });
         Ok((what, file))
+    }
+
+    /// Makes a file of `size` zeros that is not kept.
+    ///
+    /// # Errors
+    /// The errno of making it.
+    pub fn memory(&self, size: u64) -> Result<OwnedFd> {
+        self.memory.create(size)
     }
 
     /// A kept file again.
@@ -228,6 +238,7 @@ mod tests {
         Files {
             images: Maker::new(Area::Image, 1 << 20),
             staging: Maker::new(Area::Staging, 1 << 20),
+            memory: Maker::unlimited(),
             kept: BTreeMap::new(),
             last_key: 0,
             state: BTreeMap::new(),

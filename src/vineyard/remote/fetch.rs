@@ -221,6 +221,10 @@ fn receive(
             position += n as u64;
         }
     }
+    // Replies are shorter.
+    if low_water != 1 {
+        connection.set_low_water(1);
+    }
     Ok(())
 }
 

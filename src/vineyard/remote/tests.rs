@@ -369,3 +369,50 @@ fn what_was_read_of_a_deleted_blob_is_stale() {
     assert_eq!(remote.verify(&[key(2)], &cluster).map_err(|e| e.kind()), Ok(()), "it came whole while it existed");
     assert_eq!(read(&remote, &peer, 1, 0, 1).unwrap_err().kind(), Kind::Stale);
 }
+
+#[test]
+fn large_blobs_are_received_to_where_they_stay() {
+    let made = Arc::new(AtomicUsize::new(0));
+    let count = made.clone();
+    let memory: MemoryMaker = Arc::new(move |size| {
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        count.fetch_add(1, Ordering::Relaxed);
+        let file = memfd_create(c"large", MFdFlags::MFD_CLOEXEC)?;
+        nix::unistd::ftruncate(&file, size as i64)?;
+        Ok(file)
+    });
+    let len = 40 << 20;
+    let peer = FakePeer::start(&[len, 5 << 20, 1000]);
+    let remote = remote_with(RemoteOptions { memory: Some(memory), ..RemoteOptions::default() });
+    let cluster = || peer.cluster();
+    assert!(read(&remote, &peer, 1, 0, 100).unwrap() == bytes(1, len)[..100]);
+    // It pauses, and begins anew: what is here stays as it is.
+    let early = remote.arrived(key(1), 50..5000, &cluster).unwrap().unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    std::thread::scope(|scope| {
+        for reader in 0..4 {
+            let (remote, peer) = (&remote, &peer);
+            scope.spawn(move || {
+                for piece in (0..40).map(|piece| ((piece * 7 + reader * 11) % 40) << 20) {
+                    let found = read(remote, peer, 1, piece as u64, 1 << 20).unwrap();
+                    assert!(found == bytes(1, len)[piece..][..1 << 20]);
+                }
+            });
+        }
+    });
+    assert!(early.as_ref() == &bytes(1, len)[50..5000]);
+    let whole = remote.arrived(key(2), 0..5 << 20, &cluster).unwrap().unwrap();
+    assert!(whole.as_ref() == bytes(2, 5 << 20));
+    assert_eq!(read(&remote, &peer, 3, 0, 1000).unwrap(), bytes(3, 1000));
+    assert!(remote.arrived(key(3), 7..7, &cluster).unwrap().is_none());
+    assert_eq!(remote.arrived(key(3), 0..1001, &cluster).unwrap_err().kind(), Kind::Malformed);
+    assert_eq!(made.load(Ordering::Relaxed), 2, "small blobs need none");
+    // The same connections go on.
+    peer.set(Fault::Zstd);
+    peer.shared.blobs.lock().unwrap().insert(id(4), bytes(4, 6 << 20));
+    assert!(read(&remote, &peer, 4, 0, 6 << 20).unwrap() == bytes(4, 6 << 20));
+    // Without memory, small pages do.
+    let none: MemoryMaker = Arc::new(|_| Err(Error::new(Kind::Full, "none")));
+    let remote = remote_with(RemoteOptions { memory: Some(none), ..RemoteOptions::default() });
+    assert!(read(&remote, &peer, 2, 0, 5 << 20).unwrap() == bytes(2, 5 << 20));
+}

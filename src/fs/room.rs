@@ -1,0 +1,87 @@
+//! Room in a full store: bytes of files whose columns are stored decoded can be made anew, if not byte for byte, so
+//! they are given up before a save fails.
+
+use super::FileSystem;
+use crate::dataset::publish::{self, Plan, Published, Staged};
+use crate::dataset::recipe::without_kept;
+use crate::error::{Kind, Result};
+use crate::vineyard::store::NameQuery;
+use crate::vineyard::{Meta, ObjectId};
+
+/// Objects whose metadata is looked at with one call.
+const BATCH: usize = 256;
+
+impl FileSystem {
+    /// Stores what is planned. If the store is full, kept files go first: those of other datasets, at last this one's.
+    ///
+    /// # Errors
+    /// As [`publish::realize`].
+    pub(super) fn realize(&self, plan: &Plan, input: &Staged<'_>) -> Result<Published> {
+        let mut result = publish::realize(&*self.store, plan, input);
+        let is_full = |result: &Result<Published>| result.as_ref().is_err_and(|error| error.kind() == Kind::Full);
+        if is_full(&result) && self.give_up_kept(plan.size())? > 0 {
+            result = publish::realize(&*self.store, plan, input);
+        }
+        if is_full(&result)
+            && let Some(smaller) = plan.without_kept()
+        {
+            result = publish::realize(&*self.store, &smaller, input);
+            if let Ok(published) = &mut result {
+                let lost = "the store is short of room: the file reads back as an equal table, not byte for byte";
+                published.warnings.push(lost.into());
+            }
+        }
+        result
+    }
+
+    /// Gives up kept files until `wanted` bytes are free; returns how many bytes became free.
+    fn give_up_kept(&self, wanted: u64) -> Result<u64> {
+        let names = self.store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }])?;
+        let names: Vec<(String, ObjectId)> = names.into_iter().flatten().collect();
+        let mut freed = 0;
+        for batch in names.chunks(BATCH) {
+            let ids: Vec<ObjectId> = batch.iter().map(|(_, id)| *id).collect();
+            let metas = self.store.metas(&ids, false)?;
+            for (name, id) in batch {
+                if freed >= wanted.max(1) {
+                    return Ok(freed);
+                }
+                let Some(Ok(meta)) = metas.get(id) else { continue };
+                match self.give_up(name, meta) {
+                    Ok(bytes) => freed += bytes,
+                    Err(error) => tracing::info!("{name:?} keeps the bytes of its file: {error}"),
+                }
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Replaces an object by one without its file's bytes. Returns how many bytes that frees.
+    fn give_up(&self, name: &str, meta: &Meta) -> Result<u64> {
+        if meta.instance() != self.store.instance()?.id {
+            return Ok(0);
+        }
+        let Some(content) = without_kept(meta) else { return Ok(0) };
+        let before = self.store.status()?.memory_usage;
+        let _unit = self.unit();
+        let Some(created) = self.store.create_objects(vec![content])?.pop() else { return Ok(0) };
+        let named = self.store.persist(created.id).and_then(|()| {
+            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            if self.object_of(name)? != Some(meta.id()) {
+                return Ok(false);
+            }
+            self.suspect(&[meta.id()]);
+            self.store.put_name(name, created.id).map(|()| true)
+        });
+        match named {
+            Ok(true) => self.delete_unnamed(meta.id()),
+            Ok(false) => self.delete_object(created.id),
+            Err(error) => {
+                self.delete_object(created.id);
+                return Err(error);
+            }
+        }
+        self.warn(format!("the store is short of room: {name:?} reads back as an equal table, not byte for byte"));
+        Ok(before.saturating_sub(self.store.status()?.memory_usage))
+    }
+}
