@@ -14,8 +14,10 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
+use vineyard_fs::csi::identity::IdentityService;
 use vineyard_fs::csi::proto::controller_server::{Controller, ControllerServer};
 use vineyard_fs::csi::proto::controller_service_capability::{Rpc, Type, rpc};
+use vineyard_fs::csi::proto::identity_server::IdentityServer;
 use vineyard_fs::csi::proto::{
     ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
     CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse, Volume,
@@ -65,10 +67,12 @@ fn csi_sanity_passes() {
     node.add(&store, "v");
     let controller = node.path("controller.sock");
     let listening = controller.clone();
+    let identity = IdentityServer::new(IdentityService { mounter: node.path("kubelet/plugins/fs/mounter.sock") });
     std::thread::spawn(move || {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
             let incoming = UnixListenerStream::new(UnixListener::bind(listening).unwrap());
-            Server::builder().add_service(ControllerServer::new(Names)).serve_with_incoming(incoming).await.unwrap();
+            let server = Server::builder().add_service(ControllerServer::new(Names)).add_service(identity);
+            server.serve_with_incoming(incoming).await.unwrap();
         });
     });
     let endpoint = |name: &str| format!("unix://{}", node.path(name).display());

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use crate::fuse::{mountinfo, protocol};
 #[derive(Clone, Debug, Default)]
 pub struct Holder {
     held: Arc<Mutex<HashMap<PathBuf, Handed>>>,
+    closing: Arc<AtomicBool>,
 }
 
 impl Holder {
@@ -89,6 +91,10 @@ impl Holder {
                 (Message::State { key, value }, _) => {
                     self.with(current.as_deref(), |handed| handed.state.push((key, value)))?;
                 }
+                (Message::Complete, _) if self.closing.load(Ordering::Acquire) => {
+                    // What is taken now would be lost; the keeper tries the next holder.
+                    return Ok(());
+                }
                 (Message::Complete, _) => {
                     protocol::send(keeper.as_fd(), &Message::Done, None, true)?;
                     tracing::info!("{current:?} is held until another keeper takes it");
@@ -110,6 +116,11 @@ impl Holder {
             Some(()) => Ok(()),
             None => Err(Error::malformed("a part of no connection")),
         }
+    }
+
+    /// Takes nothing over any more: this process is about to end.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
     }
 
     /// Drops what is mounted nowhere any more.
@@ -188,6 +199,9 @@ mod tests {
         // Once the next one has made it its own, the files are that one's alone.
         next.deposit(&handed(&point)).unwrap();
         assert!(next.take(&point).unwrap().unwrap().files.is_empty());
+        holder.drop_unused().unwrap();
+        holder.close();
+        assert!(Link::connect(&path).unwrap().hand_over(&handed(&point)).is_err(), "it is about to end");
         holder.drop_unused().unwrap();
         assert!(next.take(&point).unwrap().is_none(), "no mount has that number");
     }

@@ -85,7 +85,7 @@ async fn serve(mut options: Options) -> Result<()> {
     let identity = IdentityService { mounter: state.mounter_socket() };
     let holder = Holder::start(&state.holder_socket())?;
     let node = NodeService::new(options.node.clone(), state.clone(), metrics);
-    let repairing = node.clone();
+    let (repairing, closing, holder_socket) = (node.clone(), holder.clone(), state.holder_socket());
     tokio::spawn(async move {
         loop {
             let (repairing, holder) = (repairing.clone(), holder.clone());
@@ -111,6 +111,8 @@ async fn serve(mut options: Options) -> Result<()> {
             _ = interrupt.recv() => {}
         }
         tracing::info!("ending");
+        closing.close();
+        std::fs::remove_file(holder_socket).ok();
         ended.send(true).ok();
     };
     let served = Server::builder()
@@ -127,7 +129,6 @@ async fn serve(mut options: Options) -> Result<()> {
         () = patience => Ok(()),
     };
     std::fs::remove_file(&options.endpoint).ok();
-    std::fs::remove_file(state.holder_socket()).ok();
     state.tidy();
     served
 }

@@ -13,8 +13,8 @@
 {{- end }}
 
 {{- define "vineyard-fs.selector" -}}
-app.kubernetes.io/name: {{ include "vineyard-fs.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "vineyard-fs.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "vineyard-fs.labels" -}}

@@ -16,6 +16,9 @@ use crate::fuse::mount::{self, Mounted};
 use crate::fuse::mountinfo;
 use crate::fuse::runtime::{KeeperRecord, Runtime};
 
+/// How long a mount waits for a holder that has gone, when it is to be handed over. Less than servers wait for their
+/// keeper.
+const NO_HOLDER: Duration = Duration::from_secs(8);
 /// How often a holder is looked for.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -188,25 +191,44 @@ impl Keeper {
         if self.successor.is_none() || self.ending.is_some() || !in_use(self.mounted.device, &self.config.mountpoint) {
             return false;
         }
+        let until = Instant::now() + NO_HOLDER;
+        loop {
+            match self.try_hand_over() {
+                Ok(()) => {
+                    tracing::info!("the mount is handed over");
+                    self.handed_over = true;
+                    return true;
+                }
+                // A holder that is being replaced itself comes back.
+                Err(error) if Instant::now() < until => {
+                    tracing::debug!("not handed over yet: {error}");
+                    std::thread::sleep(NO_HOLDER / 80);
+                }
+                Err(error) => {
+                    tracing::error!("the mount cannot be handed over, and goes: {error}");
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn try_hand_over(&mut self) -> Result<()> {
+        let Some(successor) = &mut self.successor else {
+            return Err(Error::new(Kind::Unavailable, "there is no holder"));
+        };
+        if successor.link.is_none() {
+            successor.link = Some(Link::connect(&successor.path)?);
+        }
         if let Some(server) = &mut self.server {
             server.kill();
         }
         // What the server said last may still lie in the socket.
         while self.server.is_some() && self.answer_server() {}
         self.server = None;
-        let handed = connection(&self.config.mountpoint, &self.mounted, self.agreed).and_then(|mut handed| {
-            (handed.files, handed.state) = self.files.copies()?;
-            Ok(handed)
-        });
-        let Some(successor) = &self.successor else { return false };
-        match handed.and_then(|handed| successor.hand_over(&handed)) {
-            Ok(()) => {
-                tracing::info!("the mount is handed over");
-                self.handed_over = true;
-            }
-            Err(error) => tracing::error!("the mount cannot be handed over, and goes: {error}"),
-        }
-        self.handed_over
+        let mut handed = connection(&self.config.mountpoint, &self.mounted, self.agreed)?;
+        (handed.files, handed.state) = self.files.copies()?;
+        let Some(successor) = &mut self.successor else { return Ok(()) };
+        successor.hand_over(&handed).inspect_err(|_| successor.lost())
     }
 }
 
