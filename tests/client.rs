@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use common::vineyardd::Vineyardd;
 use serde_json::{Value, json};
 use vineyard_fs::Kind;
+use vineyard_fs::vineyard::journal::Journal;
 use vineyard_fs::vineyard::store::{NameQuery, NewBlob};
-use vineyard_fs::vineyard::{BlobKey, BlobSource, Client, InstanceId, ObjectId, Store};
+use vineyard_fs::vineyard::{BlobKey, BlobSource, Client, ClientOptions, InstanceId, ObjectId, Store};
 
 const LONG: Duration = Duration::from_secs(10);
 
@@ -302,4 +303,52 @@ fn batches_larger_than_a_request_come_back_whole() {
     client.delete(&objects).unwrap();
     client.drop_blobs(&ids).unwrap();
     assert_eq!(client.status().unwrap().memory_usage, 0);
+}
+
+/// A process that asks for blobs and is killed before it reads a reply: it is told no id.
+fn ask_and_die(server: &Vineyardd, requests: &[Value]) {
+    use std::io::{Read, Write};
+    let mut socket = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
+    let mut send = |message: &Value| {
+        let text = message.to_string();
+        socket.write_all(&(text.len() as u64).to_ne_bytes()).unwrap();
+        socket.write_all(text.as_bytes()).unwrap();
+    };
+    let register = json!({"type": "register_request", "version": "0.24.2", "store_type": "Normal", "session_id": 0,
+        "username": "", "password": "", "support_rpc_compression": false});
+    send(&register);
+    requests.iter().for_each(send);
+    // The replies are there: vineyardd has made them all.
+    std::thread::sleep(Duration::from_millis(300));
+    let mut one = [0; 8];
+    socket.read_exact(&mut one).unwrap();
+}
+
+#[test]
+fn blobs_whose_ids_died_with_the_process_that_asked_are_found() {
+    let server = Vineyardd::start("64Mi");
+    let file = tempfile::tempfile().unwrap();
+    let open = || {
+        let options =
+            ClientOptions::socket(server.socket()).journal(Some(Journal::open(file.try_clone().unwrap()).unwrap()));
+        Client::connect(options).unwrap()
+    };
+    let create = |size: u64| json!({"type": "create_buffer_request", "size": size});
+    let former = open();
+    let unit = former.journal().unwrap().enter();
+    let sealed = put_blob(&former, &[1; 900]);
+    let usage = former.status().unwrap().memory_usage;
+    let _asked = former.journal().unwrap().ask(&[700, 0, 900, 100_000]);
+    // Somebody else fills a blob meanwhile, one of another size and one that comes too late to be ours.
+    ask_and_die(&server, &[create(700), create(5000), create(900), create(100_000), create(900)]);
+    let next = open();
+    let wishes = next.journal().unwrap().unanswered();
+    assert_eq!(wishes.len(), 1);
+    let found = next.unanswered(&wishes[0]).unwrap();
+    assert_eq!(found.len(), 3);
+    next.drop_blobs(&found).unwrap();
+    assert_eq!(next.status().unwrap().memory_usage, usage + 5000 + 900);
+    assert!(next.unanswered(&wishes[0]).unwrap().is_empty(), "the other 900 bytes are not what came first");
+    assert_eq!(get(&next, sealed), [1; 900]);
+    drop(unit);
 }

@@ -1,12 +1,16 @@
 //! What a server that was killed left over in the store: found by its journal, removed if no name leads to it.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use super::FileSystem;
 use crate::error::Result;
 use crate::vineyard::ObjectId;
-use crate::vineyard::journal::Unit;
+use crate::vineyard::journal::{Journal, Unit};
 use crate::vineyard::store::NameQuery;
+
+/// Whoever fills a blob seals it within this time, or is not alive.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
 
 impl FileSystem {
     /// Begins work whose objects no name reaches before it ends.
@@ -42,6 +46,7 @@ impl FileSystem {
     /// What the store answers; what was not settled is looked at again by the next call.
     pub fn reclaim(&self) -> Result<usize> {
         let Some(journal) = self.store.journal() else { return Ok(0) };
+        self.reclaim_unanswered(journal)?;
         let suspects = journal.kept();
         // Deletions that wait for readers of this server are no remains.
         let waiting = self.doomed.lock().unwrap_or_else(|e| e.into_inner()).clone();
@@ -74,5 +79,26 @@ impl FileSystem {
         tracing::info!(objects = unnamed.len(), blobs = blobs.len(), "looked through what a former server left");
         journal.settle(&suspects);
         Ok(suspects.len())
+    }
+
+    /// Removes blobs that were made for a former server and whose ids it never learned.
+    fn reclaim_unanswered(&self, journal: &Journal) -> Result<()> {
+        let wishes = journal.unanswered();
+        if wishes.is_empty() {
+            return Ok(());
+        }
+        let look = || -> Result<HashSet<ObjectId>> {
+            let found = wishes.iter().map(|wish| self.store.unanswered(wish)).collect::<Result<Vec<_>>>()?;
+            Ok(found.into_iter().flatten().collect())
+        };
+        let first = look()?;
+        if !first.is_empty() {
+            std::thread::sleep(SECOND_LOOK);
+            let lost: Vec<ObjectId> = look()?.intersection(&first).copied().collect();
+            self.store.drop_blobs(&lost)?;
+            tracing::info!(blobs = lost.len(), "dropped what was made for a former server, which never learned of it");
+        }
+        journal.settle_unanswered();
+        Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 mod delete;
 mod metadata;
+mod unanswered;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -16,7 +17,7 @@ use super::blobs::Memories;
 use super::connection::{Answer, Connection};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::journal::Journal;
+use super::journal::{Journal, Wish};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
@@ -407,6 +408,7 @@ impl Store for Client {
         let requests: Vec<Request> =
             sizes.iter().filter(|&&size| size > 0).map(|&size| Request::CreateBuffer { size }).collect();
         let mut made: Vec<NewBlob> = Vec::with_capacity(requests.len());
+        let asked = self.journal.as_ref().filter(|_| !requests.is_empty()).map(|journal| (journal, journal.ask(sizes)));
         let answers = self.run(Repeat::UnlessSent, |connection| {
             connection.calls(&requests, "create_buffer_reply", |connection, reply: CreateBufferReply| {
                 let payload = reply.created;
@@ -422,6 +424,10 @@ impl Store for Client {
                 Ok(())
             })
         });
+        // Without an answer to each, vineyardd may have made blobs whose ids are not known here either.
+        if let (Ok(_), Some((journal, asked))) = (&answers, asked) {
+            journal.answered(asked);
+        }
         let refusal = answers.and_then(|answers| match answers.into_iter().find_map(|answer| answer.err()) {
             Some(refusal) => Err(refusal.into()),
             None => Ok(()),
@@ -524,6 +530,10 @@ impl Store for Client {
 
     fn journal(&self) -> Option<&Journal> {
         self.journal.as_ref()
+    }
+
+    fn unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {
+        self.find_unanswered(wish)
     }
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {

@@ -254,6 +254,30 @@ impl Connection {
         Ok(self.get_chunks(memories, &singles, &mut found)?.map(|_| found))
     }
 
+    /// Unsealed blobs among these ids, with their sizes.
+    pub fn unsealed(&mut self, memories: &Memories, ids: &[ObjectId]) -> Answer<Vec<(ObjectId, u64)>> {
+        let chunks = ids.chunks(BLOBS_PER_REQUEST);
+        let requests: Vec<Request> = chunks
+            .map(|chunk| Request::GetBuffers { ids: chunk.iter().map(|id| id.0).collect(), unsealed_too: true })
+            .collect();
+        let mut found = Vec::new();
+        let answers = self.calls(&requests, "get_buffers_reply", |connection, reply: GetBuffersReply| {
+            connection.accept_files(memories, &reply.fds, &reply.payloads)?;
+            let unsealed = reply.payloads.iter().filter(|payload| !payload.is_sealed);
+            found.extend(unsealed.map(|payload| (ObjectId(payload.object_id), payload.data_size)));
+            Ok(())
+        })?;
+        let refusals = |answers: Vec<std::result::Result<(), Refusal>>| match answers
+            .into_iter()
+            .filter_map(|answer| answer.err())
+            .find(|refusal| !refusal.is_absence())
+        {
+            Some(refusal) => Err(refusal.into()),
+            None => Ok(found),
+        };
+        Ok(answers.and_then(refusals))
+    }
+
     /// One request per chunk. Returns the chunks that were refused for an unsealed blob.
     fn get_chunks<'a>(
         &mut self,

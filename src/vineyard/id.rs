@@ -18,6 +18,22 @@ impl ObjectId {
     /// No object. As a blob id it would name the store's whole pool, so it is never sent.
     pub const INVALID: ObjectId = ObjectId(u64::MAX);
 
+    /// The blob with this time and sequence number: bits 22 to 62 are milliseconds since 1970, bits 0 to 11 count all ids
+    /// that a vineyardd makes, from 0 again after 4095 (`IDGenerator` in `uuid.h`).
+    pub fn blob_made(ms: u64, sequence: u64) -> Self {
+        ObjectId(1 << 63 | (ms & 0x1ff_ffff_ffff) << 22 | sequence & 0xfff)
+    }
+
+    /// The time at which it was made, in milliseconds since 1970.
+    pub fn made_ms(self) -> u64 {
+        (self.0 >> 22) & 0x1ff_ffff_ffff
+    }
+
+    /// Its number among the ids of its vineyardd, modulo 4096.
+    pub fn sequence(self) -> u64 {
+        self.0 & 0xfff
+    }
+
     /// True for blobs (memory without metadata).
     pub fn is_blob(self) -> bool {
         self.0 & 0x8000_0000_0000_0000 != 0
@@ -94,6 +110,8 @@ mod tests {
         assert_eq!(id, ObjectId(0xe880_8e07_ac00_0004));
         assert!(id.is_stored_blob());
         assert_eq!(id.to_string(), "oe8808e07ac000004");
+        assert_eq!(ObjectId::blob_made(id.made_ms(), id.sequence()), id);
+        assert_eq!((id.made_ms() / 86_400_000 / 365, id.sequence()), (56, 4));
         assert!("o8000000000000000".parse::<ObjectId>().unwrap() == ObjectId::EMPTY_BLOB);
     }
 

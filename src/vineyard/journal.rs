@@ -4,11 +4,17 @@
 //! The file holds lines `+ ID ID ...`. What is noted here is only a suspect: whoever reads it asks the store whether a
 //! name leads to it before anything is removed. So notes may stay longer than needed and may be cut short by a kill; what
 //! matters is that a note is written before an object can be forgotten.
+//!
+//! Blobs get their ids from vineyardd, so a process that is killed before it reads the reply knows none to note. What it
+//! asks for is noted ahead, as `? NUMBER MS LAST SIZE SIZE ...`: the time, the last id that was known then, and the sizes;
+//! `! NUMBER` follows when the answer is noted. An id tells when and in which order it was made, so
+//! [`Store::unanswered`](super::Store::unanswered) finds such blobs.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::id::ObjectId;
 use crate::error::{Context, Result};
@@ -17,6 +23,22 @@ use crate::error::{Context, Result};
 const MAX_LEN: u64 = 16 << 20;
 /// Most bytes that are read of a journal that others may have written to.
 const MAX_READ: u64 = 64 << 20;
+
+/// Blobs that were asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// Not asked for before this time, in milliseconds since 1970 of the clock that blob ids are made from.
+    pub since: u64,
+    /// An id that was made before; `INVALID` if none is known.
+    pub after: ObjectId,
+    /// Their sizes in bytes, none 0, in the order in which they are made.
+    pub sizes: Vec<u64>,
+}
+
+/// The number of a [`Wish`] in its journal.
+#[derive(Debug)]
+#[must_use]
+pub struct Asked(u64);
 
 /// The journal of a client.
 #[derive(Debug)]
@@ -33,6 +55,12 @@ struct State {
     units: usize,
     /// What outlives the work it came from: what a former process left, and deletions that wait for readers.
     kept: BTreeSet<ObjectId>,
+    /// What is asked for, or was and never answered.
+    wishes: BTreeMap<u64, Wish>,
+    /// The first number of this process's own wishes.
+    own: u64,
+    /// The last id that was noted.
+    last: Option<ObjectId>,
 }
 
 /// A piece of work under way: what is noted meanwhile is forgotten when all work has ended.
@@ -48,7 +76,9 @@ impl Journal {
         let len = file.metadata().context(|| "looking at the journal".into())?.len();
         let mut text = vec![0; len.min(MAX_READ) as usize];
         file.read_exact_at(&mut text, 0).context(|| "reading the journal".into())?;
-        let state = State { len, units: 0, kept: parse(&text) };
+        let (kept, wishes) = parse(&text);
+        let own = wishes.keys().next_back().map_or(0, |last| last + 1);
+        let state = State { len, kept, wishes, own, ..State::default() };
         Ok(Journal { file, state: Mutex::new(state), idle: Condvar::new() })
     }
 
@@ -68,10 +98,47 @@ impl Journal {
 
     /// Notes what exists now, or is about to lose its name. Without room for a note, work goes on without one.
     pub fn note(&self, ids: impl IntoIterator<Item = ObjectId>) {
-        let text = line(ids);
+        let mut last = None;
+        let text = line(ids.into_iter().inspect(|id| last = Some(*id)));
         if !text.is_empty() {
             let mut state = self.state();
             self.append(&mut state, &text);
+            state.last = last;
+        }
+    }
+
+    /// Notes that blobs of these sizes are about to be asked for. What is never [answered](Self::answered) is kept.
+    pub fn ask(&self, sizes: &[u64]) -> Asked {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64);
+        let mut state = self.state();
+        let number = state.wishes.keys().next_back().map_or(state.own, |last| (last + 1).max(state.own));
+        let sizes = sizes.iter().copied().filter(|&size| size > 0).collect();
+        let wish = Wish { since, after: state.last.unwrap_or(ObjectId::INVALID), sizes };
+        self.append(&mut state, &wish_line(number, &wish));
+        state.wishes.insert(number, wish);
+        Asked(number)
+    }
+
+    /// The blobs that were asked for are noted, or there are none.
+    pub fn answered(&self, asked: Asked) {
+        let mut state = self.state();
+        state.wishes.remove(&asked.0);
+        self.append(&mut state, &format!("! {}\n", asked.0));
+    }
+
+    /// What a former process asked for and saw no answer to.
+    pub fn unanswered(&self) -> Vec<Wish> {
+        let state = self.state();
+        state.wishes.range(..state.own).map(|(_, wish)| wish.clone()).collect()
+    }
+
+    /// Nothing is left of what a former process asked for.
+    pub fn settle_unanswered(&self) {
+        let mut state = self.state();
+        let own = state.own;
+        state.wishes.retain(|&number, _| number >= own);
+        if state.units == 0 {
+            self.renew(&mut state);
         }
     }
 
@@ -108,7 +175,8 @@ impl Journal {
 
     /// Writes anew what is kept. A kill between the two steps leaves too many notes and none too few.
     fn renew(&self, state: &mut State) {
-        let text = line(state.kept.iter().copied());
+        let mut text = line(state.kept.iter().copied());
+        text.extend(state.wishes.iter().map(|(number, wish)| wish_line(*number, wish)));
         if let Err(error) = self.file.write_all_at(text.as_bytes(), 0) {
             return tracing::warn!("the journal cannot be shortened: {error}");
         }
@@ -144,17 +212,40 @@ fn line(ids: impl IntoIterator<Item = ObjectId>) -> String {
     text
 }
 
-/// The ids of all lines that are one. A line that a kill cut short, and what a shorter text was written over, is none.
-fn parse(text: &[u8]) -> BTreeSet<ObjectId> {
-    let mut ids = BTreeSet::new();
+fn wish_line(number: u64, wish: &Wish) -> String {
+    let mut text = format!("? {number} {} {}", wish.since, wish.after);
+    for size in &wish.sizes {
+        text.push_str(&format!(" {size}"));
+    }
+    text.push('\n');
+    text
+}
+
+fn parse_wish(text: &str) -> Option<(u64, Wish)> {
+    let mut words = text.split(' ');
+    let number = words.next()?.parse().ok()?;
+    let since = words.next()?.parse().ok()?;
+    let after = words.next()?.parse().ok()?;
+    let sizes = words.map(|word| word.parse().ok()).collect::<Option<Vec<u64>>>()?;
+    Some((number, Wish { since, after, sizes }))
+}
+
+/// The ids and wishes of all lines that are one. A line that a kill cut short, and what a shorter text was written over,
+/// is none.
+fn parse(text: &[u8]) -> (BTreeSet<ObjectId>, BTreeMap<u64, Wish>) {
+    let (mut ids, mut wishes) = (BTreeSet::new(), BTreeMap::new());
     let whole = text.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1);
     for line in text.get(..whole).unwrap_or_default().split(|&b| b == b'\n') {
-        let Some(list) = std::str::from_utf8(line).ok().and_then(|line| line.strip_prefix("+ ")) else { continue };
-        ids.extend(list.split(' ').filter_map(|id| id.parse::<ObjectId>().ok()));
+        match std::str::from_utf8(line).ok().and_then(|line| line.split_at_checked(2)) {
+            Some(("+ ", list)) => ids.extend(list.split(' ').filter_map(|id| id.parse::<ObjectId>().ok())),
+            Some(("? ", wish)) => wishes.extend(parse_wish(wish)),
+            Some(("! ", number)) => drop(number.parse().ok().and_then(|number: u64| wishes.remove(&number))),
+            _ => {}
+        }
     }
     ids.remove(&ObjectId::EMPTY_BLOB);
     ids.remove(&ObjectId::INVALID);
-    ids
+    (ids, wishes)
 }
 
 #[cfg(test)]
@@ -201,12 +292,40 @@ mod tests {
         let one = ObjectId(0x1234);
         let text = line([one, ObjectId(u64::MAX)]);
         assert_eq!(text, "+ o0000000000001234\n");
-        assert_eq!(parse(text.as_bytes()), [one].into());
+        assert_eq!(parse(text.as_bytes()).0, [one].into());
         for end in 0..text.len() {
-            assert!(parse(&text.as_bytes()[..end]).is_empty(), "{end}");
+            assert!(parse(&text.as_bytes()[..end]).0.is_empty(), "{end}");
         }
         // The rest of a longer line after a shorter text.
-        assert_eq!(parse(b"+ o0000000000001234\n34 o0000000000005678\n"), [one].into());
-        assert!(parse(b"\xff\xfe\n+ \n+ o\n").is_empty());
+        assert_eq!(parse(b"+ o0000000000001234\n34 o0000000000005678\n").0, [one].into());
+        assert_eq!(parse(b"\xff\xfe\n+ \n+ o\n? \n? 1 2\n! \n\xc3\xa4\xc3\n"), Default::default());
+    }
+
+    #[test]
+    fn what_was_asked_for_and_not_answered_is_found_after_a_kill() {
+        let file = tempfile::tempfile().unwrap();
+        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
+        let unit = journal.enter();
+        journal.note(ids(5..7));
+        let first = journal.ask(&[10, 0, 20]);
+        let second = journal.ask(&[30]);
+        let reopen = || Journal::open(file.try_clone().unwrap()).unwrap();
+        let found = reopen().unanswered();
+        assert_eq!(found.iter().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [vec![10, 20], vec![30]]);
+        assert!(found.iter().all(|wish| wish.after == ObjectId(6) && wish.since > 1_700_000_000_000));
+        assert!(journal.unanswered().is_empty(), "it may still see the answers");
+        journal.answered(first);
+        assert_eq!(reopen().unanswered(), found[1..]);
+        // It outlives the work under way.
+        drop(unit);
+        let next = reopen();
+        let third = next.ask(&[40]);
+        assert_eq!(next.unanswered(), found[1..]);
+        next.settle_unanswered();
+        assert_eq!(reopen().unanswered().len(), 1);
+        next.answered(third);
+        next.settle(&[]);
+        assert_eq!(file.metadata().unwrap().len(), 0);
+        drop(second);
     }
 }

@@ -99,6 +99,8 @@ pub struct Payload {
     pub map_size: u64,
     pub data_offset: u64,
     pub data_size: u64,
+    #[serde(default)]
+    pub is_sealed: bool,
 }
 
 /// `create_buffer_reply`; a descriptor follows if `fd` is not negative.

@@ -238,6 +238,16 @@ pub trait Store: BlobSource {
         None
     }
 
+    /// The blobs that were made for a [`Wish`](super::journal::Wish) whose answer was lost with the process that asked:
+    /// unsealed, of those sizes, and of that time.
+    ///
+    /// # Errors
+    /// What the store answers.
+    fn unanswered(&self, wish: &super::journal::Wish) -> Result<Vec<ObjectId>> {
+        let _ = wish;
+        Ok(Vec::new())
+    }
+
     /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
     /// Of an object on another instance the copy is made there, and is permanent.
     fn shallow_copy(&self, id: ObjectId, extra: serde_json::Map<String, Value>) -> Result<ObjectId>;

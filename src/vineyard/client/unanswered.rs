@@ -1,0 +1,84 @@
+//! Blobs that vineyardd made for a process that was killed before it could read their ids.
+
+use super::{Client, Repeat};
+use crate::error::Result;
+use crate::vineyard::id::ObjectId;
+use crate::vineyard::journal::Wish;
+use crate::vineyard::store::Store;
+
+/// Numbers of ids before they begin anew.
+const SEQUENCES: u64 = 4096;
+/// Most ids that are tried for one wish: 0.1 s of vineyardd's time.
+const MOST: u64 = 1 << 18;
+/// Most milliseconds after a wish that its blobs are looked for. vineyardd makes them as soon as it reads the request.
+const LATEST: u64 = 10_000;
+
+impl Client {
+    /// As [`Store::unanswered`].
+    pub(super) fn find_unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {
+        // An id of now ends the numbers that may have been given to them.
+        let Some(probe) = self.create_blobs(&[1])?.pop() else { return Ok(Vec::new()) };
+        self.drop_blobs(&[probe.id])?;
+        let candidates = candidates(wish, probe.id);
+        let unsealed = self.run(Repeat::Safe, |connection| connection.unsealed(&self.memories, &candidates))?;
+        Ok(matching(wish, unsealed))
+    }
+}
+
+/// The ids that blobs of a wish can have, if `end` was made after them.
+fn candidates(wish: &Wish, end: ObjectId) -> Vec<ObjectId> {
+    let (first, count) = match wish.after {
+        ObjectId::INVALID => (end.sequence(), SEQUENCES),
+        // Where the numbers went all around, none is known to be out.
+        after if end.made_ms().saturating_sub(after.made_ms()) > LATEST => (end.sequence(), SEQUENCES),
+        after => (after.sequence() + 1, (end.sequence() + SEQUENCES - after.sequence() - 1) % SEQUENCES),
+    };
+    if count == 0 {
+        return Vec::new();
+    }
+    // The clock may have been read just before a millisecond ended.
+    let since = wish.since.saturating_sub(1);
+    let until = end.made_ms().min(since + LATEST).min(since + MOST / count);
+    let numbers = move |ms| (first..first + count).map(move |number| ObjectId::blob_made(ms, number % SEQUENCES));
+    (since..=until).flat_map(numbers).collect()
+}
+
+/// Those of unsealed blobs that are the wish's: they were made one after the other, with its sizes.
+fn matching(wish: &Wish, mut unsealed: Vec<(ObjectId, u64)>) -> Vec<ObjectId> {
+    let start = match wish.after {
+        ObjectId::INVALID => 0,
+        after => after.sequence() + 1,
+    };
+    unsealed.sort_by_key(|(id, _)| (id.made_ms(), (id.sequence() + SEQUENCES - start % SEQUENCES) % SEQUENCES));
+    let mut sizes = wish.sizes.iter().peekable();
+    let is_next = |(id, size)| sizes.next_if(|wanted| **wanted == size).map(|_| id);
+    unsealed.into_iter().filter_map(is_next).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wish(after: ObjectId, sizes: &[u64]) -> Wish {
+        Wish { since: 1000, after, sizes: sizes.to_vec() }
+    }
+
+    #[test]
+    fn candidates_lie_between_what_was_known_and_now() {
+        let known = ObjectId::blob_made(990, 4094);
+        let found = candidates(&wish(known, &[5]), ObjectId::blob_made(1001, 2));
+        let expected = |ms| [4095, 0, 1].map(|number| ObjectId::blob_made(ms, number));
+        assert_eq!(found, [expected(999), expected(1000), expected(1001)].concat());
+        assert!(candidates(&wish(known, &[5]), ObjectId::blob_made(1001, 4095)).is_empty());
+        let all = candidates(&wish(ObjectId::INVALID, &[5]), ObjectId::blob_made(1 << 30, 9));
+        assert_eq!((all.len() as u64 / SEQUENCES, all.len() as u64 % SEQUENCES), (65, 0));
+    }
+
+    #[test]
+    fn only_blobs_of_the_wished_sizes_in_their_order_match() {
+        let known = ObjectId::blob_made(990, 4094);
+        let id = ObjectId::blob_made;
+        let found = vec![(id(1001, 1), 7), (id(1000, 0), 6), (id(1000, 4095), 5), (id(1001, 2), 8), (id(1001, 3), 5)];
+        assert_eq!(matching(&wish(known, &[5, 7, 9]), found), [id(1000, 4095), id(1001, 1)]);
+    }
+}
