@@ -52,7 +52,8 @@ fn to_usize(value: u64) -> Result<usize> {
 /// Copies a span into memory that is aligned for every Arrow type.
 fn buffer(span: &Span, source: &dyn BlobSource) -> Result<Buffer> {
     span.validate(source)?;
-    let mut bytes = MutableBuffer::from_len_zeroed(to_usize(span.len())?);
+    let mut bytes = MutableBuffer::try_from_len_zeroed(to_usize(span.len())?)
+        .map_err(|error| Error::new(Kind::TooLarge, format!("an array that does not fit memory: {error}")))?;
     span.read(source, 0, bytes.as_slice_mut())?;
     Ok(bytes.into())
 }

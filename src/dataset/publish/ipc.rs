@@ -29,15 +29,22 @@ pub(super) struct Node {
     children: Vec<Node>,
 }
 
-/// The entries of a map are never null, and run ends are signed integers of 16, 32 or 64 bits (`Schema.fbs` of the Arrow
-/// format): an array of another type cannot be made.
+fn is_pair(entries: &DataType) -> bool {
+    matches!(entries, DataType::Struct(fields) if fields.len() == 2 && !fields[0].is_nullable())
+}
+
+/// The entries of a map are never null, and run ends are signed integers of 16, 32 or 64 bits and never null (`Schema.fbs`
+/// of the Arrow format): an array of another type cannot be made.
 fn check_type(data_type: &DataType) -> Result<()> {
     use DataType::*;
     match data_type {
-        RunEndEncoded(ends, _) if !ends.data_type().is_run_ends_type() => {
-            Err(Error::malformed(format!("run ends of type {}", ends.data_type())))
+        RunEndEncoded(ends, _) if !ends.data_type().is_run_ends_type() || ends.is_nullable() => {
+            Err(Error::malformed(format!("run ends of type {}, nullable or not", ends.data_type())))
         }
         Map(entries, _) if entries.is_nullable() => Err(Error::malformed("a map whose entries may be null")),
+        Map(entries, _) if !is_pair(entries.data_type()) => {
+            Err(Error::malformed("a map whose entries are not a key, never null, and a value"))
+        }
         Map(f, _) | List(f) | LargeList(f) | ListView(f) | LargeListView(f) | FixedSizeList(f, _) => {
             check_type(f.data_type())
         }
