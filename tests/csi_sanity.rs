@@ -90,6 +90,7 @@ fn csi_sanity_passes() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
     let summary = text.lines().find(|line| line.contains("Passed")).unwrap();
+    std::fs::write("/tmp/sanity.out", text.as_bytes()).unwrap();
     println!("csi-sanity: {summary}");
     for (what, why) in SKIPPED {
         println!("  skipped {what}: {why}");
