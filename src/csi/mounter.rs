@@ -179,7 +179,7 @@ impl Mounter {
     /// A mount that answers.
     fn mount(&self, key: &MountKey, until: Instant) -> Outcome<Live> {
         let slot = self.slot(key);
-        let mut slot = lock(&slot, until).ok_or_else(|| self.absent(key))?;
+        let mut slot = lock(&slot, until).ok_or_else(|| self.busy(key))?;
         slot.asked = Some(Instant::now());
         let path = self.path(key);
         if let Some(running) = &mut slot.running {
@@ -278,6 +278,19 @@ impl Mounter {
 
     fn socket(&self, key: &MountKey) -> PathBuf {
         self.options.sockets.join(&key.vineyard.namespace).join(&key.vineyard.name).join("vineyard.sock")
+    }
+
+    /// Why another question has not been answered in time.
+    fn busy(&self, key: &MountKey) -> Failure {
+        if UnixStream::connect(self.socket(key)).is_err() {
+            return self.absent(key);
+        }
+        let message = format!(
+            "the mount of vineyardd {} on this node is being made or mended and does not answer yet; the log of the \
+             mounter on this node says why if this goes on",
+            key.vineyard
+        );
+        Failure::new(tonic::Code::Unavailable, message)
     }
 
     fn absent(&self, key: &MountKey) -> Failure {
