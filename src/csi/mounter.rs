@@ -16,6 +16,7 @@ use self::running::{Running, Spawn};
 use super::attributes::{Format, Instance};
 use super::failure::{Failure, Outcome};
 use super::link::{self, Answer, Live, Question};
+use super::socket::SocketFile;
 use super::state::{MountKey, State};
 use super::steps::{self, Step, Trouble};
 use super::target;
@@ -87,6 +88,7 @@ pub fn run(options: Options) -> Result<()> {
     let socket = state.mounter_socket();
     std::fs::remove_file(&socket).ok();
     let listener = UnixListener::bind(&socket).context(|| format!("cannot listen on {socket:?}"))?;
+    let file = SocketFile::of(&socket)?;
     tracing::info!("listening on {socket:?}; vineyardds are looked for in {:?}", options.sockets);
     let mounter = Arc::new(Mounter { options, state, slots: Mutex::default() });
     let answering = mounter.clone();
@@ -109,7 +111,7 @@ pub fn run(options: Options) -> Result<()> {
     }
     let signal = signals.wait()?;
     tracing::info!("ending: {signal}");
-    std::fs::remove_file(&socket).ok();
+    file.remove();
     mounter.end();
     Ok(())
 }
