@@ -329,19 +329,14 @@ impl Mounter {
         }
     }
 
-    /// Removes the directory that a mount was on.
+    /// Removes the directory that a mount was on, so that no pod takes it for the mount. The one above it stays: pods that
+    /// have it as a volume see the next mount there.
     fn remove(&self, key: &MountKey) {
         let path = self.path(key);
         if mountinfo::at(&path).is_ok_and(|mounted| mounted.is_none())
             && let Err(error) = std::fs::remove_dir(&path)
         {
             tracing::info!("{path:?} stays: {error}");
-        }
-        if let Some(folder) = &self.options.host_dir
-            && path.starts_with(folder)
-        {
-            // These go if nothing else is in them.
-            path.parent().map(std::fs::remove_dir);
         }
     }
 
