@@ -208,8 +208,6 @@ pub struct FileSystem {
     /// Held while names are changed: what a name pointed to is read and replaced as one step.
     naming: Mutex<()>,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
-    /// Whether the vineyardd of a generation shares its metadata with others.
-    shared: Mutex<Option<(u64, bool)>>,
     wishes: copies::Wishes,
     generation: AtomicU64,
     started: SystemTime,
@@ -257,7 +255,6 @@ impl FileSystem {
             doomed: Mutex::default(),
             naming: Mutex::default(),
             store_status: Mutex::default(),
-            shared: Mutex::default(),
             wishes: copies::Wishes::default(),
             generation: AtomicU64::new(u64::MAX),
             started: SystemTime::now(),

@@ -38,7 +38,7 @@ use super::attributes::{ATTRIBUTES_KEY, FileAttributes};
 use super::native::FILE;
 use super::recipe::{RECIPE, Written};
 use crate::error::{Error, Kind, Result};
-use crate::vineyard::Store;
+use crate::vineyard::store::StoreStatus;
 
 pub(super) use self::arrow_stream::schema as schema_message;
 pub(super) use self::column::width as type_width;
@@ -139,13 +139,9 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The limits of a store: what is free now.
-    ///
-    /// # Errors
-    /// What the store answers.
-    pub fn of(store: &dyn Store) -> Result<Self> {
-        let status = store.status()?;
-        Ok(Limits { inflated: status.memory_limit.saturating_sub(status.memory_usage) })
+    /// The limits of a store: what is free in it.
+    pub fn of(status: StoreStatus) -> Self {
+        Limits { inflated: status.memory_limit.saturating_sub(status.memory_usage) }
     }
 }
 

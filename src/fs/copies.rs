@@ -113,16 +113,7 @@ impl FileSystem {
 
     /// Whether the store shares its metadata with others, so that there may be copies. Asked once for each vineyardd.
     pub(super) fn is_shared(&self) -> Result<bool> {
-        let generation = self.store.instance()?.generation;
-        let mut known = self.shared.lock().unwrap_or_else(|e| e.into_inner());
-        match *known {
-            Some((then, shared)) if then == generation => Ok(shared),
-            _ => {
-                let shared = self.store.cluster()?.values().any(|info| info.shared);
-                *known = Some((generation, shared));
-                Ok(shared)
-            }
-        }
+        self.store.shares_metadata()
     }
 
     /// The image of a view, of the object itself or of its nearest copy that can be read; not of `except`.

@@ -17,7 +17,7 @@ use crate::dataset::{FileAttributes, attributes::to_nanos};
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::View;
 use crate::vineyard::ObjectId;
-use crate::vineyard::store::NameQuery;
+use crate::vineyard::store::{NameQuery, NamedObject};
 
 /// How often a publish starts over because another process went on writing.
 const ATTEMPTS: usize = 3;
@@ -100,6 +100,11 @@ impl FileSystem {
                 continue;
             };
             let mut state = staged.state();
+            state.written_view = match &target.view {
+                Some((dataset, view)) if *dataset == name => Some(*view),
+                None => Some(View::Raw),
+                Some(_) => None,
+            };
             state.published = Some((name, object));
             state.replaces = None;
             drop(state);
@@ -120,7 +125,7 @@ impl FileSystem {
         settled: &dyn Fn() -> Result<bool>,
     ) -> Result<Option<(String, ObjectId)>> {
         let _unit = self.unit();
-        let plan = publish::plan(input, format, attributes, Limits::of(&*self.store)?)?;
+        let plan = publish::plan(input, format, attributes, self.limits()?)?;
         let published = self.realize(&plan, input)?;
         for warning in &published.warnings {
             self.warn(format!("{:?}: {warning}", target.path()));
@@ -143,6 +148,15 @@ impl FileSystem {
         }
     }
 
+    /// What a save may take of the store.
+    fn limits(&self) -> Result<Limits> {
+        // While most of it is free, a second makes no difference.
+        match self.recent_status()? {
+            status if status.memory_usage < status.memory_limit / 2 => Ok(Limits::of(status)),
+            _ => Ok(Limits::of(self.store.status()?)),
+        }
+    }
+
     /// Lets a path lead to a new object, and removes what it led to before. Returns the name that was used.
     ///
     /// A path replaces what it showed and nothing else: where the dataset of its stem has no view of this format, as a
@@ -152,8 +166,10 @@ impl FileSystem {
         let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
         let mut replaced = vec![target.plain.as_str()];
         let mut name = target.plain.clone();
+        let mut there = None;
         if let Some((dataset, view)) = &target.view {
-            let other_kind = match self.object_of(dataset)? {
+            let old = self.pointees(&[&target.plain, dataset])?;
+            let other_kind = match old.iter().find(|(name, _)| name == dataset).map(|(_, object)| *object) {
                 Some(there) => {
                     let summary = self.objects.summary(&*self.store, there)?;
                     summary.is_some_and(|summary| summary.broken.is_none() && summary.view(*view).is_none())
@@ -166,8 +182,9 @@ impl FileSystem {
                     name = dataset.clone();
                 }
             }
+            there = Some(old);
         }
-        self.point_locked(&name, object, &replaced)?;
+        self.point_locked(&name, object, &replaced, there)?;
         Ok(name)
     }
 
@@ -175,19 +192,37 @@ impl FileSystem {
     pub(super) fn point_name(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
         let _unit = self.unit();
         let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
-        self.point_locked(name, object, path_names)
+        self.point_locked(name, object, path_names, None)
     }
 
-    /// As [`FileSystem::point_name`], with the lock on names held.
-    fn point_locked(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
+    /// What names lead to, of those that lead anywhere.
+    fn pointees(&self, names: &[&str]) -> Result<Vec<NamedObject>> {
+        let queries: Vec<NameQuery> = names.iter().map(|name| NameQuery::Exact((*name).to_owned())).collect();
+        Ok(self.store.names(&queries)?.into_iter().flatten().collect())
+    }
+
+    /// As [`FileSystem::point_name`], with the lock on names held. `there` is what at least these names led to a moment
+    /// ago.
+    fn point_locked(
+        &self,
+        name: &str,
+        object: ObjectId,
+        path_names: &[&str],
+        there: Option<Vec<NamedObject>>,
+    ) -> Result<()> {
         let mut names: Vec<&str> = path_names.to_vec();
         names.push(name);
         names.sort_unstable();
         names.dedup();
         let saving = self.announce(name, object)?;
-        let queries: Vec<NameQuery> = names.iter().map(|n| NameQuery::Exact((*n).to_owned())).collect();
-        let put = self.store.names(&queries).and_then(|old| {
-            let old: Vec<(String, ObjectId)> = old.into_iter().flatten().collect();
+        let old = match there {
+            // Saves on other nodes are seen once this one is announced, and not before.
+            Some(there) if saving.is_none() => {
+                Ok(there.into_iter().filter(|(name, _)| names.contains(&name.as_str())).collect())
+            }
+            _ => self.pointees(&names),
+        };
+        let put = old.and_then(|old| {
             self.suspect(&old.iter().map(|(_, id)| *id).collect::<Vec<_>>());
             self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
             Ok(old)
@@ -209,7 +244,7 @@ impl FileSystem {
                 continue;
             }
             if id != object {
-                self.delete_unnamed(id);
+                self.delete_without(id, &names);
             }
         }
         Ok(())
@@ -217,21 +252,22 @@ impl FileSystem {
 
     /// Deletes an object unless another name points to it.
     pub(super) fn delete_unnamed(&self, object: ObjectId) {
+        self.delete_without(object, &[]);
+    }
+
+    /// As [`FileSystem::delete_unnamed`]; that these names do not lead to it any more is known.
+    fn delete_without(&self, object: ObjectId, names: &[&str]) {
         // Several names of one object are rare and are made by other clients: only then is its `__name` another one.
-        match self.other_names_of(object) {
+        match self.other_names_of(object, names) {
             Ok(false) => self.delete_object(object),
             Ok(true) => {}
             Err(error) => self.warn(format!("object {object} may be left over: {error}")),
         }
     }
 
-    fn other_names_of(&self, object: ObjectId) -> Result<bool> {
-        let metas = self.store.metas(&[object], false)?;
-        let Some(Ok(meta)) = metas.get(&object) else { return Ok(false) };
-        let last = meta.get("__name").and_then(|name| name.as_str()).unwrap_or_default();
-        // Names in metadata are escaped like JSON pointers.
-        let last = last.replace("~1", "/").replace("~0", "~");
-        Ok(self.object_of(&last)? == Some(object))
+    fn other_names_of(&self, object: ObjectId, names: &[&str]) -> Result<bool> {
+        let Some(last) = self.store.last_name(object)? else { return Ok(false) };
+        Ok(!names.contains(&last.as_str()) && self.object_of(&last)? == Some(object))
     }
 
     /// Stores changed attributes of a published file that nobody writes to.

@@ -90,7 +90,7 @@ impl FileSystem {
             let state = staged.state();
             (state.published.clone(), state.replaces.clone(), state.target.directory.clone())
         };
-        let named = published.or_else(|| replaces.map(|view| (view.name, view.object)));
+        let named = published.or(replaces);
         if let Some((name, object)) = named {
             let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
             if self.object_of(&name)? == Some(object) {
@@ -336,9 +336,9 @@ impl FileSystem {
             other.state().detached = true;
             super::adopt::note_staged(&other);
         }
-        if let Some(view) = replaces {
+        if let Some((name, _)) = replaces {
             // The version under the old path goes with the path.
-            self.remove_dataset(&view)?;
+            self.remove_name(&name)?;
             staged.state().replaces = None;
         }
         if let Some((name, object)) = former.filter(|_| !same_format) {

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::cache::MemoryFile;
-use super::inode::{STAGED, ViewNode};
+use super::inode::STAGED;
 use super::resolve::Target;
 use super::{Attr, FileKind, Options};
 use crate::dataset::FileAttributes;
@@ -65,11 +65,13 @@ pub(super) struct State {
     /// The inode number that `stat` tells, that of the version before; its own if `None`.
     pub shown: Option<u64>,
     /// The published version that this file replaces.
-    pub replaces: Option<ViewNode>,
+    pub replaces: Option<(String, ObjectId)>,
     /// The file as it was when it was last published, and a hash of its bytes if it may change unseen by its times.
     pub clean: Option<(Stamp, Option<u64>)>,
     /// Name and object it was published as.
     pub published: Option<(String, ObjectId)>,
+    /// The view of `published` that is these very bytes, if it is known.
+    pub written_view: Option<crate::image::View>,
     /// Why publishing failed last.
     pub failed: Option<String>,
     /// Removed or replaced: nothing may be published any more.
@@ -363,7 +365,7 @@ impl Staging {
         file: MemoryFile,
         target: Target,
         attributes: FileAttributes,
-        replaces: Option<ViewNode>,
+        replaces: Option<(String, ObjectId)>,
     ) -> Arc<Staged> {
         FINE_TIMES.get_or_init(|| try_times(&file.file).unwrap_or(false));
         let ino = STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1));
@@ -400,7 +402,7 @@ impl Staging {
         file: Arc<MemoryFile>,
         target: Target,
         attributes: FileAttributes,
-        replaces: Option<ViewNode>,
+        replaces: Option<(String, ObjectId)>,
         change: impl FnOnce(&mut State),
     ) -> Arc<Staged> {
         let path = target.path();
@@ -420,6 +422,7 @@ impl Staging {
             replaces,
             clean: None,
             published: None,
+            written_view: None,
             failed: None,
             detached: false,
             retired: false,

@@ -74,7 +74,7 @@ impl FileSystem {
         &self,
         target: Target,
         attributes: FileAttributes,
-        replaces: Option<ViewNode>,
+        replaces: Option<(String, ObjectId)>,
     ) -> Result<Arc<Staged>> {
         // Images that were written here stay until room is needed for what is written next.
         self.cache.shrink_staged(self.options.staging_size / 2);
@@ -98,7 +98,7 @@ impl FileSystem {
             ..Default::default()
         });
         let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
-        let staged = self.stage(target.clone(), attributes, Some(view.clone()))?;
+        let staged = self.stage(target.clone(), attributes, Some((view.name.clone(), view.object)))?;
         staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
         if flags & libc::O_TRUNC == 0 {
             if let Err(error) = self.copy_view(view, &staged) {
@@ -221,22 +221,12 @@ impl FileSystem {
         old: &Arc<Staged>,
         target: Target,
         attributes: FileAttributes,
-        base: Option<ViewNode>,
+        base: Option<(String, ObjectId)>,
         truncates: bool,
     ) -> Error {
         let published = old.published();
         let made = (|| {
-            let base = match &published {
-                Some((name, object)) => {
-                    let summary = self.objects.summary(&*self.store, *object)?;
-                    summary.map(|summary| {
-                        let view = target.view.as_ref().map(|(_, view)| *view);
-                        let view = view.filter(|v| summary.view(*v).is_some()).unwrap_or(summary.listed);
-                        target.view_node(name.clone(), *object, view, summary)
-                    })
-                }
-                None => base,
-            };
+            let base = published.clone().or(base);
             let staged = self.stage(target.clone(), attributes, base)?;
             let shown = old.state().shown.unwrap_or(old.ino());
             staged.state().shown = Some(shown);
@@ -413,7 +403,7 @@ impl FileSystem {
             // handle: what is served from now on is made from the store.
             state.retired = has_version && (unfinished || state.shared_writable);
             let view = state.target.view.as_ref().map_or(image::View::Raw, |(_, view)| *view);
-            (state.published.clone().filter(|_| !state.retired), view)
+            (state.published.clone().filter(|_| !state.retired), (state.written_view, view))
         };
         let Some((_, object)) = published else {
             if staged.state().retired {
@@ -422,7 +412,10 @@ impl FileSystem {
             }
             return;
         };
-        if let Ok(Some(summary)) = self.objects.summary(&*self.store, object) {
+        let (written_view, view) = view;
+        if let Some(view) = written_view {
+            self.cache.insert(object, view, Arc::new(Assembled::adopt(staged.file().clone(), stamp.size)));
+        } else if let Ok(Some(summary)) = self.objects.summary(&*self.store, object) {
             let view = if summary.view(image::View::Raw).is_some() { image::View::Raw } else { view };
             if summary.view(view) == Some(Some(stamp.size)) {
                 self.cache.insert(object, view, Arc::new(Assembled::adopt(staged.file().clone(), stamp.size)));

@@ -7,7 +7,7 @@ mod unanswered;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
@@ -23,10 +23,12 @@ use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
 use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
-    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, ListNameReply, Request, ShallowCopyReply,
-    StatusReply, checked_id, name_pattern,
+    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, LastNameReply, ListNameReply, Request,
+    ShallowCopyReply, StatusReply, checked_id, name_pattern,
 };
-use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
+use super::store::{
+    BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus, plain_name,
+};
 use super::wire::{Broken, Refusal, bad_reply};
 use crate::error::{Context, Error, Kind, Result};
 
@@ -93,6 +95,8 @@ pub struct Client {
     deadline: Duration,
     remote: Remote,
     journal: Option<Journal>,
+    /// Whether the vineyardd of a generation shares its metadata.
+    shared: Mutex<Option<(u64, bool)>>,
 }
 
 impl Client {
@@ -104,7 +108,14 @@ impl Client {
         let memories = Arc::new(Memories::new(options.places)?);
         let pool = Pool::new(options.connector, options.deadline, memories.clone());
         let remote = Remote::new(options.remote, options.deadline);
-        Ok(Client { pool, memories, deadline: options.deadline, remote, journal: options.journal })
+        Ok(Client {
+            pool,
+            memories,
+            deadline: options.deadline,
+            remote,
+            journal: options.journal,
+            shared: Mutex::default(),
+        })
     }
 
     /// A client that is connected.
@@ -419,14 +430,17 @@ impl Store for Client {
                     return Err(bad_reply(format!("names the new blob {} as {}", blob.key().id, ObjectId(reply.id))));
                 }
                 let offset = payload.data_offset;
-                self.note([blob.key().id]);
                 made.push(NewBlob { id: blob.key().id, size: blob.len(), file: Some(file.file.clone()), offset });
                 Ok(())
             })
         });
-        // Without an answer to each, vineyardd may have made blobs whose ids are not known here either.
-        if let (Ok(_), Some((journal, asked))) = (&answers, asked) {
-            journal.answered(asked);
+        if let Some((journal, asked)) = asked {
+            let ids = made.iter().map(|blob| blob.id);
+            match &answers {
+                Ok(_) => journal.answered(asked, ids),
+                // vineyardd may have made more of them.
+                Err(_) => journal.note(ids),
+            }
         }
         let refusal = answers.and_then(|answers| match answers.into_iter().find_map(|answer| answer.err()) {
             Some(refusal) => Err(refusal.into()),
@@ -530,6 +544,36 @@ impl Store for Client {
 
     fn journal(&self) -> Option<&Journal> {
         self.journal.as_ref()
+    }
+
+    fn shares_metadata(&self) -> Result<bool> {
+        let generation = self.instance()?.generation;
+        let mut known = self.shared.lock().unwrap_or_else(|e| e.into_inner());
+        match *known {
+            Some((then, shared)) if then == generation => Ok(shared),
+            _ => {
+                let shared = self.cluster()?.values().any(|info| info.shared);
+                *known = Some((generation, shared));
+                Ok(shared)
+            }
+        }
+    }
+
+    fn last_name(&self, id: ObjectId) -> Result<Option<String>> {
+        let request = [Request::GetData { id: vec![id.0], sync_remote: false, wait: false }];
+        let answer = self.run(Repeat::Safe, |connection| {
+            let answers = connection.calls(&request, "get_data_reply", |_, reply: LastNameReply| Ok(reply));
+            answers.map(|answers| answers.map(|mut answers| answers.pop()))
+        })?;
+        match answer {
+            Some(Ok(reply)) => {
+                let roots = reply.content.map_or_else(Vec::new, |content| content.0);
+                Ok(roots.into_iter().find_map(|(_, root)| root.name).as_deref().map(plain_name))
+            }
+            Some(Err(refusal)) if refusal.is_absence() => Ok(None),
+            Some(Err(refusal)) => Err(refusal.into()),
+            None => Ok(None),
+        }
     }
 
     fn unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {

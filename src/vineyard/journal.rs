@@ -119,11 +119,15 @@ impl Journal {
         Asked(number)
     }
 
-    /// The blobs that were asked for are noted, or there are none.
-    pub fn answered(&self, asked: Asked) {
+    /// Notes the blobs that were made of those that were asked for.
+    pub fn answered(&self, asked: Asked, made: impl IntoIterator<Item = ObjectId>) {
+        let mut last = None;
+        let mut text = line(made.into_iter().inspect(|id| last = Some(*id)));
+        text.push_str(&format!("! {}\n", asked.0));
         let mut state = self.state();
         state.wishes.remove(&asked.0);
-        self.append(&mut state, &format!("! {}\n", asked.0));
+        state.last = last.or(state.last);
+        self.append(&mut state, &text);
     }
 
     /// What a former process asked for and saw no answer to.
@@ -314,7 +318,7 @@ mod tests {
         assert_eq!(found.iter().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [vec![10, 20], vec![30]]);
         assert!(found.iter().all(|wish| wish.after == ObjectId(6) && wish.since > 1_700_000_000_000));
         assert!(journal.unanswered().is_empty(), "it may still see the answers");
-        journal.answered(first);
+        journal.answered(first, ids(7..8));
         assert_eq!(reopen().unanswered(), found[1..]);
         // It outlives the work under way.
         drop(unit);
@@ -323,7 +327,7 @@ mod tests {
         assert_eq!(next.unanswered(), found[1..]);
         next.settle_unanswered();
         assert_eq!(reopen().unanswered().len(), 1);
-        next.answered(third);
+        next.answered(third, []);
         next.settle(&[]);
         assert_eq!(file.metadata().unwrap().len(), 0);
         drop(second);

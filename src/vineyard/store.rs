@@ -196,6 +196,23 @@ pub trait Store: BlobSource {
     /// The instances of the cluster.
     fn cluster(&self) -> Result<BTreeMap<InstanceId, InstanceInfo>>;
 
+    /// Whether metadata is shared with other instances, through etcd.
+    ///
+    /// # Errors
+    /// What the store answers.
+    fn shares_metadata(&self) -> Result<bool> {
+        Ok(self.cluster()?.values().any(|info| info.shared))
+    }
+
+    /// The name that was given to an object last; `None` if it does not exist or has none.
+    ///
+    /// # Errors
+    /// `Malformed` if its metadata is unusable; what the store answers.
+    fn last_name(&self, id: ObjectId) -> Result<Option<String>> {
+        let Some(meta) = self.metas(&[id], false)?.remove(&id).transpose()? else { return Ok(None) };
+        Ok(meta.get("__name").and_then(Value::as_str).map(plain_name))
+    }
+
     /// What came from other instances; `None` for a store that knows no others.
     fn remote_status(&self) -> Option<RemoteStatus> {
         None
@@ -251,4 +268,9 @@ pub trait Store: BlobSource {
     /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
     /// Of an object on another instance the copy is made there, and is permanent.
     fn shallow_copy(&self, id: ObjectId, extra: serde_json::Map<String, Value>) -> Result<ObjectId>;
+}
+
+/// A name as it was given: in metadata names are escaped like JSON pointers (RFC 6901).
+pub(super) fn plain_name(escaped: &str) -> String {
+    escaped.replace("~1", "/").replace("~0", "~")
 }

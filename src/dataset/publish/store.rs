@@ -39,17 +39,24 @@ pub struct Published {
 /// `Full` if the store has no room, `Malformed` if compressed data turns out to be broken (see [`Plan::fallback`]), and
 /// what the store answers.
 pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Published> {
-    let made = Made { store, blobs: Mutex::default(), objects: Mutex::default(), keep: AtomicBool::new(false) };
+    let made = Made {
+        store,
+        blobs: Mutex::default(),
+        objects: Mutex::default(),
+        keep: AtomicBool::new(false),
+        alone: !store.shares_metadata()?,
+    };
     let blobs = made.blobs(&plan.blobs, staged)?;
     let ids = match (&plan.decode, plan.objects.last()) {
         (Some(decode), Some(root)) => {
             let add = |draft: &Draft| {
                 let blobs = made.blobs(&draft.blobs, staged)?;
-                made.objects(&draft.objects, &blobs)
+                made.objects(&draft.objects, &blobs, None)
             };
-            made.objects(&decode.run(root, &add)?, &blobs)?
+            let objects = decode.run(root, &add)?;
+            made.objects(&objects, &blobs, objects.len().checked_sub(1))?
         }
-        _ => made.objects(&plan.objects, &blobs)?,
+        _ => made.objects(&plan.objects, &blobs, plan.objects.len().checked_sub(1))?,
     };
     let root = *ids.last().ok_or_else(|| Error::new(Kind::Internal, "a plan without objects"))?;
     store.persist(root).context(|| "persisting the object".into())?;
@@ -116,6 +123,9 @@ struct Made<'a> {
     blobs: Mutex<Vec<ObjectId>>,
     objects: Mutex<Vec<ObjectId>>,
     keep: AtomicBool,
+    /// Nobody else hears of what becomes permanent. Persisting the root then only marks its members, one by one, which
+    /// takes vineyardd as long as making them: they are made with the mark.
+    alone: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -142,8 +152,9 @@ impl Made<'_> {
         Ok(ids)
     }
 
-    /// Creates objects, members first, one request for each level. Returns their ids in the given order.
-    fn objects(&self, objects: &[PlannedObject], blobs: &[ObjectId]) -> Result<Vec<ObjectId>> {
+    /// Creates objects, members first, one request for each level. Returns their ids in the given order. Object number
+    /// `root` is the one that will be persisted.
+    fn objects(&self, objects: &[PlannedObject], blobs: &[ObjectId], root: Option<usize>) -> Result<Vec<ObjectId>> {
         let broken = || Error::new(Kind::Internal, "a plan whose objects do not follow their members");
         let mut levels: Vec<Vec<usize>> = Vec::new();
         let mut level_of = Vec::with_capacity(objects.len());
@@ -162,7 +173,9 @@ impl Made<'_> {
         }
         let mut ids: HashMap<usize, ObjectId> = HashMap::with_capacity(objects.len());
         for level in levels {
-            let contents = level.iter().map(|&i| content(&objects[i], &ids, blobs)).collect::<Option<Vec<Value>>>();
+            let transient = |i| !self.alone || root == Some(i);
+            let content = |&i: &usize| content(&objects[i], &ids, blobs, transient(i));
+            let contents = level.iter().map(content).collect::<Option<Vec<Value>>>();
             let created =
                 self.store.create_objects(contents.ok_or_else(broken)?).context(|| "creating objects".into())?;
             lock(&self.objects).extend(created.iter().map(|c| c.id));
@@ -191,8 +204,14 @@ impl Drop for Made<'_> {
     }
 }
 
-fn content(object: &PlannedObject, ids: &HashMap<usize, ObjectId>, blobs: &[ObjectId]) -> Option<Value> {
-    let mut map = Map::with_capacity(object.fields.len() + 1);
+fn content(
+    object: &PlannedObject,
+    ids: &HashMap<usize, ObjectId>,
+    blobs: &[ObjectId],
+    transient: bool,
+) -> Option<Value> {
+    let mut map = Map::with_capacity(object.fields.len() + 4);
+    map.insert("transient".into(), Value::Bool(transient));
     map.insert("typename".into(), Value::String(object.typename.clone()));
     let blob = |id: ObjectId| json!({"id": id.to_string(), "typename": "vineyard::Blob"});
     for (key, field) in &object.fields {
@@ -241,9 +260,10 @@ fn fill(planned: &[PlannedBlob], blobs: &[NewBlob], staged: &Staged<'_>) -> Resu
     }
     // The longest that cannot be cut go first.
     jobs.sort_by_key(|job| std::cmp::Reverse(if job.to - job.from > PIECE { job.to - job.from } else { 0 }));
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let size: u64 = planned.iter().map(PlannedBlob::size).sum();
-    let threads = if size < ONE_THREAD { 1 } else { cores.min(MAX_THREADS).min(jobs.len()) };
+    // Asking for the number of cores reads files: not for a small save.
+    let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = if size < ONE_THREAD { 1 } else { cores().min(MAX_THREADS).min(jobs.len()) };
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let error = Mutex::new(None);

@@ -122,11 +122,11 @@ pub(super) fn schema_text(schema: &Schema) -> Result<Value> {
     bytes.extend_from_slice(&length.to_le_bytes());
     bytes.extend_from_slice(&message);
     bytes.resize(8 + padded, 0);
-    let mut text = String::with_capacity(bytes.len() * 5 + 16);
-    text.push_str("{\"bytes\": [");
+    let mut text = String::with_capacity(bytes.len() * 4 + 16);
+    text.push_str("{\"bytes\":[");
     for (i, byte) in bytes.iter().enumerate() {
         use std::fmt::Write;
-        let _ = write!(text, "{}{byte}", if i == 0 { "" } else { ", " });
+        let _ = write!(text, "{}{byte}", if i == 0 { "" } else { "," });
     }
     text.push_str("]}");
     Ok(Value::String(text))
