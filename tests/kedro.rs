@@ -448,6 +448,8 @@ fn images() {
         assert!(said.contains("-t iris:0.1.0") && said.contains("--platform linux/arm64 --no-cache"), "{said}");
         assert!(said.contains("BASE_IMAGE=local/python:1"), "{said}");
         let file = fs::read_to_string(kedro.project.join("Dockerfile")).unwrap();
+        // It is left out of the image, and Kedro does not start without it.
+        assert!(file.contains("RUN mkdir -p conf/local "), "{file}");
         assert!(file.contains("COPY requirements.txt") && file.contains("USER 8737:8737"), "{file}");
         fs::write(kedro.project.join("Dockerfile"), "FROM mine\n").unwrap();
         let said = success(ours(&["init"]));

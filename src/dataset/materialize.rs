@@ -34,7 +34,8 @@ fn buffer(span: &Span, source: &dyn BlobSource) -> Result<Buffer> {
         .ok()
         .filter(|n| *n <= isize::MAX as usize / 2)
         .ok_or_else(|| Error::new(Kind::TooLarge, "an array that does not fit memory"))?;
-    let mut bytes = arrow_buffer::MutableBuffer::from_len_zeroed(len);
+    let mut bytes = arrow_buffer::MutableBuffer::try_from_len_zeroed(len)
+        .map_err(|error| Error::new(Kind::TooLarge, format!("an array that does not fit memory: {error}")))?;
     span.read(source, 0, bytes.as_slice_mut())?;
     Ok(bytes.into())
 }

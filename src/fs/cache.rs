@@ -99,6 +99,8 @@ struct State {
     hits: u64,
     misses: u64,
     evictions: u64,
+    /// What names led to when they were opened last.
+    opened: HashMap<String, ObjectId>,
 }
 
 /// Counters of the cache.
@@ -267,6 +269,21 @@ impl ImageCache {
         let keys: Vec<Key> = state.slots.keys().copied().filter(|(id, _)| *id == object).collect();
         for key in keys {
             remove(&mut state, &key);
+        }
+    }
+
+    /// A name was opened that leads to `object`. The images of what it led to before go: other clients replace and delete
+    /// objects without a word. Should another name lead there, they are made anew.
+    pub fn opened(&self, name: &str, object: ObjectId) {
+        let former = {
+            let mut state = self.state();
+            if state.opened.len() > 2 * MOST_IMAGES {
+                state.opened.clear();
+            }
+            state.opened.insert(name.to_owned(), object)
+        };
+        if let Some(former) = former.filter(|former| *former != object) {
+            self.forget(former);
         }
     }
 

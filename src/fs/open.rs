@@ -88,6 +88,9 @@ impl FileSystem {
         state.mode = Some(mode.clone());
         state.opens += 1;
         drop(state);
+        if matches!(mode, Mode::Assembled(_)) {
+            self.cache.opened(&view.name, view.object);
+        }
         if matches!(mode, Mode::Lazy { .. }) {
             *self.lazy_opens().entry(view.object).or_default() += 1;
         }

@@ -126,6 +126,8 @@ pub fn dockerfile(project: &Project, base_image: &str) -> Result<String> {
          && chown -R {USER}:{USER} /home/kedro\n\
          WORKDIR /home/kedro/project\n\
          COPY --chown={USER}:{USER} . .\n\
+         # Kedro wants the folder, and credentials stay out of the image.\n\
+         RUN mkdir -p conf/local && chown {USER}:{USER} conf/local\n\
          # By number, so that Kubernetes can tell that it is not root.\n\
          USER {USER}:{USER}\n\
          CMD [\"kedro\", \"run\"]\n",

@@ -166,3 +166,15 @@ def test_an_open_file_stays_on_its_version(store, make_mount, serving):
     finally:
         os.close(descriptor)
     assert pd.read_feather(mount / "X.arrow")["a"].eq(2.0).all()
+
+
+def test_images_of_what_others_replaced_go(store, make_mount):
+    mount = make_mount()
+    for turn in range(20):
+        store.put("changing", np.full(200_000, turn))
+        raw = (mount / "changing.npy").read_bytes()
+        assert raw.endswith(np.full(10, turn).tobytes())
+        store.client.delete(store.client.get_name("changing"))
+        store.client.drop_name("changing")
+    kept = mount.status()["files"]["images"]["bytes"]
+    assert kept <= 3 * len(raw), f"{kept} bytes of images of a file of {len(raw)}"

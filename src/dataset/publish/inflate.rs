@@ -3,7 +3,7 @@
 //! Format: "Compression" in `docs/source/format/Columnar.rst` of Apache Arrow. The length is what the file says; nothing
 //! is allocated for it before that many bytes have come out of the decoder.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader};
 use std::ops::Range;
 
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ impl Inflated {
         Inflated { window: start + range.start..start + range.end, ..self.clone() }
     }
 
-    /// Decompresses, and passes the wanted bytes on in pieces of at most a mebibyte, each with its offset in the window.
+    /// Decompresses, and passes the wanted bytes on in pieces of at most 8 MiB, each with its offset in the window.
     ///
     /// # Errors
     /// `Malformed` if the frame is broken or is not as long as declared; what `out` returns.
@@ -52,14 +52,18 @@ impl Inflated {
             .zip(usize::try_from(self.at.end).ok())
             .and_then(|(start, end)| staged.get(start..end))
             .ok_or_else(|| Error::malformed("a compressed buffer outside the file"))?;
-        let mut decoder: Box<dyn Read + '_> = match self.codec {
+        // The decoders' own buffers are passed on, without a copy of each.
+        let mut decoder: Box<dyn BufRead + '_> = match self.codec {
             Codec::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(frame)),
-            Codec::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(frame).map_err(broken)?),
+            Codec::Zstd => {
+                let decoder = zstd::stream::read::Decoder::with_buffer(frame).map_err(broken)?;
+                Box::new(BufReader::with_capacity(self.declared.clamp(1, 1 << 20) as usize, decoder))
+            }
         };
-        let mut piece = vec![0; self.declared.clamp(1, 1 << 20) as usize];
         let mut position = 0u64;
         loop {
-            let n = decoder.read(&mut piece).map_err(broken)?;
+            let piece = decoder.fill_buf().map_err(broken)?;
+            let n = piece.len();
             if n == 0 {
                 break;
             }
@@ -75,6 +79,7 @@ impl Inflated {
             if from < to {
                 out(from - self.window.start, &piece[(from - position) as usize..(to - position) as usize])?;
             }
+            decoder.consume(n);
             position = end;
         }
         if position != self.declared {

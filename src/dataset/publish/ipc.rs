@@ -29,18 +29,22 @@ pub(super) struct Node {
     children: Vec<Node>,
 }
 
-/// The entries of a map are never null (`Schema.fbs` of the Arrow format): an array of another type cannot be made.
-fn check_maps(data_type: &DataType) -> Result<()> {
+/// The entries of a map are never null, and run ends are signed integers of 16, 32 or 64 bits (`Schema.fbs` of the Arrow
+/// format): an array of another type cannot be made.
+fn check_type(data_type: &DataType) -> Result<()> {
     use DataType::*;
     match data_type {
+        RunEndEncoded(ends, _) if !ends.data_type().is_run_ends_type() => {
+            Err(Error::malformed(format!("run ends of type {}", ends.data_type())))
+        }
         Map(entries, _) if entries.is_nullable() => Err(Error::malformed("a map whose entries may be null")),
         Map(f, _) | List(f) | LargeList(f) | ListView(f) | LargeListView(f) | FixedSizeList(f, _) => {
-            check_maps(f.data_type())
+            check_type(f.data_type())
         }
-        Struct(fields) => fields.iter().try_for_each(|f| check_maps(f.data_type())),
-        Union(fields, _) => fields.iter().try_for_each(|(_, f)| check_maps(f.data_type())),
-        Dictionary(_, values) => check_maps(values),
-        RunEndEncoded(_, values) => check_maps(values.data_type()),
+        Struct(fields) => fields.iter().try_for_each(|f| check_type(f.data_type())),
+        Union(fields, _) => fields.iter().try_for_each(|(_, f)| check_type(f.data_type())),
+        Dictionary(_, values) => check_type(values),
+        RunEndEncoded(_, values) => check_type(values.data_type()),
         _ => Ok(()),
     }
 }
@@ -62,7 +66,7 @@ impl Layout {
             return Err(Error::malformed("big-endian Arrow data"));
         }
         let schema = arrow_ipc::convert::try_fb_to_schema(fb).map_err(arrow)?;
-        schema.fields().iter().try_for_each(|field| check_maps(field.data_type()))?;
+        schema.fields().iter().try_for_each(|field| check_type(field.data_type()))?;
         let fields = fb.fields().ok_or_else(|| Error::malformed("a schema without fields"))?;
         let nodes = schema
             .fields()
