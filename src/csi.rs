@@ -22,6 +22,7 @@ pub mod mounter;
 pub mod node;
 pub mod plugin;
 pub mod record;
+pub mod socket;
 pub mod state;
 pub mod steps;
 pub mod target;

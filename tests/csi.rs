@@ -5,6 +5,7 @@
 mod common;
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -429,6 +430,42 @@ fn both_processes_may_be_replaced_while_a_pod_reads_and_writes() {
     assert_eq!(mounts_at(&target)[0].device, device);
     println!("a pod while both processes are replaced: {}", pod.end());
     node.unpublish(&request).unwrap();
+}
+
+/// Pods that are deleted by force end after the next ones have started.
+#[test]
+fn processes_that_end_late_leave_the_sockets_of_the_next_alone() {
+    let (store, mut node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request = node.request("p", &[]);
+    node.publish(request.clone()).unwrap();
+    std::fs::write(node.target("p").join("a.txt"), "safe").unwrap();
+    let (mut plugin, mut mounter) = (node.plugin.take(), node.mounter.take());
+    let sockets = ["csi.sock", "kubelet/plugins/fs/holder.sock", "kubelet/plugins/fs/mounter.sock"];
+    let inodes =
+        |node: &Node| sockets.map(|name| std::fs::symlink_metadata(node.path(name)).map(|file| file.ino()).ok());
+    let before = inodes(&node);
+    node.channel = None;
+    node.start_mounter();
+    node.start_plugin("10s");
+    let fresh = |node: &Node| inodes(node).iter().zip(&before).all(|(now, before)| now.is_some() && now != before);
+    wait_until("the next ones listen", || fresh(&node));
+    node.connect();
+    Node::stop(&mut mounter, Signal::SIGTERM);
+    Node::stop(&mut plugin, Signal::SIGTERM);
+    assert!(fresh(&node), "their sockets are still there");
+    let next = node.request("q", &[]);
+    node.publish(next.clone()).unwrap();
+    node.publish(request.clone()).unwrap();
+    assert_eq!(
+        shell(&format!("cat {}/a.txt {}/a.txt", node.target("p").display(), node.target("q").display())),
+        "safesafe"
+    );
+    // Somebody removes the socket that the kubelet asks at.
+    std::fs::remove_file(node.path("csi.sock")).unwrap();
+    wait_until("it is there again", || node.path("csi.sock").exists());
+    node.unpublish(&request).unwrap();
+    node.unpublish(&next).unwrap();
 }
 
 /// What happens to the processes of a container that is killed: only the connection outlives them, so a file that is

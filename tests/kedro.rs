@@ -5,6 +5,9 @@
 //! ordinary folder, or the one that `VINEYARD_FS_KEDRO_MOUNT` names.
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/argo.rs"]
+mod argo;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -361,6 +364,7 @@ fn bad_input_is_one_line_and_changes_nothing() {
 
 #[test]
 fn workflows_name_every_node_once() {
+    let argo = argo::program();
     for kedro in kedros() {
         success(kedro.ours(&["catalog", "create"]));
         success(kedro.ours(&["catalog", "create", "-p", "mixed", "--observe"]));
@@ -371,7 +375,9 @@ fn workflows_name_every_node_once() {
             let all = [&["argo", "generate", "-i", "iris:1", "-o", "-"], arguments].concat();
             let output = kedro.ours(&all);
             assert!(output.status.success(), "{}", text(&output));
-            lint(&output.stdout);
+            if let Some(program) = &argo {
+                argo::lint(program, &output.stdout).unwrap();
+            }
             serde_yaml::from_slice(&output.stdout).unwrap()
         };
         let tasks = |workflow: &serde_yaml::Value| -> Vec<(String, String)> {
@@ -404,15 +410,6 @@ fn workflows_name_every_node_once() {
         success(kedro.ours(&["argo", "generate", "-i", "iris:2", "--force"]));
         assert!(fs::read_to_string(kedro.project.join("argo-iris.yml")).unwrap().contains("iris:2"));
     }
-}
-
-/// Argo's own linter, if `VINEYARD_FS_ARGO` names its command.
-fn lint(workflow: &[u8]) {
-    let Some(argo) = std::env::var_os("VINEYARD_FS_ARGO") else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("argo.yml");
-    fs::write(&file, workflow).unwrap();
-    success(Command::new(argo).args(["lint", "--offline"]).arg(file).output().unwrap());
 }
 
 #[test]

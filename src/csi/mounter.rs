@@ -16,6 +16,7 @@ use self::running::{Running, Spawn};
 use super::attributes::{Format, Instance};
 use super::failure::{Failure, Outcome};
 use super::link::{self, Answer, Live, Question};
+use super::socket::SocketFile;
 use super::state::{MountKey, State};
 use super::steps::{self, Step, Trouble};
 use super::target;
@@ -87,6 +88,7 @@ pub fn run(options: Options) -> Result<()> {
     let socket = state.mounter_socket();
     std::fs::remove_file(&socket).ok();
     let listener = UnixListener::bind(&socket).context(|| format!("cannot listen on {socket:?}"))?;
+    let file = SocketFile::of(&socket)?;
     tracing::info!("listening on {socket:?}; vineyardds are looked for in {:?}", options.sockets);
     let mounter = Arc::new(Mounter { options, state, slots: Mutex::default() });
     let answering = mounter.clone();
@@ -109,7 +111,7 @@ pub fn run(options: Options) -> Result<()> {
     }
     let signal = signals.wait()?;
     tracing::info!("ending: {signal}");
-    std::fs::remove_file(&socket).ok();
+    file.remove();
     mounter.end();
     Ok(())
 }
@@ -179,7 +181,7 @@ impl Mounter {
     /// A mount that answers.
     fn mount(&self, key: &MountKey, until: Instant) -> Outcome<Live> {
         let slot = self.slot(key);
-        let mut slot = lock(&slot, until).ok_or_else(|| self.absent(key))?;
+        let mut slot = lock(&slot, until).ok_or_else(|| self.busy(key))?;
         slot.asked = Some(Instant::now());
         let path = self.path(key);
         if let Some(running) = &mut slot.running {
@@ -280,6 +282,19 @@ impl Mounter {
         self.options.sockets.join(&key.vineyard.namespace).join(&key.vineyard.name).join("vineyard.sock")
     }
 
+    /// Why another question has not been answered in time.
+    fn busy(&self, key: &MountKey) -> Failure {
+        if UnixStream::connect(self.socket(key)).is_err() {
+            return self.absent(key);
+        }
+        let message = format!(
+            "the mount of vineyardd {} on this node is being made or mended and does not answer yet; the log of the \
+             mounter on this node says why if this goes on",
+            key.vineyard
+        );
+        Failure::new(tonic::Code::Unavailable, message)
+    }
+
     fn absent(&self, key: &MountKey) -> Failure {
         let message = format!(
             "no vineyardd {} on this node: nothing listens on {} there; does its pod run on this node \
@@ -314,19 +329,14 @@ impl Mounter {
         }
     }
 
-    /// Removes the directory that a mount was on.
+    /// Removes the directory that a mount was on, so that no pod takes it for the mount. The one above it stays: pods that
+    /// have it as a volume see the next mount there.
     fn remove(&self, key: &MountKey) {
         let path = self.path(key);
         if mountinfo::at(&path).is_ok_and(|mounted| mounted.is_none())
             && let Err(error) = std::fs::remove_dir(&path)
         {
             tracing::info!("{path:?} stays: {error}");
-        }
-        if let Some(folder) = &self.options.host_dir
-            && path.starts_with(folder)
-        {
-            // These go if nothing else is in them.
-            path.parent().map(std::fs::remove_dir);
         }
     }
 

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 
 use super::holder::Holder;
@@ -17,6 +18,7 @@ use super::metrics::Metrics;
 use super::node::{NodeOptions, NodeService};
 use super::proto::identity_server::IdentityServer;
 use super::proto::node_server::NodeServer;
+use super::socket::SocketFile;
 use super::state::State;
 use crate::error::{Context, Error, Kind, Result};
 
@@ -24,6 +26,8 @@ use crate::error::{Context, Error, Kind, Result};
 const REPAIR: Duration = Duration::from_secs(2);
 /// Calls at once; a waiting one costs a thread.
 const THREADS: usize = 64;
+/// Connections that wait for the server.
+const CONNECTIONS: usize = 16;
 /// How long calls may go on after a signal.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
@@ -85,7 +89,8 @@ async fn serve(mut options: Options) -> Result<()> {
     let identity = IdentityService { mounter: state.mounter_socket() };
     let holder = Holder::start(&state.holder_socket())?;
     let node = NodeService::new(options.node.clone(), state.clone(), metrics);
-    let (repairing, closing, holder_socket) = (node.clone(), holder.clone(), state.holder_socket());
+    let (repairing, closing) = (node.clone(), holder.clone());
+    let holder_socket = SocketFile::of(&state.holder_socket())?;
     tokio::spawn(async move {
         loop {
             let (repairing, holder) = (repairing.clone(), holder.clone());
@@ -104,7 +109,10 @@ async fn serve(mut options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tracing::info!("node {} listens on {:?}", options.node.node_id, options.endpoint);
-    let (ended, mut is_ended) = tokio::sync::watch::channel(false);
+    let (ended, mut is_ended) = watch::channel(false);
+    let (send, incoming) = mpsc::channel(CONNECTIONS);
+    let socket = SocketFile::of(&options.endpoint)?;
+    let accepting = tokio::spawn(accept(listener, socket, options.endpoint.clone(), send, is_ended.clone()));
     let end = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -112,13 +120,13 @@ async fn serve(mut options: Options) -> Result<()> {
         }
         tracing::info!("ending");
         closing.close();
-        std::fs::remove_file(holder_socket).ok();
+        holder_socket.remove();
         ended.send(true).ok();
     };
     let served = Server::builder()
         .add_service(IdentityServer::new(identity))
         .add_service(NodeServer::new(node))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), end);
+        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), end);
     // A caller that keeps its connection open would keep this process.
     let patience = async move {
         is_ended.wait_for(|ended| *ended).await.ok();
@@ -128,9 +136,44 @@ async fn serve(mut options: Options) -> Result<()> {
         served = served => served.map_err(|error| Error::new(Kind::Internal, "gRPC").with_source(error)),
         () = patience => Ok(()),
     };
-    std::fs::remove_file(&options.endpoint).ok();
+    // It has removed its socket when it has ended.
+    accepting.await.ok();
     state.tidy();
     served
+}
+
+/// Takes connections until the end. A socket whose file somebody removed is made anew: the kubelet would not reach it.
+async fn accept(
+    mut listener: UnixListener,
+    mut socket: SocketFile,
+    endpoint: PathBuf,
+    send: mpsc::Sender<std::io::Result<UnixStream>>,
+    mut is_ended: watch::Receiver<bool>,
+) {
+    loop {
+        tokio::select! {
+            taken = listener.accept() => match taken {
+                // Fails only at the end.
+                Ok((stream, _)) => drop(send.send(Ok(stream)).await),
+                Err(error) => {
+                    tracing::warn!("a connection is not taken: {error}");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            () = send.closed() => break,
+            () = async { drop(is_ended.wait_for(|ended| *ended).await) } => break,
+            () = tokio::time::sleep(REPAIR) => {
+                if socket.is_gone() {
+                    tracing::warn!("{endpoint:?} was removed; it is made anew");
+                    match listen(&endpoint).and_then(|next| Ok((SocketFile::of(&endpoint)?, next))) {
+                        Ok(made) => (socket, listener) = made,
+                        Err(error) => tracing::warn!("{error}"),
+                    }
+                }
+            }
+        }
+    }
+    socket.remove();
 }
 
 fn listen(endpoint: &Path) -> Result<UnixListener> {

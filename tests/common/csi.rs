@@ -81,11 +81,17 @@ impl Node {
     }
 
     pub fn start_plugin(&mut self, deadline: &str) {
-        let (socket, kubelet) = (self.path("csi.sock"), self.path("kubelet"));
-        let endpoint = format!("unix://{}", socket.display());
+        let kubelet = self.path("kubelet");
+        let endpoint = format!("unix://{}", self.path("csi.sock").display());
         let arguments = ["node", "--endpoint", &endpoint, "--node-id", "n1", "--deadline", deadline];
         let folders = ["--kubelet-dir", kubelet.to_str().unwrap(), "--default-vineyard", "system/v"];
         self.plugin = Some(self.spawn("plugin.log", &[&arguments[..], &folders[..]].concat()));
+        self.connect();
+    }
+
+    /// To the plugin that listens now.
+    pub fn connect(&mut self) {
+        let endpoint = format!("unix://{}", self.path("csi.sock").display());
         let start = Instant::now();
         let channel = loop {
             let connecting = Endpoint::from_shared(endpoint.clone()).unwrap();
