@@ -73,8 +73,10 @@ fn load(layout: &ArrayLayout, stored: &DataType, source: &dyn BlobSource) -> Res
         return Ok(array);
     }
     let options = CastOptions { safe: false, ..CastOptions::default() };
-    cast_with_options(&array, stored, &options)
-        .map_err(|error| Error::malformed(format!("storing {} as {stored}", layout.data_type)).with_source(error))
+    // The array is sound, so it has a value that Parquet's type does not reach.
+    cast_with_options(&array, stored, &options).map_err(|error| {
+        Error::new(Kind::Unsupported, format!("storing {} as {stored}", layout.data_type)).with_source(error)
+    })
 }
 
 /// Encodes one column of one row group: a chunk for each leaf, in order.
