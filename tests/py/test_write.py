@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import images
+from conftest import Store
 
 ROWS = 30_000
 
@@ -304,3 +305,38 @@ def test_rsync(make_mount, tmp_path):
     # Nothing changed, so nothing is sent again.
     listed = subprocess.run(["rsync", "-ai", f"{source}/", f"{mount.path}/"], check=True, capture_output=True, text=True).stdout
     assert [line for line in listed.splitlines() if line.startswith(">f")] == []
+
+
+def test_kept_files_give_way_before_a_save_fails(folder, make_mount):
+    """Beside the columns of a Parquet file its bytes are kept. In a full store they go, and no table does."""
+    (folder / "small").mkdir()
+    small = Store(folder / "small", "80Mi")
+    try:
+        mount = make_mount(over=small)
+        random = np.random.default_rng(3)
+        # Random values: a file is as large as its columns, 12 MB each.
+        frames = {name: pd.DataFrame({"v": random.random(1_500_000), "n": i}) for i, name in enumerate("ab")}
+        for name, frame in frames.items():
+            frame.to_parquet(mount / f"{name}.parquet")
+        written = {name: (mount / f"{name}.parquet").read_bytes() for name in frames}
+        before = small.usage()
+        # Columns smaller than what goes: free memory is in pieces.
+        large = pa.table({name: random.random(500_000) for name in "uvwxyz"})
+        assert before + large.nbytes > 80 << 20, "the store would hold it without giving anything up"
+        with pa.OSFile(str(mount / "large.arrow"), "wb") as file:
+            with pa.ipc.new_file(file, large.schema) as writer:
+                writer.write_table(large)
+        with pa.memory_map(str(mount / "large.arrow")) as file:
+            assert pa.ipc.open_file(file).read_all().equals(large)
+        other = make_mount(over=small)
+        changed = 0
+        for name, frame in frames.items():
+            for at in (mount, other):
+                pd.testing.assert_frame_equal(pd.read_parquet(at / f"{name}.parquet"), frame)
+            changed += (other / f"{name}.parquet").read_bytes() != written[name]
+        assert changed >= 1, "nothing was given up"
+        assert small.usage() <= 80 << 20
+        other.unmount()
+        mount.unmount()
+    finally:
+        small.stop()
