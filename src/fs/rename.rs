@@ -1,6 +1,6 @@
 //! Names: mkdir, rmdir, unlink, rename.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::sync::Arc;
 
@@ -11,6 +11,8 @@ use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
+use crate::vineyard::ObjectId;
+use crate::vineyard::store::NamedObject;
 
 /// Whether a name is a directory's or lies below it.
 fn is_inside(name: &str, directory: &str) -> bool {
@@ -427,14 +429,17 @@ impl FileSystem {
                 }
                 let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
                 let (left, right) = (self.names_below(&format!("{a}/"))?, self.names_below(&format!("{b}/"))?);
-                for (name, _) in left.iter().chain(&right) {
+                let moved = |names: &[NamedObject], from: &str, to: &str| -> Vec<NamedObject> {
+                    names.iter().map(|(name, object)| (format!("{to}{}", &name[from.len()..]), *object)).collect()
+                };
+                let new: BTreeMap<String, ObjectId> =
+                    moved(&left, &a, &b).into_iter().chain(moved(&right, &b, &a)).collect();
+                // New names first: should the server be killed here, an object has a name too many and not one too few.
+                for (name, object) in &new {
+                    self.store.put_name(name, *object)?;
+                }
+                for (name, _) in left.iter().chain(&right).filter(|(name, _)| !new.contains_key(name)) {
                     self.store.drop_name(name)?;
-                }
-                for (name, object) in &left {
-                    self.store.put_name(&format!("{b}{}", &name[a.len()..]), *object)?;
-                }
-                for (name, object) in &right {
-                    self.store.put_name(&format!("{a}{}", &name[b.len()..]), *object)?;
                 }
                 self.move_directories(&[(&a, &b), (&b, &a)]);
                 self.folders.stay(&a);
