@@ -82,6 +82,12 @@ impl Holder {
             match (message, fd) {
                 (message @ Message::Connection { .. }, Some(fuse)) => {
                     let Some(handed) = Handed::begin(&message, fuse) else { continue };
+                    // A keeper that ends late must not put its connection in the place of the one that is served:
+                    // held and served by nobody, it would let requests wait for ever.
+                    if mountinfo::is_replaced(&handed.mountpoint, handed.device) {
+                        let what = format!("{:?} has another mount by now", handed.mountpoint);
+                        return Err(Error::new(Kind::Stale, what));
+                    }
                     current = Some(handed.mountpoint.clone());
                     self.held().insert(handed.mountpoint.clone(), handed);
                 }

@@ -46,6 +46,12 @@ pub fn at(mountpoint: &Path) -> Result<Option<Mount>> {
     Ok(all()?.into_iter().rev().find(|mount| mount.mountpoint == mountpoint))
 }
 
+/// Whether another mount of this kind is where the mount with this device number was made.
+pub fn is_replaced(mountpoint: &Path, device: (u32, u32)) -> bool {
+    let there = at(mountpoint).ok().flatten();
+    there.is_some_and(|mount| mount.fs_type == FS_TYPE && mount.device != device)
+}
+
 /// Reads a line: `36 35 98:0 /root /mount options [tags]… - type source super-options` (proc(5)).
 fn parse(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|&b| b == b' ');

@@ -193,6 +193,11 @@ impl Keeper {
         }
         let until = Instant::now() + NO_HOLDER;
         loop {
+            // The next keeper did not wait for this one and has mounted anew: requests to this mount must fail.
+            if mountinfo::is_replaced(&self.config.mountpoint, self.mounted.device) {
+                tracing::info!("another mount has taken this one's place");
+                return false;
+            }
             match self.try_hand_over() {
                 Ok(()) => {
                     tracing::info!("the mount is handed over");
