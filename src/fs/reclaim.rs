@@ -9,8 +9,9 @@ use crate::vineyard::ObjectId;
 use crate::vineyard::journal::{Journal, Unit};
 use crate::vineyard::store::NameQuery;
 
-/// Whoever fills a blob seals it within this time, or is not alive.
-const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// A blob of somebody else that comes into question must stay unsealed for so long to be taken for a lost one: of the
+/// right size, and made in the moment in which the former server ended.
+const SECOND_LOOK: Duration = Duration::from_secs(5);
 
 impl FileSystem {
     /// Begins work whose objects no name reaches before it ends.

@@ -270,7 +270,7 @@ mod tests {
 
     /// Runs in a process of its own, started by the test after it.
     #[test]
-    #[ignore = "locks its process in"]
+    #[ignore = "the_sandbox_holds runs it, in a process of its own: it locks its process in"]
     fn inside() {
         let sandbox = enter();
         let mut out = std::io::stderr();

@@ -29,6 +29,9 @@ const MAX_READ: u64 = 64 << 20;
 pub struct Wish {
     /// Not asked for before this time, in milliseconds since 1970 of the clock that blob ids are made from.
     pub since: u64,
+    /// Not made after this time: when this process began, which came after the one that asked had ended. `u64::MAX` in
+    /// the process that asks.
+    pub until: u64,
     /// An id that was made before; `INVALID` if none is known.
     pub after: ObjectId,
     /// Their sizes in bytes, none 0, in the order in which they are made.
@@ -76,7 +79,8 @@ impl Journal {
         let len = file.metadata().context(|| "looking at the journal".into())?.len();
         let mut text = vec![0; len.min(MAX_READ) as usize];
         file.read_exact_at(&mut text, 0).context(|| "reading the journal".into())?;
-        let (kept, wishes) = parse(&text);
+        let (kept, mut wishes) = parse(&text);
+        wishes.values_mut().for_each(|wish| wish.until = now_ms());
         let own = wishes.keys().next_back().map_or(0, |last| last + 1);
         let state = State { len, kept, wishes, own, ..State::default() };
         Ok(Journal { file, state: Mutex::new(state), idle: Condvar::new() })
@@ -109,11 +113,10 @@ impl Journal {
 
     /// Notes that blobs of these sizes are about to be asked for. What is never [answered](Self::answered) is kept.
     pub fn ask(&self, sizes: &[u64]) -> Asked {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64);
         let mut state = self.state();
         let number = state.wishes.keys().next_back().map_or(state.own, |last| (last + 1).max(state.own));
         let sizes = sizes.iter().copied().filter(|&size| size > 0).collect();
-        let wish = Wish { since, after: state.last.unwrap_or(ObjectId::INVALID), sizes };
+        let wish = Wish { since: now_ms(), until: u64::MAX, after: state.last.unwrap_or(ObjectId::INVALID), sizes };
         self.append(&mut state, &wish_line(number, &wish));
         state.wishes.insert(number, wish);
         Asked(number)
@@ -216,6 +219,10 @@ fn line(ids: impl IntoIterator<Item = ObjectId>) -> String {
     text
 }
 
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
+}
+
 fn wish_line(number: u64, wish: &Wish) -> String {
     let mut text = format!("? {number} {} {}", wish.since, wish.after);
     for size in &wish.sizes {
@@ -231,7 +238,7 @@ fn parse_wish(text: &str) -> Option<(u64, Wish)> {
     let since = words.next()?.parse().ok()?;
     let after = words.next()?.parse().ok()?;
     let sizes = words.map(|word| word.parse().ok()).collect::<Option<Vec<u64>>>()?;
-    Some((number, Wish { since, after, sizes }))
+    Some((number, Wish { since, until: u64::MAX, after, sizes }))
 }
 
 /// The ids and wishes of all lines that are one. A line that a kill cut short, and what a shorter text was written over,
@@ -319,12 +326,14 @@ mod tests {
         assert!(found.iter().all(|wish| wish.after == ObjectId(6) && wish.since > 1_700_000_000_000));
         assert!(journal.unanswered().is_empty(), "it may still see the answers");
         journal.answered(first, ids(7..8));
-        assert_eq!(reopen().unanswered(), found[1..]);
+        let sizes = |journal: &Journal| journal.unanswered().into_iter().map(|wish| wish.sizes).collect::<Vec<_>>();
+        assert_eq!(sizes(&reopen()), [[30]]);
+        assert!(found.iter().all(|wish| wish.since <= wish.until && wish.until <= now_ms()));
         // It outlives the work under way.
         drop(unit);
         let next = reopen();
         let third = next.ask(&[40]);
-        assert_eq!(next.unanswered(), found[1..]);
+        assert_eq!(sizes(&next), [[30]]);
         next.settle_unanswered();
         assert_eq!(reopen().unanswered().len(), 1);
         next.answered(third, []);

@@ -8,10 +8,13 @@ use crate::vineyard::store::Store;
 
 /// Numbers of ids before they begin anew.
 const SEQUENCES: u64 = 4096;
+/// Milliseconds in which the numbers may have gone all around.
+const WRAPS: u64 = 10_000;
 /// Most ids that are tried for one wish: 0.1 s of vineyardd's time.
 const MOST: u64 = 1 << 18;
-/// Most milliseconds after a wish that its blobs are looked for. vineyardd makes them as soon as it reads the request.
-const LATEST: u64 = 10_000;
+/// Most milliseconds after a wish that its blobs are looked for. vineyardd makes them as soon as it reads the request; the
+/// longer this is, the more blobs of others come into question.
+const LATEST: u64 = 1_000;
 
 impl Client {
     /// As [`Store::unanswered`].
@@ -30,7 +33,7 @@ fn candidates(wish: &Wish, end: ObjectId) -> Vec<ObjectId> {
     let (first, count) = match wish.after {
         ObjectId::INVALID => (end.sequence(), SEQUENCES),
         // Where the numbers went all around, none is known to be out.
-        after if end.made_ms().saturating_sub(after.made_ms()) > LATEST => (end.sequence(), SEQUENCES),
+        after if end.made_ms().saturating_sub(after.made_ms()) > WRAPS => (end.sequence(), SEQUENCES),
         after => (after.sequence() + 1, (end.sequence() + SEQUENCES - after.sequence() - 1) % SEQUENCES),
     };
     if count == 0 {
@@ -38,7 +41,7 @@ fn candidates(wish: &Wish, end: ObjectId) -> Vec<ObjectId> {
     }
     // The clock may have been read just before a millisecond ended.
     let since = wish.since.saturating_sub(1);
-    let until = end.made_ms().min(since + LATEST).min(since + MOST / count);
+    let until = end.made_ms().min(wish.until).min(since + LATEST).min(since + MOST / count);
     let numbers = move |ms| (first..first + count).map(move |number| ObjectId::blob_made(ms, number % SEQUENCES));
     (since..=until).flat_map(numbers).collect()
 }
@@ -60,7 +63,7 @@ mod tests {
     use super::*;
 
     fn wish(after: ObjectId, sizes: &[u64]) -> Wish {
-        Wish { since: 1000, after, sizes: sizes.to_vec() }
+        Wish { since: 1000, until: u64::MAX, after, sizes: sizes.to_vec() }
     }
 
     #[test]
@@ -70,6 +73,9 @@ mod tests {
         let expected = |ms| [4095, 0, 1].map(|number| ObjectId::blob_made(ms, number));
         assert_eq!(found, [expected(999), expected(1000), expected(1001)].concat());
         assert!(candidates(&wish(known, &[5]), ObjectId::blob_made(1001, 4095)).is_empty());
+        // What this process makes by itself never comes into question.
+        let former = Wish { until: 999, ..wish(known, &[5]) };
+        assert_eq!(candidates(&former, ObjectId::blob_made(1001, 2)), expected(999));
         let all = candidates(&wish(ObjectId::INVALID, &[5]), ObjectId::blob_made(1 << 30, 9));
         assert_eq!((all.len() as u64 / SEQUENCES, all.len() as u64 % SEQUENCES), (65, 0));
     }
