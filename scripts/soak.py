@@ -37,7 +37,10 @@ def field(pid: int, name: str) -> int:
 
 
 def sample(mount, store) -> dict:
-    status = mount.status()
+    # On a machine that does other things, too, the server may take longer than `status` waits.
+    patience = time.monotonic() + 30
+    while (status := mount.status())["state"] != "ok" and time.monotonic() < patience:
+        time.sleep(0.5)
     keeper, server = status["keeper"]["pid"], status["server"]["pid"]
     return {
         "server_anon_mib": field(server, "RssAnon") / 1024,

@@ -36,8 +36,8 @@ mod write;
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use host::{Area, Host, HostFile, Serving};
@@ -45,6 +45,7 @@ pub use open::FileBytes;
 pub use options::{Options, ServePolicy};
 
 use crate::error::{Error, Kind, Result};
+use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::store::StoreStatus;
 use crate::vineyard::{ObjectId, Store};
 use directory::Listing;

@@ -14,7 +14,7 @@ pub mod view;
 #[allow(clippy::unwrap_used)]
 mod readers;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 
 pub use arrow::Counts;
 pub use assemble::assemble;

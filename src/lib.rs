@@ -23,6 +23,7 @@ pub mod fs;
 pub mod fuse;
 pub mod image;
 pub mod kedro;
+pub mod sync;
 pub mod telemetry;
 pub mod vineyard;
 

@@ -4,11 +4,12 @@
 //! last, up to a limit; images that are open are never dropped.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use super::host::{Area, Host, HostFile};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Image, View};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::vineyard::{BlobSource, ObjectId};
 
 /// Most images: each costs two descriptors.
@@ -120,6 +121,35 @@ pub struct CacheStatus {
     pub evictions: u64,
 }
 
+/// An image that is being made. Others wait for it: should that fail, or panic, its slot is free again.
+struct Building<'a> {
+    cache: &'a ImageCache,
+    key: Key,
+    size: u64,
+    done: bool,
+}
+
+impl Building<'_> {
+    fn ready(mut self, image: &Arc<Assembled>) {
+        let mut state = self.cache.state();
+        let used = state.clock;
+        state.slots.insert(self.key, Slot::Ready { image: image.clone(), used });
+        // What is made under this key from here on is somebody else's.
+        self.done = true;
+    }
+}
+
+impl Drop for Building<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            let mut state = self.cache.state();
+            state.slots.remove(&self.key);
+            state.bytes -= self.size;
+        }
+        self.cache.changed.notify_all();
+    }
+}
+
 /// Assembled images, by object and view.
 pub struct ImageCache {
     limit: u64,
@@ -203,26 +233,11 @@ impl ImageCache {
         state.bytes += image.size();
         drop(state);
 
-        let built = self.build(image, source);
-
-        let mut state = self.state();
-        let result = match built {
-            Ok(assembled) => {
-                let assembled = Arc::new(assembled);
-                super::adopt::note_image(&assembled.file, object, view, assembled.size);
-                let used = state.clock;
-                state.slots.insert(key, Slot::Ready { image: assembled.clone(), used });
-                Ok(assembled)
-            }
-            Err(error) => {
-                state.slots.remove(&key);
-                state.bytes -= image.size();
-                Err(error)
-            }
-        };
-        drop(state);
-        self.changed.notify_all();
-        result
+        let building = Building { cache: self, key, size: image.size(), done: false };
+        let assembled = Arc::new(self.build(image, source)?);
+        super::adopt::note_image(&assembled.file, object, view, assembled.size);
+        building.ready(&assembled);
+        Ok(assembled)
     }
 
     fn build(&self, image: &Image, source: &dyn BlobSource) -> Result<Assembled> {
@@ -352,5 +367,58 @@ fn remove(state: &mut State, key: &Key) {
         let size = image.size();
         state.slots.remove(key);
         state.bytes -= size;
+    }
+}
+
+#[cfg(all(test, feature = "shuttle"))]
+#[allow(clippy::unwrap_used)]
+mod schedules {
+    use super::super::direct::Unmounted;
+    use super::*;
+    use crate::image::testing::Memory;
+    use crate::sync::{schedules::check, thread};
+
+    #[test]
+    fn one_makes_what_many_want_and_the_bytes_add_up() {
+        check(|| {
+            let memory = Memory::default();
+            let images: Vec<Arc<Image>> = (1..4)
+                .map(|n| {
+                    let mut file = image::extent::Builder::new();
+                    file.span(memory.add(&vec![n; 1000 * usize::from(n)]));
+                    Arc::new(file.finish())
+                })
+                .collect();
+            // Two of the three fit.
+            let cache = Arc::new(ImageCache::new(5500, Arc::new(Unmounted::default())));
+            let memory = Arc::new(memory);
+            let threads: Vec<_> = (0..4usize)
+                .map(|thread| {
+                    let (cache, images, memory) = (cache.clone(), images.clone(), memory.clone());
+                    thread::spawn(move || {
+                        for round in 0..2 {
+                            let which = (thread + round) % 3;
+                            let object = ObjectId(which as u64 + 1);
+                            match cache.assemble(object, View::Arrow, &images[which], &*memory) {
+                                Ok(made) => assert_eq!(made.size(), images[which].size()),
+                                Err(error) => assert_eq!(error.kind(), Kind::Full),
+                            }
+                            if thread == 3 {
+                                cache.forget(object);
+                            }
+                        }
+                    })
+                })
+                .collect();
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+            let state = cache.state();
+            assert_eq!(state.hits + state.misses, 8);
+            let sizes = state.slots.values().map(|slot| match slot {
+                Slot::Ready { image, .. } => image.size(),
+                Slot::Building => panic!("nobody makes it any more"),
+            });
+            assert_eq!(sizes.sum::<u64>(), state.bytes);
+            assert!(state.bytes <= 5500);
+        });
     }
 }

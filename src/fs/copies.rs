@@ -6,7 +6,7 @@
 //! that is nearest, goes on with another one when the instance of an object dies, and removes all with the object.
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -15,6 +15,7 @@ use super::direct::Named;
 use super::objects::Loaded;
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::{Image, View};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::vineyard::copy::{Progress, copy_object};
 use crate::vineyard::store::NameQuery;
 use crate::vineyard::{InstanceId, Meta, ObjectId, Store};

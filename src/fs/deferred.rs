@@ -5,12 +5,12 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use arrow_schema::DataType;
 
 use crate::dataset::{self, ArrayLayout, Dataset, Span};
 use crate::error::{Context, Result};
+use crate::sync::OnceLock;
 use crate::vineyard::{BlobKey, BlobSource};
 
 /// Parts of blobs.

@@ -79,7 +79,7 @@ impl Named {
 
 /// The host of a filesystem without a mount: memory files of this process.
 #[derive(Debug, Default)]
-struct Unmounted {
+pub(super) struct Unmounted {
     next: AtomicU64,
 }
 

@@ -7,12 +7,13 @@ use std::time::Instant;
 
 use super::inode::Node;
 use super::objects::Summary;
-use super::resolve::{Found, Target, suffix};
+use super::resolve::{ATTEMPTS, Found, Target, suffix};
 use super::staging::Staged;
 use super::{DirEntry, FileKind, FileSystem, Handle, ROOT, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
 use crate::vineyard::ObjectId;
+use crate::vineyard::store::NamedObject;
 
 /// Listings that are kept, so that an unchanged directory is answered from the kernel's own cache.
 const LISTINGS_KEPT: usize = 64;
@@ -68,6 +69,8 @@ impl FileSystem {
             return Ok((former, true));
         }
 
+        let (names, missing) = self.summarize_below(names, &prefix)?;
+        let fingerprint = self::fingerprint(&names, &staged, &local);
         let mut directories: BTreeSet<String> = local.into_iter().collect();
         let mut files = Vec::new();
         for (name, object) in names {
@@ -82,12 +85,6 @@ impl FileSystem {
                 None => files.push((name, object)),
             }
         }
-        let ids: Vec<ObjectId> = files.iter().map(|(_, id)| *id).collect();
-        let unknown = ids.iter().filter(|id| self.objects.known_summary(**id).is_none()).count();
-        let deadline =
-            (unknown > self.options.listing_wait_names).then(|| Instant::now() + self.options.listing_budget);
-        let missing: HashSet<ObjectId> = self.objects.summarize(&*self.store, &ids, deadline)?.into_iter().collect();
-
         let mut taken: HashSet<String> = HashSet::with_capacity(files.len() + directories.len());
         let mut entries = Vec::with_capacity(files.len() + directories.len());
         let mut complete = true;
@@ -153,6 +150,34 @@ impl FileSystem {
         }
         listings.insert(directory.to_owned(), listing.clone());
         Ok((listing, false))
+    }
+
+    /// Makes summaries of what names directly below a prefix lead to. Returns the names, and which objects do not exist:
+    /// where that is so, or parts of one are gone, because its name was given another meanwhile, it is that which counts.
+    fn summarize_below(
+        &self,
+        mut names: Vec<NamedObject>,
+        prefix: &str,
+    ) -> Result<(Vec<NamedObject>, HashSet<ObjectId>)> {
+        let mut missing = HashSet::new();
+        for _ in 0..ATTEMPTS {
+            let files = names.iter().filter(|(name, _)| !name[prefix.len()..].contains('/'));
+            let ids: Vec<ObjectId> = files.map(|(_, id)| *id).collect();
+            let unknown = ids.iter().filter(|id| self.objects.known_summary(**id).is_none()).count();
+            let deadline =
+                (unknown > self.options.listing_wait_names).then(|| Instant::now() + self.options.listing_budget);
+            missing = self.objects.summarize(&*self.store, &ids, deadline)?.into_iter().collect();
+            let is_broken = |id: &ObjectId| self.objects.known_summary(*id).is_some_and(|s| s.broken.is_some());
+            if missing.is_empty() && !ids.iter().any(is_broken) {
+                break;
+            }
+            let now = self.names_below(prefix)?;
+            if now == names {
+                break;
+            }
+            names = now;
+        }
+        Ok((names, missing))
     }
 
     /// The file names of a directory that show datasets, by the names of those.

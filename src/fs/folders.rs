@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,7 @@ use super::host::Host;
 use super::{Attr, Caller, SetAttr};
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::Result;
+use crate::sync::{Mutex, MutexGuard};
 
 /// What the host's texts of directories begin with.
 const NOTE: &str = "directory:";

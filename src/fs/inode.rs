@@ -5,7 +5,7 @@
 //! date. Inodes of files that are being written get fresh numbers.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use super::ROOT;
 use super::cache::Assembled;
@@ -13,6 +13,7 @@ use super::name::{self, Identity};
 use super::objects::{Loaded, Summary};
 use super::staging::Staged;
 use crate::image::{Image, View};
+use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::ObjectId;
 
 /// Numbers that are computed have these bits; staged files have the next one set, so that they never meet.

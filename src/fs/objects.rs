@@ -4,7 +4,7 @@
 //! everything is dropped when vineyardd restarts ([`Objects::clear`]).
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::copies::{Copy, copies_of};
@@ -13,6 +13,7 @@ use crate::dataset::recipe::{Recipe, Written, recipe_of, written_as};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Counts, Image, View};
+use crate::sync::{Mutex, MutexGuard, OnceLock};
 use crate::vineyard::{Blob, BlobKey, BlobSource, InstanceId, Meta, ObjectId, Store};
 
 /// Whole objects that are kept although nobody has them open. A ten-column frame takes about 20 kB.
@@ -175,7 +176,7 @@ impl Objects {
         Objects { tables, ..Objects::default() }
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(|e| e.into_inner())
     }
 

@@ -379,7 +379,7 @@ impl MappedFile {
             return Ok(MappedFile(None));
         }
         // SAFETY: the file is a memory file of the host. Writers may change its bytes while it is mapped (the stamp is
-        // compared afterwards); only `setattr` of this process shortens it, and that makes the stamp differ too.
+        // compared afterwards); only `Staged::truncate` of this process shortens it, which waits for who has it mapped.
         let map = unsafe { memmap2::MmapOptions::new().len(size as usize).map(file) };
         Ok(MappedFile(Some(map.context(|| "mapping a staging file".into())?)))
     }

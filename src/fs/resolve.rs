@@ -16,6 +16,8 @@ use crate::vineyard::store::{NameQuery, NamedObject};
 
 /// How often a redirected reader's lookup starts over because another version was published meanwhile.
 const HOLD_ATTEMPTS: usize = 3;
+/// How often a name is looked up anew whose object was replaced meanwhile.
+pub(super) const ATTEMPTS: usize = 10;
 
 /// What a path leads to.
 #[derive(Clone, Debug)]
@@ -95,42 +97,62 @@ impl FileSystem {
 
     /// What is at a path, for a process. The name map is asked anew each time.
     pub(super) fn resolve(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
-        let staged = self.staging.at(&target.path());
-        if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&target.path(), pid)) {
+        for _ in 0..ATTEMPTS {
+            match self.resolve_once(target, pid)? {
+                Some(found) => return Ok(found),
+                None => tracing::trace!(path = target.path(), "replaced while it was looked up"),
+            }
+        }
+        Err(Error::stale(format!("{:?} is replaced again and again", target.path())))
+    }
+
+    /// `None` if an object went because its name was given another one: whoever replaces a dataset never leaves a moment
+    /// without it, and none is to be seen.
+    fn resolve_once(&self, target: &Target, pid: u32) -> Result<Option<Option<Found>>> {
+        let path = target.path();
+        let staged = self.staging.reserved_for(&path, pid).or_else(|| self.staging.at(&path));
+        if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&path, pid)) {
             if !staged.is_abandoned() && staged.is_current_version(&*self.store)? {
-                return Ok(Some(Found::Staged(staged)));
+                return Ok(Some(Some(Found::Staged(staged))));
             }
             self.staging.detach(&staged);
         }
         if self.folders.exists(&target.plain) {
-            return Ok(Some(Found::Directory { name: target.plain.clone() }));
+            return Ok(Some(Some(Found::Directory { name: target.plain.clone() })));
         }
         if let Some((hash, rest)) = name::split_hash(&target.component)
             && let Some(found) = self.resolve_hashed(target, hash, rest)?
         {
-            return Ok(Some(found));
+            return Ok(Some(Some(found)));
         }
         let mut answers = self.store.names(&target.queries())?.into_iter();
         let plain = answers.next().unwrap_or_default();
         let below = answers.next().unwrap_or_default();
         let dataset = answers.next().unwrap_or_default();
         if !below.is_empty() {
-            return Ok(Some(Found::Directory { name: target.plain.clone() }));
+            return Ok(Some(Some(Found::Directory { name: target.plain.clone() })));
         }
-        if let Some((name, object)) = plain.into_iter().next()
-            && let Some(summary) = self.objects.summary(&*self.store, object)?
-        {
-            // A name that carries the extension of one of its views is that view; any other is the listed one.
-            let named = target.view.as_ref().map(|(_, view)| *view).filter(|view| summary.view(*view).is_some());
-            let view = if summary.view(View::Raw).is_some() { View::Raw } else { named.unwrap_or(summary.listed) };
-            return Ok(Some(Found::View(target.view_node(name, object, view, summary))));
+        if let Some((name, object)) = plain.into_iter().next() {
+            if let Some(summary) = self.objects.summary(&*self.store, object)? {
+                // A name that carries the extension of one of its views is that view; any other is the listed one.
+                let named = target.view.as_ref().map(|(_, view)| *view).filter(|view| summary.view(*view).is_some());
+                let view = if summary.view(View::Raw).is_some() { View::Raw } else { named.unwrap_or(summary.listed) };
+                return Ok(Some(Some(Found::View(target.view_node(name, object, view, summary)))));
+            }
+            if self.object_of(&name)? != Some(object) {
+                return Ok(None);
+            }
         }
-        let Some((_, view)) = target.view else { return Ok(None) };
-        let Some((name, object)) = dataset.into_iter().next() else { return Ok(None) };
-        let summary = self.objects.summary(&*self.store, object)?;
-        Ok(summary
-            .filter(|summary| summary.view(view).is_some())
-            .map(|summary| Found::View(target.view_node(name, object, view, summary))))
+        let Some((_, view)) = target.view else { return Ok(Some(None)) };
+        let Some((name, object)) = dataset.into_iter().next() else { return Ok(Some(None)) };
+        match self.objects.summary(&*self.store, object)? {
+            Some(summary) if summary.view(view).is_some() => {
+                Ok(Some(Some(Found::View(target.view_node(name, object, view, summary)))))
+            }
+            // Nothing to see, or a part of it was gone when it was looked at.
+            _ if self.object_of(&name)? != Some(object) => Ok(None),
+            _ => Ok(Some(None)),
+        }
     }
 
     /// Finds the name behind a shortened file name, by looking at all names of the directory.
@@ -183,9 +205,7 @@ impl FileSystem {
         self.follow_store()?;
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
-        for object in self.staging.end_old_redirects() {
-            self.end_lazy_open(object);
-        }
+        self.end_old_redirects();
         let mut found = self.resolve(&target, caller.pid)?;
         for _ in 0..HOLD_ATTEMPTS {
             match &found {
@@ -198,6 +218,14 @@ impl FileSystem {
         match found {
             Some(found) => self.enter(&target, found),
             None => Err(Error::not_found(format!("no dataset behind {:?}", target.path()))),
+        }
+    }
+
+    /// Lets go of versions that are kept for processes that never came to open them. Called by lookups, and now and then
+    /// where there are none.
+    pub fn end_old_redirects(&self) {
+        for object in self.staging.end_old_redirects() {
+            self.end_lazy_open(object);
         }
     }
 

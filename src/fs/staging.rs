@@ -8,10 +8,13 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+mod redirects;
+
+use self::redirects::Redirect;
 use super::cache::MemoryFile;
 use super::inode::STAGED;
 use super::resolve::Target;
@@ -19,6 +22,7 @@ use super::{Attr, FileKind, Options};
 use crate::dataset::FileAttributes;
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::{Context, Error, Kind, Result};
+use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::store::{NameQuery, NamedObject};
 use crate::vineyard::{ObjectId, Store};
 
@@ -87,7 +91,7 @@ pub struct Staged {
     made: Instant,
     file: Arc<MemoryFile>,
     state: Mutex<State>,
-    /// Held while publishing: the same file is published by one thread at a time.
+    /// Held while publishing: the same file is published by one thread at a time, and not cut meanwhile.
     pub(super) publishing: Mutex<()>,
 }
 
@@ -279,7 +283,9 @@ impl Staged {
         Ok(data.len() as u32)
     }
 
+    /// Waits for a publish under way: it has the file mapped, and what reads a mapping past the end of its file dies.
     pub(super) fn truncate(&self, size: u64) -> Result<()> {
+        let _publishing = self.publishing.lock().unwrap_or_else(|e| e.into_inner());
         self.state().clean = None;
         self.file.file.set_len(size).map_err(full)
     }
@@ -323,19 +329,15 @@ pub struct StagingStatus {
     pub failed: Vec<(String, String)>,
 }
 
-/// A process on its way to the published version of a path.
-struct Redirect {
-    since: Instant,
-    /// The version that its lookup found, which is kept for it until it opens it.
-    held: Option<ObjectId>,
-}
-
 /// All staged files, by path.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
     /// Files of former servers that were removed or replaced while they were open, by inode number.
     gone: Mutex<HashMap<u64, Arc<Staged>>>,
     redirects: Mutex<HashMap<(String, u32), Redirect>>,
+    /// Files for writers that were sent to look again, by path and process. Nobody else meets one before it is opened,
+    /// so however many write one path at the same time, each finds its own.
+    reserved: Mutex<Vec<(String, u32, Arc<Staged>)>>,
     next: AtomicU64,
 }
 
@@ -346,6 +348,7 @@ impl Staging {
             by_path: Mutex::default(),
             gone: Mutex::default(),
             redirects: Mutex::default(),
+            reserved: Mutex::default(),
             next: AtomicU64::new(start),
         }
     }
@@ -359,17 +362,25 @@ impl Staging {
         self.by_path().get(path).cloned()
     }
 
-    /// Puts a new staged file at its path. A former one there goes on without it.
+    /// Puts a new staged file at its path, where a former one goes on without it; with `writer` not before that process
+    /// opens it for writing.
     pub(super) fn add(
         &self,
         file: MemoryFile,
         target: Target,
         attributes: FileAttributes,
         replaces: Option<(String, ObjectId)>,
+        writer: Option<u32>,
     ) -> Arc<Staged> {
         FINE_TIMES.get_or_init(|| try_times(&file.file).unwrap_or(false));
         let ino = STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1));
-        self.insert(ino, Arc::new(file), target, attributes, replaces, |_| {})
+        let path = target.path();
+        let staged = self.make(ino, Arc::new(file), target, attributes, replaces, |_| {});
+        match writer {
+            Some(pid) => self.reserved().push((path, pid, staged.clone())),
+            None => drop(self.by_path().insert(path, staged.clone())),
+        }
+        staged
     }
 
     /// Puts the staged file of a former server back to its path, under its number; one that is `gone` only to its number.
@@ -384,19 +395,21 @@ impl Staging {
         clean: Option<Stamp>,
         gone: bool,
     ) {
-        let staged = self.insert(ino, file, target, attributes, None, |state| {
+        let path = target.path();
+        let staged = self.make(ino, file, target, attributes, None, |state| {
             state.published = published;
             state.clean = clean.map(|stamp| (stamp, None));
             // Who has it open is not known: it is treated as read and written by all.
             (state.was_opened, state.had_readers) = (true, true);
             state.detached = gone;
         });
-        if gone {
-            self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(ino, staged);
-        }
+        match gone {
+            true => self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(ino, staged),
+            false => self.by_path().insert(path, staged),
+        };
     }
 
-    fn insert(
+    fn make(
         &self,
         ino: u64,
         file: Arc<MemoryFile>,
@@ -405,7 +418,6 @@ impl Staging {
         replaces: Option<(String, ObjectId)>,
         change: impl FnOnce(&mut State),
     ) -> Arc<Staged> {
-        let path = target.path();
         let mut state = State {
             target,
             attributes,
@@ -430,9 +442,6 @@ impl Staging {
         change(&mut state);
         let staged =
             Arc::new(Staged { made: Instant::now(), ino, file, state: Mutex::new(state), publishing: Mutex::new(()) });
-        if !staged.state().detached {
-            self.by_path().insert(path, staged.clone());
-        }
         super::adopt::note_staged(&staged);
         staged
     }
@@ -515,56 +524,6 @@ impl Staging {
     /// Full names of the directories that staged files are in.
     pub(super) fn directories(&self) -> Vec<String> {
         self.by_path().values().map(|staged| staged.state().target.directory.clone()).collect()
-    }
-
-    fn redirects(&self) -> MutexGuard<'_, HashMap<(String, u32), Redirect>> {
-        self.redirects.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    /// Sends a process that opens a path for reading to the published version at its next lookup.
-    pub(super) fn redirect_reader(&self, path: &str, pid: u32) {
-        let redirect = |held| Redirect { since: Instant::now(), held };
-        let mut redirects = self.redirects();
-        let held = redirects.get(&(path.to_owned(), pid)).and_then(|former| former.held);
-        redirects.insert((path.to_owned(), pid), redirect(held));
-    }
-
-    /// Whether a process was sent to the published version. The kernel may look the name up several times before it
-    /// opens what it found.
-    pub(super) fn is_redirected(&self, path: &str, pid: u32) -> bool {
-        let redirects = self.redirects();
-        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.since.elapsed() < REDIRECT)
-    }
-
-    /// Notes which version a redirected process has found; returns the one that was noted before.
-    pub(super) fn hold(&self, path: &str, pid: u32, object: ObjectId) -> Option<ObjectId> {
-        let mut redirects = self.redirects();
-        let redirect = Redirect { since: Instant::now(), held: Some(object) };
-        redirects.insert((path.to_owned(), pid), redirect).and_then(|former| former.held)
-    }
-
-    /// Whether a version is kept for a process.
-    pub(super) fn holds(&self, path: &str, pid: u32, object: ObjectId) -> bool {
-        let redirects = self.redirects();
-        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.held == Some(object))
-    }
-
-    /// The process has opened the published version: returns the one that was kept for it.
-    pub(super) fn end_redirect(&self, path: &str, pid: u32) -> Option<ObjectId> {
-        let mut redirects = self.redirects();
-        if redirects.is_empty() { None } else { redirects.remove(&(path.to_owned(), pid)).and_then(|r| r.held) }
-    }
-
-    /// Ends the redirects of processes that never came; returns what was kept for them.
-    pub(super) fn end_old_redirects(&self) -> Vec<ObjectId> {
-        let mut redirects = self.redirects();
-        let mut held = Vec::new();
-        redirects.retain(|_, redirect| {
-            let keep = redirect.since.elapsed() < REDIRECT;
-            held.extend(redirect.held.filter(|_| !keep));
-            keep
-        });
-        held
     }
 
     /// Use of the staging area.

@@ -2,6 +2,8 @@
 
 mod bed;
 mod model;
+#[cfg(feature = "shuttle")]
+mod schedules;
 
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -44,7 +46,7 @@ fn what_was_written_reads_back_byte_for_byte_and_through_other_views() {
         // Another mount of the same store has only the store to make it from.
         let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
         let fs = FileSystem::new(bed.store.clone(), host.clone(), Options::default());
-        let second = Bed { fs, store: bed.store.clone(), host };
+        let second = Bed::of(fs, bed.store.clone(), host);
         assert_eq!(second.load("t.arrow").unwrap(), file);
         assert_eq!(second.list(""), ["t.arrow"]);
     }
@@ -439,11 +441,11 @@ fn a_new_server_goes_on_with_images_and_half_written_files() {
     let writer = bed.create("t.arrow", ME).unwrap();
     bed.write(writer, 0, &file[..200]);
     // The former server is killed: it drops nothing.
-    let Bed { fs, store, host } = bed;
+    let Bed { fs, store, host, .. } = bed;
     std::mem::forget(fs);
     let fs = FileSystem::new(store.clone(), host.clone(), Options::default());
     fs.adopt();
-    let bed = Bed { fs, store, host };
+    let bed = Bed::of(fs, store, host);
     // An image that is open has to be served under the same id: the kernel refuses another.
     let again = bed.open("x.npy", libc::O_RDONLY, OTHER).unwrap();
     assert_eq!((again.0, again.1.serve), (reader.0, reader.1.serve));

@@ -59,7 +59,7 @@ impl FileSystem {
                     gid: Some(self.folders.inherited_group(&directory).unwrap_or(caller.gid)),
                     ..Default::default()
                 };
-                self.stage(target.clone(), attributes, None)?;
+                self.stage(target.clone(), attributes, None, None)?;
                 self.folders.touch(&directory);
             }
         }
@@ -69,18 +69,19 @@ impl FileSystem {
         Ok((self.entry(&inode)?, opened))
     }
 
-    /// A new, empty staged file at a path.
+    /// A new, empty staged file at a path; as [`Staging::add`](super::staging::Staging::add) has it.
     pub(super) fn stage(
         &self,
         target: Target,
         attributes: FileAttributes,
         replaces: Option<(String, ObjectId)>,
+        writer: Option<u32>,
     ) -> Result<Arc<Staged>> {
         // Images that were written here stay until room is needed for what is written next.
         self.cache.shrink_staged(self.options.staging_size / 2);
         self.staging.retire_old();
         let file = MemoryFile::create(&self.host, Area::Staging, 0)?;
-        Ok(self.staging.add(file, target, attributes, replaces))
+        Ok(self.staging.add(file, target, attributes, replaces, writer))
     }
 
     /// Makes the staged file on which a writer of a published view works: empty if it truncates, else a copy.
@@ -98,7 +99,8 @@ impl FileSystem {
             ..Default::default()
         });
         let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
-        let staged = self.stage(target.clone(), attributes, Some((view.name.clone(), view.object)))?;
+        let writer = (flags & libc::O_TRUNC != 0).then_some(caller.pid);
+        let staged = self.stage(target.clone(), attributes, Some((view.name.clone(), view.object)), writer)?;
         staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
         if flags & libc::O_TRUNC == 0 {
             if let Err(error) = self.copy_view(view, &staged) {
@@ -151,10 +153,8 @@ impl FileSystem {
             let settled = state.published.is_some() && (state.had_readers || state.writers.is_empty());
             if (settled && (state.had_readers || truncates)) || (truncates && others_write) {
                 let target = state.target.clone();
-                let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..state.attributes.clone() };
-                let base = state.replaces.clone();
                 drop(state);
-                return Err(self.restage(staged, target, attributes, base, truncates));
+                return Err(self.restage(staged, target, truncates.then_some(caller.pid)));
             }
             if truncates {
                 drop(state);
@@ -198,6 +198,10 @@ impl FileSystem {
         state.opens += 1;
         state.was_opened = true;
         drop(state);
+        if write {
+            // Others meet it from now on, with its writer.
+            self.staging.claim(staged);
+        }
         inode.state().opens += 1;
         Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
     }
@@ -205,32 +209,34 @@ impl FileSystem {
     /// The answer to an open of a file that is not the path's any more: the kernel looks the name up again, once. What a
     /// writer then needs is made here, or a second answer of this kind would reach the program.
     fn send_on(&self, staged: &Staged, flags: i32, caller: Caller, why: &str) -> Error {
-        let target = staged.state().target.clone();
-        if wants_write(flags)
-            && let Ok(Some(Found::View(view))) = self.resolve(&target, caller.pid)
-            && let Err(error) = self.stage_view(&target, &view, flags, caller)
-        {
-            return error;
+        if !wants_write(flags) {
+            return Error::stale(why);
         }
-        Error::stale(why)
+        let target = staged.state().target.clone();
+        let made = match self.resolve(&target, caller.pid) {
+            Ok(Some(Found::View(view))) => self.stage_view(&target, &view, flags, caller),
+            Ok(Some(Found::Staged(other))) if flags & libc::O_TRUNC != 0 => {
+                return self.restage(&other, target, Some(caller.pid));
+            }
+            _ => Ok(()),
+        };
+        made.err().unwrap_or_else(|| Error::stale(why))
     }
 
-    /// Replaces a staged file that must not change by a new one, and sends the writer there.
-    fn restage(
-        &self,
-        old: &Arc<Staged>,
-        target: Target,
-        attributes: FileAttributes,
-        base: Option<(String, ObjectId)>,
-        truncates: bool,
-    ) -> Error {
-        let published = old.published();
+    /// Replaces a staged file that must not change by a copy, or for the process `truncating` by an empty one, and sends
+    /// the writer there.
+    fn restage(&self, old: &Arc<Staged>, target: Target, truncating: Option<u32>) -> Error {
+        let (published, base, attributes) = {
+            let state = old.state();
+            (state.published.clone(), state.replaces.clone(), state.attributes.clone())
+        };
+        let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
         let made = (|| {
             let base = published.clone().or(base);
-            let staged = self.stage(target.clone(), attributes, base)?;
+            let staged = self.stage(target.clone(), attributes, base, truncating)?;
             let shown = old.state().shown.unwrap_or(old.ino());
             staged.state().shown = Some(shown);
-            if !truncates {
+            if truncating.is_none() {
                 let copied = copy_file(&old.file().file, &staged.file().file, old.stamp()?.size);
                 if let Err(error) = copied {
                     self.staging.detach(&staged);
@@ -260,15 +266,15 @@ impl FileSystem {
 
     pub(super) fn setattr_staged(&self, staged: &Arc<Staged>, change: SetAttr) -> Result<()> {
         if let Some(size) = change.size {
-            let (settled, target, attributes, idle) = {
+            let (settled, target, idle) = {
                 let state = staged.state();
                 let settled = state.had_readers && state.published.is_some() && state.writers.is_empty();
-                (settled, state.target.clone(), state.attributes.clone(), state.writers.is_empty())
+                (settled, state.target.clone(), state.writers.is_empty())
             };
             if staged.stamp()?.size != size {
                 if settled {
                     // Bytes that readers may have mapped never change: the kernel looks up the copy and cuts that.
-                    return Err(self.restage(staged, target, attributes, None, false));
+                    return Err(self.restage(staged, target, None));
                 }
                 staged.truncate(size)?;
             }
@@ -441,10 +447,13 @@ impl FileSystem {
 
     /// Deletes an object that nothing names any more, as soon as no open handle reads its blobs.
     pub(super) fn delete_object(&self, object: ObjectId) {
-        if self.lazy_opens().contains_key(&object) {
+        // The last reader looks for what it is to delete after it has given up its place: no other order misses nothing.
+        let opens = self.lazy_opens();
+        if opens.contains_key(&object) {
             self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
             self.suspect_for_long(object);
         } else {
+            drop(opens);
             self.delete_now(object);
         }
     }

@@ -36,6 +36,8 @@ use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemoteP
 const KEEPER_DEADLINE: i64 = 10;
 /// How long `status` waits for what the store says.
 const STORE_PATIENCE: Duration = Duration::from_millis(500);
+/// How often what nobody came for is let go of.
+const HOUSEKEEPING: Duration = Duration::from_secs(5);
 
 /// Descriptors that a server inherits, by number.
 #[derive(Clone, Copy, Debug)]
@@ -130,7 +132,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     // Types of all names are learned ahead of the first listing; what fails here fails there with its reason.
     thread("warm-up", move || drop(fs.warm_up()))?;
     let fs = shared.fs.clone();
-    thread("reclaim", move || reclaim(&fs))?;
+    thread("housekeeping", move || keep_house(&fs))?;
     if hello.config.migrate == RemotePolicy::Full {
         let fs = shared.fs.clone();
         thread("copies", move || fs.copy_wishes())?;
@@ -154,17 +156,21 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     session.run().context(|| "the connection to the kernel".into())
 }
 
-/// Removes what a former server left over in the store.
-fn reclaim(fs: &FileSystem) {
+/// Removes what a former server left over in the store, then what readers did not come for.
+fn keep_house(fs: &FileSystem) {
     // What the former server had sent is carried out by then.
     let mut pause = Duration::from_millis(500);
     loop {
         std::thread::sleep(pause);
         match fs.reclaim() {
-            Ok(_) => return,
+            Ok(_) => break,
             Err(error) => tracing::info!("what a former server left is looked through later: {error}"),
         }
         pause = (pause * 2).min(Duration::from_secs(60));
+    }
+    loop {
+        std::thread::sleep(HOUSEKEEPING);
+        fs.end_old_redirects();
     }
 }
 

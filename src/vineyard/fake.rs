@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use serde_json::{Map, Value, json};
 
@@ -18,6 +18,7 @@ use super::memory::{Blob, Segment, WritableFile};
 use super::meta::Meta;
 use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
 use crate::error::{Error, Kind, Result};
+use crate::sync::{Mutex, MutexGuard};
 
 /// Blobs start at multiples of this many bytes, as in vineyardd.
 const ALIGN: u64 = 64;

@@ -13,11 +13,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::id::ObjectId;
 use crate::error::{Context, Result};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Most bytes before work waits until all work under way has ended, so that the journal can begin anew.
 const MAX_LEN: u64 = 16 << 20;
@@ -340,5 +341,50 @@ mod tests {
         next.settle(&[]);
         assert_eq!(file.metadata().unwrap().len(), 0);
         drop(second);
+    }
+}
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::sync::{schedules::check, thread};
+
+    #[test]
+    fn a_kill_at_any_moment_finds_what_was_noted() {
+        check(|| {
+            let file = tempfile::tempfile().unwrap();
+            let journal = Arc::new(Journal::open(file.try_clone().unwrap()).unwrap());
+            let workers: Vec<_> = (0..3u64)
+                .map(|worker| {
+                    let (journal, file) = (journal.clone(), file.try_clone().unwrap());
+                    thread::spawn(move || {
+                        // As the next process reads the file, should this one end here.
+                        let next = || Journal::open(file.try_clone().unwrap()).unwrap();
+                        for round in 0..2 {
+                            let unit = journal.enter();
+                            let id = ObjectId(100 * worker + round + 1);
+                            let asked = journal.ask(&[1000 + id.0]);
+                            assert!(next().unanswered().iter().any(|wish| wish.sizes == [1000 + id.0]));
+                            journal.answered(asked, [id]);
+                            assert!(next().kept().contains(&id));
+                            if round == 1 {
+                                journal.keep([id]);
+                            }
+                            drop(unit);
+                            assert!(round == 0 || next().kept().contains(&id));
+                        }
+                    })
+                })
+                .collect();
+            workers.into_iter().for_each(|worker| worker.join().unwrap());
+            let next = Journal::open(file.try_clone().unwrap()).unwrap();
+            assert_eq!(next.kept(), [ObjectId(2), ObjectId(102), ObjectId(202)]);
+            assert!(next.unanswered().is_empty());
+            journal.settle(&next.kept());
+            assert_eq!(file.metadata().unwrap().len(), 0);
+        });
     }
 }

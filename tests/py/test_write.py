@@ -1,11 +1,14 @@
 """What programs save through the mount: read back byte for byte, here, by a second mount and after mounting again; and
 by the official client as the equal value."""
 
+import errno
 import hashlib
 import os
 import pickle
+import random
 import shutil
 import subprocess
+import threading
 import time
 
 import duckdb
@@ -340,3 +343,41 @@ def test_kept_files_give_way_before_a_save_fails(folder, make_mount):
         mount.unmount()
     finally:
         small.stop()
+
+
+def test_a_file_that_is_cut_while_it_is_published(store, mount):
+    """The server reads what it publishes through a mapping: cutting the file below it must not end it."""
+    table = pa.table({"a": np.arange(4_000_000)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    path = mount / "x.arrow"
+    path.write_bytes(data)
+    end, other = time.monotonic() + 6, []
+
+    def save():
+        while time.monotonic() < end:
+            attempt(lambda: path.write_bytes(data))
+
+    def cut():
+        rng = random.Random(5)
+        while time.monotonic() < end:
+            attempt(lambda: os.truncate(path, rng.randrange(len(data))))
+            time.sleep(rng.random() / 50)
+
+    def attempt(step):
+        try:
+            step()
+        except OSError as error:
+            # Of several that change one name at the same time one may be told to try again.
+            if error.errno not in (errno.ESTALE, errno.EBUSY):
+                other.append(error)
+
+    threads = [threading.Thread(target=work) for work in (save, save, cut)]
+    [thread.start() for thread in threads]
+    [thread.join(120) for thread in threads]
+    assert not other and not any(thread.is_alive() for thread in threads)
+    path.write_bytes(data)
+    assert path.read_bytes() == data
+    assert mount.status()["server"]["restarts"] == 0

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use serde_json::json;
 
 use super::super::*;
+use crate::sync::Mutex;
 use crate::vineyard::fake::FakeStore;
 
 /// Memory files of this process; "passthrough" hands out made-up ids.
@@ -69,6 +70,8 @@ pub struct Bed {
     pub fs: FileSystem,
     pub store: Arc<FakeStore>,
     pub host: Arc<LocalHost>,
+    /// The kernel's lock on the directory: held for whatever changes names, and while one is looked up.
+    pub directory: Mutex<()>,
 }
 
 pub const ME: Caller = Caller { uid: 7, gid: 8, pid: 100, resent: false };
@@ -78,7 +81,7 @@ pub fn bed_with(passthrough: bool, options: Options) -> Bed {
     let store = Arc::new(FakeStore::new(64 << 20));
     let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
     let fs = FileSystem::new(store.clone(), host.clone(), options);
-    Bed { fs, store, host }
+    Bed::of(fs, store, host)
 }
 
 pub fn bed() -> Bed {
@@ -86,6 +89,9 @@ pub fn bed() -> Bed {
 }
 
 impl Bed {
+    pub fn of(fs: FileSystem, store: Arc<FakeStore>, host: Arc<LocalHost>) -> Bed {
+        Bed { fs, store, host, directory: Mutex::default() }
+    }
     pub fn walk(&self, path: &str) -> Result<(u64, OsString)> {
         let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
         let mut ino = ROOT;
@@ -95,6 +101,7 @@ impl Bed {
         Ok((ino, name.into()))
     }
     pub fn lookup(&self, path: &str, caller: Caller) -> Result<Entry> {
+        let _directory = self.directory.lock().unwrap();
         let (parent, name) = self.walk(path)?;
         self.fs.lookup(parent, &name, caller)
     }
@@ -110,14 +117,24 @@ impl Bed {
         }
     }
     pub fn create(&self, path: &str, caller: Caller) -> Result<(u64, Opened)> {
-        match self.open(path, libc::O_WRONLY | libc::O_TRUNC, caller) {
-            Err(error) if error.kind() == Kind::NotFound => {
-                let (parent, name) = self.walk(path)?;
-                let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
-                let (entry, opened) = self.fs.create(parent, &name, 0o644, 0o022, flags, caller)?;
-                Ok((entry.attr.ino, opened))
+        let mut asked_twice = false;
+        loop {
+            let directory = self.directory.lock().unwrap();
+            let (parent, name) = self.walk(path)?;
+            let ino = match self.fs.lookup(parent, &name, caller) {
+                Ok(entry) => entry.attr.ino,
+                Err(error) if error.kind() == Kind::NotFound => {
+                    let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
+                    let (entry, opened) = self.fs.create(parent, &name, 0o644, 0o022, flags, caller)?;
+                    return Ok((entry.attr.ino, opened));
+                }
+                Err(error) => return Err(error),
+            };
+            drop(directory);
+            match self.fs.open(ino, libc::O_WRONLY | libc::O_TRUNC, caller) {
+                Err(error) if error.kind() == Kind::Stale && !asked_twice => asked_twice = true,
+                opened => return Ok((ino, opened?)),
             }
-            other => other,
         }
     }
     /// Writes as whoever has the handle: through the memory file if the kernel would.
@@ -137,9 +154,12 @@ impl Bed {
         result
     }
     pub fn save(&self, path: &str, data: &[u8]) -> Result<()> {
-        let handle = self.create(path, ME)?;
+        self.save_as(path, data, ME)
+    }
+    pub fn save_as(&self, path: &str, data: &[u8], caller: Caller) -> Result<()> {
+        let handle = self.create(path, caller)?;
         self.write(handle, 0, data);
-        self.close(handle, ME)
+        self.close(handle, caller)
     }
     pub fn read_handle(&self, (ino, opened): (u64, Opened)) -> Result<Vec<u8>> {
         match opened.serve {
@@ -163,11 +183,14 @@ impl Bed {
         }
     }
     pub fn load(&self, path: &str) -> Result<Vec<u8>> {
-        let handle = self.open(path, libc::O_RDONLY, OTHER)?;
+        self.load_as(path, OTHER)
+    }
+    pub fn load_as(&self, path: &str, caller: Caller) -> Result<Vec<u8>> {
+        let handle = self.open(path, libc::O_RDONLY, caller)?;
         let bytes = self.read_handle(handle)?;
         let (attr, _) = self.fs.getattr(handle.0, None)?;
         assert_eq!(attr.size, bytes.len() as u64, "size of {path}");
-        self.close(handle, OTHER)?;
+        self.close(handle, caller)?;
         Ok(bytes)
     }
     pub fn list(&self, path: &str) -> Vec<String> {

@@ -177,18 +177,18 @@ fn step(bed: &Bed, step: &Step) -> Result<()> {
 }
 
 fn next_server(bed: Bed, epoch: u64) -> Bed {
-    let Bed { fs, store, host } = bed;
+    let Bed { fs, store, host, .. } = bed;
     // Killed: it drops nothing.
     std::mem::forget(fs);
     let fs = FileSystem::new(store.clone(), host.clone(), Options { epoch, ..Options::default() });
     fs.adopt();
-    Bed { fs, store, host }
+    Bed::of(fs, store, host)
 }
 
 /// Another mount: nothing but the store in common.
 fn other_mount(bed: &Bed) -> Bed {
     let host = Arc::new(LocalHost { passthrough: true, next: AtomicU64::new(1), ..LocalHost::default() });
-    Bed { fs: FileSystem::new(bed.store.clone(), host.clone(), Options::default()), store: bed.store.clone(), host }
+    Bed::of(FileSystem::new(bed.store.clone(), host.clone(), Options::default()), bed.store.clone(), host)
 }
 
 /// Everything that can be seen; `all` also what only this mount knows.

@@ -1,6 +1,6 @@
 //! Columns that Parquet stores differently, encoded by the `parquet` crate.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use arrow::compute::{CastOptions, cast_with_options};
 use arrow_array::{Array, ArrayRef, RecordBatch};
@@ -18,6 +18,7 @@ use super::{internal, signed};
 use crate::dataset::{ArrayLayout, Span};
 use crate::error::{Error, Kind, Result};
 use crate::image::array;
+use crate::sync::Mutex;
 use crate::vineyard::BlobSource;
 
 /// One column of one batch, loaded when its first row group is encoded and dropped after its last.

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::vineyard::{Blob, BlobKey, Segment};
 
 /// Blobs up to this size come whole: less would save nothing.
@@ -435,4 +436,75 @@ fn write_all(file: &OwnedFd, bytes: &[u8], offset: u64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::sync::{schedules::check, thread};
+    use crate::vineyard::{InstanceId, ObjectId};
+
+    const PATIENCE: Duration = Duration::from_secs(3600);
+
+    fn byte(at: u64) -> u8 {
+        (at * 7 >> 3) as u8
+    }
+
+    /// Brings bytes as the threads of [`super::super::fetch`] do, until `pieces` came or nobody wants more.
+    fn bring(transfer: &Transfer, pieces: u64) {
+        transfer.start();
+        let mut position = 0;
+        for _ in 0..pieces {
+            // What is asked for later queues it anew.
+            let Some(wanted) = transfer.wanted(position, || true) else { return };
+            let end = (position + wanted).min(position + transfer.len() / 3 + 1);
+            transfer.store(position, &(position..end).map(byte).collect::<Vec<u8>>()).unwrap();
+            position = end;
+        }
+        match transfer.has_all() {
+            true => transfer.complete(),
+            false => transfer.fail(&Error::new(Kind::Unreachable, "broke off")),
+        }
+    }
+
+    fn readers_and_a_worker(len: u64, pieces: u64) {
+        let key = BlobKey { instance: InstanceId(3), id: ObjectId(1 << 63 | 5) };
+        let (slab, places) = Slab::new([len].into_iter(), None).unwrap();
+        let transfer = Arc::new(Transfer::new(key, len, &slab, places[0]));
+        let readers: Vec<_> = [0..len / 2, len / 3..len, len - 1..len]
+            .into_iter()
+            .map(|part| {
+                let transfer = transfer.clone();
+                thread::spawn(move || {
+                    loop {
+                        if transfer.demand(part.clone()) {
+                            let worker = transfer.clone();
+                            thread::spawn(move || bring(&worker, pieces));
+                        }
+                        match transfer.wait(part.end, PATIENCE) {
+                            Ok(true) => break,
+                            Ok(false) => {}
+                            Err(error) => return assert_eq!(error.kind(), Kind::Unreachable),
+                        }
+                    }
+                    let arrived = transfer.arrived(part.clone()).unwrap();
+                    assert!(arrived.as_ref().iter().zip(part).all(|(found, at)| *found == byte(at)));
+                })
+            })
+            .collect();
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        assert!(!transfer.is_active() || transfer.has_all());
+    }
+
+    #[test]
+    fn readers_get_their_bytes_or_the_error_and_none_waits_for_nobody() {
+        check(|| readers_and_a_worker(900, 100));
+        check(|| readers_and_a_worker(900, 1));
+    }
+
+    #[test]
+    fn large_blobs_pause_and_go_on() {
+        check(|| readers_and_a_worker(WHOLE + AHEAD + 5000, 100));
+    }
 }

@@ -1,0 +1,98 @@
+//! Where a process is sent that found the wrong file at a path: the kernel looks a name up once more after ESTALE.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{REDIRECT, Staged, Staging};
+use crate::sync::MutexGuard;
+use crate::vineyard::ObjectId;
+
+/// A process on its way to the published version of a path.
+pub struct Redirect {
+    since: Instant,
+    /// The version that its lookup found, which is kept for it until it opens it.
+    held: Option<ObjectId>,
+}
+
+impl Staging {
+    pub(super) fn reserved(&self) -> MutexGuard<'_, Vec<(String, u32, Arc<Staged>)>> {
+        self.reserved.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The file that was made last for a process that writes a path.
+    pub(in crate::fs) fn reserved_for(&self, path: &str, pid: u32) -> Option<Arc<Staged>> {
+        let reserved = self.reserved();
+        reserved.iter().rev().find(|(at, who, _)| *who == pid && at == path).map(|(.., staged)| staged.clone())
+    }
+
+    /// A writer has come for its file: it is at its path from now on.
+    pub(in crate::fs) fn claim(&self, staged: &Arc<Staged>) {
+        let mut reserved = self.reserved();
+        let before = reserved.len();
+        reserved.retain(|(.., other)| !Arc::ptr_eq(other, staged));
+        if reserved.len() < before {
+            drop(reserved);
+            let path = staged.state().target.path();
+            self.by_path().insert(path, staged.clone());
+        }
+    }
+
+    fn redirects(&self) -> MutexGuard<'_, HashMap<(String, u32), Redirect>> {
+        self.redirects.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Sends a process that opens a path for reading to the published version at its next lookup.
+    pub(in crate::fs) fn redirect_reader(&self, path: &str, pid: u32) {
+        let redirect = |held| Redirect { since: Instant::now(), held };
+        let mut redirects = self.redirects();
+        let held = redirects.get(&(path.to_owned(), pid)).and_then(|former| former.held);
+        redirects.insert((path.to_owned(), pid), redirect(held));
+    }
+
+    /// Whether a process was sent to the published version. The kernel may look the name up several times before it
+    /// opens what it found.
+    pub(in crate::fs) fn is_redirected(&self, path: &str, pid: u32) -> bool {
+        let redirects = self.redirects();
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.since.elapsed() < REDIRECT)
+    }
+
+    /// Notes which version a redirected process has found; returns the one that was noted before.
+    pub(in crate::fs) fn hold(&self, path: &str, pid: u32, object: ObjectId) -> Option<ObjectId> {
+        let mut redirects = self.redirects();
+        let redirect = Redirect { since: Instant::now(), held: Some(object) };
+        redirects.insert((path.to_owned(), pid), redirect).and_then(|former| former.held)
+    }
+
+    /// Whether a version is kept for a process.
+    pub(in crate::fs) fn holds(&self, path: &str, pid: u32, object: ObjectId) -> bool {
+        let redirects = self.redirects();
+        !redirects.is_empty() && redirects.get(&(path.to_owned(), pid)).is_some_and(|r| r.held == Some(object))
+    }
+
+    /// The process has opened the published version: returns the one that was kept for it.
+    pub(in crate::fs) fn end_redirect(&self, path: &str, pid: u32) -> Option<ObjectId> {
+        let mut redirects = self.redirects();
+        if redirects.is_empty() { None } else { redirects.remove(&(path.to_owned(), pid)).and_then(|r| r.held) }
+    }
+
+    /// Ends the redirects of processes that never came; returns what was kept for them.
+    pub(in crate::fs) fn end_old_redirects(&self) -> Vec<ObjectId> {
+        self.reserved().retain(|(.., staged)| staged.made.elapsed() < REDIRECT);
+        let mut redirects = self.redirects();
+        let mut held = Vec::new();
+        redirects.retain(|_, redirect| {
+            let keep = redirect.since.elapsed() < REDIRECT;
+            held.extend(redirect.held.filter(|_| !keep));
+            keep
+        });
+        held
+    }
+
+    /// As if all redirects were old.
+    #[cfg(all(test, feature = "shuttle"))]
+    pub(in crate::fs) fn expire_redirects(&self) {
+        let long_ago = Instant::now().checked_sub(2 * REDIRECT).unwrap_or_else(Instant::now);
+        self.redirects().values_mut().for_each(|redirect| redirect.since = long_ago);
+    }
+}
