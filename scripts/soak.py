@@ -37,7 +37,11 @@ def field(pid: int, name: str) -> int:
 
 
 def sample(mount, store) -> dict:
-    status = mount.status()
+    deadline = time.monotonic() + 60
+    # On a busy machine an answer may take longer than `status` waits.
+    while "fs" not in (status := mount.status()):
+        assert time.monotonic() < deadline, f"the mount does not answer: {status}"
+        time.sleep(0.5)
     keeper, server = status["keeper"]["pid"], status["server"]["pid"]
     return {
         "server_anon_mib": field(server, "RssAnon") / 1024,
