@@ -135,9 +135,10 @@ with open(sys.argv[1], "rb") as source, open(sys.argv[2], "wb") as file:
 @pytest.mark.parametrize("what", ["assembling", "staging", "storing", "decoding"])
 def test_no_memory_is_answers_or_errors(store, folder, group, limited, make_mount, what):
     if what == "staging":
-        # Files being written have room for half of what the group may use.
-        group.limit(160 * MIB)
-        mount = limited("--serve", "lazy")
+        # Room for files being written ends long before memory, which holds what they add to the store, too.
+        group.limit(480 * MIB)
+        mount = limited("--serve", "lazy", "--staging-size", "64Mi")
+        assert mount.status()["fs"]["cache"]["limit"] == 120 * MIB, "a part of the group's limit, not of the machine's memory"
     else:
         mount = limited("--cache-size", "1Gi")
     small = pd.DataFrame({"a": np.arange(1000)})
@@ -178,22 +179,24 @@ def test_no_memory_is_answers_or_errors(store, folder, group, limited, make_moun
     assert set(outcomes) <= {0, errno.EIO, errno.ENOMEM, errno.ENOSPC}, outcomes
     assert any(outcomes) or kills, "the group had room enough: this tests nothing"
     if what == "staging":
-        assert outcomes[0] == errno.ENOSPC, "room for files being written ends before memory does"
+        assert (outcomes, kills) == ([errno.ENOSPC] * 2, 0), "room for files being written ends before memory does"
     # It lives on within the same limit.
     wait_until(lambda: mount.status()["state"] == "ok", mount.status)
     assert mount.status()["keeper"]["pid"] == keeper
     pd.testing.assert_frame_equal(pd.read_feather(mount / "small.arrow"), small)
     for name in set(os.listdir(mount.path)) - set(names):
         (mount / name).unlink()
-    (mount / "after.txt").write_text("after")
-    assert (mount / "after.txt").read_text() == "after"
-    (mount / "after.txt").unlink()
+    staging = lambda: mount.status().get("fs", {}).get("staging", {"bytes": MIB})
+    wait_until(lambda: staging()["bytes"] < MIB, lambda: f"{mount.status()}")
+    if what != "staging":
+        (mount / "after.txt").write_text("after")
+        assert (mount / "after.txt").read_text() == "after"
+        (mount / "after.txt").unlink()
     wait_until(lambda: store.usage() == usage, lambda: f"{store.usage()} bytes in the store, {usage} expected")
     group.limit(before + 4096 * MIB)
     if what == "assembling":
         assert attempt() == 0, "with more memory it is there again"
         large.unlink()
-    wait_until(lambda: mount.status()["fs"]["staging"]["bytes"] < MIB, lambda: mount.status()["fs"]["staging"])
     restarts = mount.status()["server"]["restarts"]
     time.sleep(2)
     assert mount.status()["server"]["restarts"] == restarts, "nothing goes on taking servers down"
