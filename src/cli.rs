@@ -25,6 +25,7 @@ pub mod put;
 pub mod rm;
 pub mod status;
 pub mod store;
+pub mod top;
 pub mod unmount;
 pub mod upgrade;
 
@@ -56,6 +57,8 @@ enum Command {
     Unmount(unmount::Args),
     /// How a mount is doing, or all of them
     Status(status::Args),
+    /// What a mount does right now, or all of them: requests, latencies, bytes; again every second
+    Top(top::Args),
     /// The driver that puts mounts into Kubernetes pods
     #[command(subcommand)]
     Csi(csi::CsiCommand),
@@ -121,6 +124,7 @@ pub fn main() -> ExitCode {
         Command::Mount(arguments) => mount::run(*arguments),
         Command::Unmount(arguments) => unmount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Top(arguments) => top::run(&arguments),
         Command::Csi(command) => csi::run(command),
         Command::Upgrade(arguments) => upgrade::run(&arguments),
         Command::Kedro(command) => kedro::run(command),

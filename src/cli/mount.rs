@@ -58,10 +58,11 @@ pub struct Args {
     /// Refuse all writing
     #[arg(long)]
     pub read_only: bool,
-    /// Most memory for assembled files, and as much for data of other instances [default: 25% of memory]
+    /// Most memory for assembled files, and as much for data of other instances [default: 25% of the memory
+    /// that it may use: the machine's, or its control group's limit]
     #[arg(long, value_name = "SIZE", value_parser = options::size)]
     pub cache_size: Option<u64>,
-    /// Most memory for files being written [default: 50% of memory]
+    /// Most memory for files being written [default: 50% of that memory]
     #[arg(long, value_name = "SIZE", value_parser = options::size)]
     pub staging_size: Option<u64>,
     /// How the bytes of files reach readers
@@ -165,7 +166,7 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         None => usual_log(&mountpoint)?,
     };
     let (socket, launch) = choose_store(&arguments, runtime, beside.with_extension("vineyardd.log"))?;
-    let memory = options::memory().unwrap_or(8 << 30);
+    let memory = launch::whole_memory().unwrap_or(8 << 30);
     Ok(MountConfig {
         mountpoint,
         socket,

@@ -11,7 +11,7 @@ use crate::image::View;
 use crate::vineyard::RemotePolicy;
 
 /// Reads a size: a number with an optional unit (`K`, `M`, `G`, `T`, each also with `i`, `B` or `iB`; powers of 1024),
-/// or `N%` of the memory of this machine.
+/// or `N%` of the memory that this process may use.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -26,18 +26,11 @@ pub fn size(text: &str) -> Result<u64, String> {
         "m" | "mi" | "mb" | "mib" => 1024f64.powi(2),
         "g" | "gi" | "gb" | "gib" => 1024f64.powi(3),
         "t" | "ti" | "tb" | "tib" => 1024f64.powi(4),
-        "%" => memory().ok_or("the size of the memory is not known")? as f64 / 100.0,
+        "%" => crate::vineyard::launch::whole_memory().map_err(|error| error.to_string())? as f64 / 100.0,
         _ => return Err(wrong()),
     };
     let bytes = number * factor;
     if bytes.is_finite() && (1.0..=9e18).contains(&bytes) { Ok(bytes as u64) } else { Err(wrong()) }
-}
-
-/// Memory of this machine, in bytes.
-pub fn memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Reads permission bits, in octal.

@@ -2,7 +2,7 @@
 //! never the mount.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -41,12 +41,7 @@ pub fn run(arguments: &Args) -> Result<()> {
         }
         return Ok(());
     };
-    let mountpoint = mountinfo::absolute(mountpoint)?;
-    let mounted = mountinfo::at(&mountpoint)?.filter(|mount| mount.fs_type == mountinfo::FS_TYPE);
-    let Some(mounted) = mounted else {
-        return Err(Error::new(Kind::Invalid, format!("{} is not a mount of vineyard-fs", mountpoint.display())));
-    };
-    let report = report(&mounted);
+    let report = report(&find(mountpoint)?);
     match arguments.json {
         true => println!("{report}"),
         false => print!("{}", text(&report)),
@@ -54,9 +49,19 @@ pub fn run(arguments: &Args) -> Result<()> {
     Ok(())
 }
 
+/// The mount at a mount point.
+///
+/// # Errors
+/// `Invalid` if there is none of this program.
+pub(super) fn find(mountpoint: &Path) -> Result<mountinfo::Mount> {
+    let mountpoint = mountinfo::absolute(mountpoint)?;
+    let mounted = mountinfo::at(&mountpoint)?.filter(|mount| mount.fs_type == mountinfo::FS_TYPE);
+    mounted.ok_or_else(|| Error::new(Kind::Invalid, format!("{} is not a mount of vineyard-fs", mountpoint.display())))
+}
+
 /// What keeper and server of a mount say. `state` is `ok`, `no server` (one is being started), `crashing` (one after the
 /// other ends soon; they are started after longer and longer pauses), `hung` (the server does not answer), or `dead` (the keeper is gone).
-fn report(mounted: &mountinfo::Mount) -> Value {
+pub(super) fn report(mounted: &mountinfo::Mount) -> Value {
     let runtime = Runtime::of(&mounted.mountpoint);
     let (mut report, mut state) = match status::ask(&runtime.keeper_socket(), PATIENCE) {
         Ok(report @ Value::Object(_)) => (report, "ok"),
@@ -167,7 +172,7 @@ fn text(report: &Value) -> String {
 }
 
 /// A number of bytes, short.
-fn bytes(count: u64) -> String {
+pub(super) fn bytes(count: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = count as f64;
     let mut unit = 0;

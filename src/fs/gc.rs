@@ -10,11 +10,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::copies::{Copy, HIDDEN};
 use super::{FileSystem, saves};
 use crate::error::Result;
-use crate::vineyard::store::{InstanceInfo, NameQuery};
+use crate::vineyard::store::{InstanceInfo, NameQuery, NamedObject};
 use crate::vineyard::{InstanceId, ObjectId};
 
 /// How long after an object was made its save may take.
 const SAVING: Duration = Duration::from_secs(600);
+/// A save that looks unfinished is looked at again after this time: ids tell the time by the clock of the machine that made
+/// them, which may be set wrong, or have been set since. Longer than a save is announced unless its writer hangs.
+const SECOND_LOOK: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(10) };
 /// Objects that are asked for with one call.
 const BATCH: usize = 512;
 
@@ -136,7 +139,7 @@ impl FileSystem {
             }
         }
         let saves = hidden.into_iter().filter(|(name, _)| name.starts_with(&saves::prefix()));
-        for (name, object) in saves.filter(|(_, object)| is_old(*object)) {
+        for (name, object) in self.still_announced(saves.filter(|(_, object)| is_old(*object)).collect())? {
             findings.push(Finding::Unfinished { name, object, used: named.contains(&object) });
         }
         for (name, object) in datasets {
@@ -147,6 +150,17 @@ impl FileSystem {
             });
         }
         Ok(findings)
+    }
+
+    /// Those of announced saves that are announced a while later, too.
+    fn still_announced(&self, saves: Vec<NamedObject>) -> Result<Vec<NamedObject>> {
+        if saves.is_empty() {
+            return Ok(saves);
+        }
+        std::thread::sleep(SECOND_LOOK);
+        let all = NameQuery::Prefix { prefix: saves::prefix(), limit: None };
+        let now = self.store.names(&[all])?.pop().unwrap_or_default();
+        Ok(saves.into_iter().filter(|save| now.contains(save)).collect())
     }
 
     /// Cleans one finding up. False if it is none any more.
@@ -171,11 +185,14 @@ impl FileSystem {
                 Ok(still)
             }
             Finding::Unfinished { name, object, used } => {
-                self.store.drop_name(name)?;
-                if !used {
-                    self.delete_unnamed(*object);
+                let still = self.object_of(name)? == Some(*object);
+                if still {
+                    self.store.drop_name(name)?;
+                    if !used {
+                        self.delete_unnamed(*object);
+                    }
                 }
-                Ok(true)
+                Ok(still)
             }
             Finding::Needless(copy) | Finding::Lost(copy) => {
                 let still = self.object_of(&copy.name())? == Some(copy.object);
@@ -250,6 +267,23 @@ mod tests {
         assert_eq!(fs.object_of("dead").unwrap(), Some(alive));
         assert!(fs.find_garbage().unwrap().is_empty());
         assert_eq!(store.object_count(), 2);
+    }
+
+    #[test]
+    fn a_save_that_only_looks_old_is_left_to_its_writer() {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let scalar = json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int"});
+        let made = store.put_object(".vineyard-fs/saves/1/x", scalar).unwrap();
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        std::thread::scope(|scope| {
+            let looking = scope.spawn(|| fs.find_garbage().unwrap());
+            std::thread::sleep(SECOND_LOOK / 3);
+            store.put_name("x", made).unwrap();
+            store.drop_name(".vineyard-fs/saves/1/x").unwrap();
+            assert_eq!(looking.join().unwrap(), []);
+        });
+        let late = Finding::Unfinished { name: ".vineyard-fs/saves/1/x".into(), object: made, used: false };
+        assert!(!fs.clean(&late).unwrap() && store.object_count() == 1);
     }
 
     #[test]

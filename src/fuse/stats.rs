@@ -91,20 +91,27 @@ impl Counter {
         }
     }
 
-    /// An upper bound of the latency, in µs, that this share of the requests stayed under.
-    fn percentile(&self, share: f64) -> f64 {
-        let counts: Vec<u64> = self.latencies.iter().map(|c| c.load(Relaxed)).collect();
-        let total: u64 = counts.iter().sum();
-        let wanted = (total as f64 * share).ceil() as u64;
-        let mut seen = 0;
-        for (index, count) in counts.iter().enumerate() {
-            seen += count;
-            if seen >= wanted && seen > 0 {
-                return 2f64.powf((index + 1) as f64 / 4.0);
-            }
-        }
-        0.0
+    /// Counts of latencies, without the empty buckets at the end.
+    fn latencies(&self) -> Vec<u64> {
+        let mut counts: Vec<u64> = self.latencies.iter().map(|c| c.load(Relaxed)).collect();
+        counts.truncate(counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1));
+        counts
     }
+}
+
+/// An upper bound of the latency, in µs, that this share of the requests stayed under, from the `latencies` of a
+/// [report](Stats::report); 0 if there are none.
+pub fn percentile(latencies: &[u64], share: f64) -> f64 {
+    let total: u64 = latencies.iter().sum();
+    let wanted = (total as f64 * share).ceil() as u64;
+    let mut seen = 0;
+    for (index, count) in latencies.iter().enumerate() {
+        seen += count;
+        if seen >= wanted && seen > 0 {
+            return 2f64.powf((index + 1) as f64 / 4.0);
+        }
+    }
+    0.0
 }
 
 /// The bucket of a latency: a quarter of its binary logarithm's steps, in µs.
@@ -193,7 +200,8 @@ impl Stats {
         }
     }
 
-    /// Everything as JSON; operations that never happened are left out.
+    /// Everything as JSON; operations that never happened are left out. `latencies` counts requests by how long they
+    /// took: item n those that took up to 2^((n + 1) / 4) µs and longer than those of item n - 1.
     pub fn report(&self) -> Value {
         let mut operations = Map::new();
         for (op, counter) in OPERATIONS.iter().zip(&self.counters) {
@@ -201,13 +209,15 @@ impl Stats {
             if count == 0 {
                 continue;
             }
+            let latencies = counter.latencies();
             let mut entry = json!({
                 "count": count,
                 "errors": counter.errors.load(Relaxed),
                 "mean_us": round(counter.nanos.load(Relaxed) as f64 / count as f64 / 1000.0),
-                "p50_us": round(counter.percentile(0.5)),
-                "p99_us": round(counter.percentile(0.99)),
-                "p999_us": round(counter.percentile(0.999)),
+                "p50_us": round(percentile(&latencies, 0.5)),
+                "p99_us": round(percentile(&latencies, 0.99)),
+                "p999_us": round(percentile(&latencies, 0.999)),
+                "latencies": latencies,
             });
             let bytes = counter.bytes.load(Relaxed);
             if let (true, Some(entry)) = (bytes > 0, entry.as_object_mut()) {
@@ -250,6 +260,10 @@ mod tests {
         assert!((50.0..=61.0).contains(&p50), "{p50}");
         assert!((99.0..=119.0).contains(&p99), "{p99}");
         assert!(report["operations"].get("write").is_none());
+        let latencies: Vec<u64> =
+            read["latencies"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
+        assert_eq!((latencies.iter().sum::<u64>(), percentile(&latencies, 0.5)), (100, 2f64.powf(23.0 / 4.0)));
+        assert_eq!(percentile(&[], 0.5), 0.0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Asks the project's own interpreter what its pipelines contain.
 //!
 //! One interpreter answers several requests over pipes, so that the project is imported once. The script that runs in
-//! it is part of this program (`introspect.py`); nothing is installed.
+//! it is part of this program (`introspect.py` and `introspect/trials.py`); nothing is installed.
 
 use super::Project;
 use crate::error::{Error, Kind, Result};
@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-const SCRIPT: &str = include_str!("introspect.py");
+const SCRIPT: &str = concat!(include_str!("introspect.py"), "\n\n", include_str!("introspect/trials.py"));
 
 /// Importing a project may load half of PyPI; more than this is a project that waits for something.
 const IMPORT_DEADLINE: Duration = Duration::from_secs(300);

@@ -31,7 +31,7 @@ pub struct Wish {
     /// Not asked for before this time, in milliseconds since 1970 of the clock that blob ids are made from.
     pub since: u64,
     /// Not made after this time: when this process began, which came after the one that asked had ended. `u64::MAX` in
-    /// the process that asks.
+    /// the process that asks, and where the clock was set back in between.
     pub until: u64,
     /// An id that was made before; `INVALID` if none is known.
     pub after: ObjectId,
@@ -65,6 +65,14 @@ struct State {
     own: u64,
     /// The last id that was noted.
     last: Option<ObjectId>,
+    /// What this process made while it does not know yet what a former one's wishes made.
+    made: BTreeSet<ObjectId>,
+}
+
+impl State {
+    fn has_former_wishes(&self) -> bool {
+        self.wishes.range(..self.own).next().is_some()
+    }
 }
 
 /// A piece of work under way: what is noted meanwhile is forgotten when all work has ended.
@@ -81,7 +89,8 @@ impl Journal {
         let mut text = vec![0; len.min(MAX_READ) as usize];
         file.read_exact_at(&mut text, 0).context(|| "reading the journal".into())?;
         let (kept, mut wishes) = parse(&text);
-        wishes.values_mut().for_each(|wish| wish.until = now_ms());
+        let now = now_ms();
+        wishes.values_mut().for_each(|wish| wish.until = if now < wish.since { u64::MAX } else { now });
         let own = wishes.keys().next_back().map_or(0, |last| last + 1);
         let state = State { len, kept, wishes, own, ..State::default() };
         Ok(Journal { file, state: Mutex::new(state), idle: Condvar::new() })
@@ -125,13 +134,21 @@ impl Journal {
 
     /// Notes the blobs that were made of those that were asked for.
     pub fn answered(&self, asked: Asked, made: impl IntoIterator<Item = ObjectId>) {
-        let mut last = None;
-        let mut text = line(made.into_iter().inspect(|id| last = Some(*id)));
+        let made: Vec<ObjectId> = made.into_iter().collect();
+        let mut text = line(made.iter().copied());
         text.push_str(&format!("! {}\n", asked.0));
         let mut state = self.state();
         state.wishes.remove(&asked.0);
-        state.last = last.or(state.last);
+        state.last = made.last().copied().or(state.last);
         self.append(&mut state, &text);
+        if state.has_former_wishes() {
+            state.made.extend(made);
+        }
+    }
+
+    /// Whether this process made a blob, and no former one; known as long as wishes are [unanswered](Self::unanswered).
+    pub fn is_own(&self, id: ObjectId) -> bool {
+        self.state().made.contains(&id)
     }
 
     /// What a former process asked for and saw no answer to.
@@ -145,6 +162,7 @@ impl Journal {
         let mut state = self.state();
         let own = state.own;
         state.wishes.retain(|&number, _| number >= own);
+        state.made.clear();
         if state.units == 0 {
             self.renew(&mut state);
         }
@@ -311,6 +329,25 @@ mod tests {
         // The rest of a longer line after a shorter text.
         assert_eq!(parse(b"+ o0000000000001234\n34 o0000000000005678\n").0, [one].into());
         assert_eq!(parse(b"\xff\xfe\n+ \n+ o\n? \n? 1 2\n! \n\xc3\xa4\xc3\n"), Default::default());
+    }
+
+    #[test]
+    fn wishes_outlive_a_clock_that_is_set_back() {
+        let file = tempfile::tempfile().unwrap();
+        let later = now_ms() + 86_400_000;
+        file.write_all_at(format!("? 0 {later} o8000000000000007 5\n").as_bytes(), 0).unwrap();
+        let journal = Journal::open(file).unwrap();
+        let wish = journal.unanswered().pop().unwrap();
+        assert_eq!((wish.since, wish.until), (later, u64::MAX));
+        // Times tell no more which blobs are this process's own.
+        let asked = journal.ask(&[5]);
+        journal.answered(asked, ids(8..9));
+        assert!(journal.is_own(ObjectId(8)) && !journal.is_own(ObjectId(9)));
+        journal.settle_unanswered();
+        assert!(!journal.is_own(ObjectId(8)));
+        let asked = journal.ask(&[5]);
+        journal.answered(asked, ids(9..10));
+        assert!(!journal.is_own(ObjectId(9)), "nothing is kept once nothing is open");
     }
 
     #[test]

@@ -314,20 +314,37 @@ pub fn default_size() -> Result<u64> {
     }
 }
 
+/// Bytes of memory of this machine, or the limit of the control groups that this process is in, if that is less.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn whole_memory() -> Result<u64> {
+    whole_memory_of(Path::new("/proc"), Path::new("/sys/fs/cgroup"))
+}
+
+fn whole_memory_of(proc: &Path, cgroups: &Path) -> Result<u64> {
+    let total = meminfo(proc, "MemTotal:")?;
+    Ok(group_limits(proc, cgroups).into_iter().map(|(most, _)| most).fold(total, u64::min))
+}
+
 /// Bytes that are available: to the machine, and to each control group that this process is in.
 fn available_memory(proc: &Path, cgroups: &Path) -> Result<u64> {
-    let read = |path: PathBuf| std::fs::read_to_string(path);
-    let meminfo = read(proc.join("meminfo")).context(|| "reading the available memory".into())?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    let mut available = kib.ok_or_else(|| Error::malformed("the kernel tells no MemAvailable"))?.saturating_mul(1024);
-    let number = |path: PathBuf| read(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-    let mut limit = |folder: &Path, most: &str, now: &str| {
-        if let Some(most) = number(folder.join(most)) {
-            available = available.min(most.saturating_sub(number(folder.join(now)).unwrap_or(0)));
-        }
-    };
-    for line in read(proc.join("self/cgroup")).unwrap_or_default().lines() {
+    let available = meminfo(proc, "MemAvailable:")?;
+    Ok(group_limits(proc, cgroups).into_iter().map(|(most, now)| most.saturating_sub(now)).fold(available, u64::min))
+}
+
+fn meminfo(proc: &Path, field: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(proc.join("meminfo")).context(|| "reading the machine's memory".into())?;
+    let kib = text.lines().find_map(|line| line.strip_prefix(field)).and_then(|rest| rest.trim().strip_suffix("kB"));
+    let kib = kib.and_then(|number| number.trim().parse::<u64>().ok());
+    Ok(kib.ok_or_else(|| Error::malformed(format!("the kernel tells no {field}")))?.saturating_mul(1024))
+}
+
+/// Most bytes and bytes in use of each control group that this process is in and that has a limit.
+fn group_limits(proc: &Path, cgroups: &Path) -> Vec<(u64, u64)> {
+    let number = |path: PathBuf| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    let mut limits = Vec::new();
+    for line in std::fs::read_to_string(proc.join("self/cgroup")).unwrap_or_default().lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
         let (root, most, now) = match controllers {
@@ -340,10 +357,10 @@ fn available_memory(proc: &Path, cgroups: &Path) -> Result<u64> {
         // In a container the path may be the host's while only the root is visible; then the root's limit holds.
         let group = root.join(path.trim_start_matches('/'));
         for folder in group.ancestors().take_while(|folder| folder.starts_with(&root)) {
-            limit(folder, most, now);
+            limits.extend(number(folder.join(most)).map(|most| (most, number(folder.join(now)).unwrap_or(0))));
         }
     }
-    Ok(available)
+    limits
 }
 
 #[cfg(test)]
@@ -390,6 +407,9 @@ mod tests {
         std::fs::write(cgroups.join("a/memory.max"), "1000000\n").unwrap();
         std::fs::write(cgroups.join("a/memory.current"), "400000\n").unwrap();
         assert_eq!(available_memory(&proc, &cgroups).unwrap(), 600_000);
+        assert_eq!(whole_memory_of(&proc, &cgroups).unwrap(), 1_000_000);
+        std::fs::write(cgroups.join("a/memory.max"), "90000000\n").unwrap();
+        assert_eq!(whole_memory_of(&proc, &cgroups).unwrap(), 9000 << 10);
     }
 
     #[test]

@@ -21,6 +21,9 @@ const STORE_START: Duration = Duration::from_secs(30);
 /// How long a vineyardd may take to end.
 const STORE_END: Duration = Duration::from_secs(5);
 
+/// Where a process says how much rather than others it may be killed when memory is out (`proc(5)`).
+const OOM_ADJUST: &str = "oom_score_adj";
+
 /// A running server.
 pub struct Server {
     child: Child,
@@ -44,7 +47,12 @@ impl Server {
         command.arg0("vineyard-fs").arg("server").args(inherited.map(|fd| fd.to_string()));
         command.stdin(Stdio::null()).process_group(0);
         // SAFETY: see `in_child`.
-        unsafe { command.pre_exec(move || in_child(&inherited, None)) };
+        unsafe {
+            command.pre_exec(move || {
+                offer_to_oom_killer();
+                in_child(&inherited, None)
+            })
+        };
         let child = command.spawn().context(|| "cannot start a server".into())?;
         Ok(Server { child, started: Instant::now(), ready: false, control: Some(control) })
     }
@@ -76,6 +84,15 @@ impl Server {
         }
     }
 
+    /// It is large enough now to be found before the keeper where memory is out, and no more likely than others.
+    pub fn grown(&self) {
+        let adjust = std::fs::read_to_string(format!("/proc/self/{OOM_ADJUST}"))
+            .and_then(|own| std::fs::write(format!("/proc/{}/{OOM_ADJUST}", self.pid()), own));
+        if let Err(error) = adjust {
+            tracing::info!("server {} stays the first to be killed where memory is out: {error}", self.pid());
+        }
+    }
+
     /// Ends it at once; [`Server::ended`] tells when that is done.
     pub fn signal_kill(&mut self) {
         // Fails only if it has ended already.
@@ -102,6 +119,17 @@ fn in_child(inherited: &[RawFd], with_keeper: Option<Signal>) -> std::io::Result
         unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong, 0, 0, 0) };
     }
     Ok(())
+}
+
+/// Makes this process the first to be killed when memory is out: one that begins is smaller than its keeper, whose end
+/// would be the mount's. As [`in_child`].
+fn offer_to_oom_killer() {
+    use nix::fcntl::{OFlag, open};
+    use nix::sys::stat::Mode;
+    // Without it the keeper may be chosen, as without this program.
+    if let Ok(file) = open(c"/proc/self/oom_score_adj", OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty()) {
+        nix::unistd::write(&file, b"1000").ok();
+    }
 }
 
 /// A vineyardd that lives and ends with the mount, or nothing if the mount uses another.

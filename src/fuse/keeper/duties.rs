@@ -16,6 +16,7 @@ impl Keeper {
         self.down_since = None;
         let Some(server) = &mut self.server else { return };
         server.ready = true;
+        server.grown();
         if let Some(pending) = self.upgrade.take() {
             tracing::info!("server {} runs another program", server.pid());
             pending.finish(&Outcome { pid: Some(server.pid()), error: None });

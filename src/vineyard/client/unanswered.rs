@@ -32,8 +32,10 @@ impl Client {
 fn candidates(wish: &Wish, end: ObjectId) -> Vec<ObjectId> {
     let (first, count) = match wish.after {
         ObjectId::INVALID => (end.sequence(), SEQUENCES),
-        // Where the numbers went all around, none is known to be out.
-        after if end.made_ms().saturating_sub(after.made_ms()) > WRAPS => (end.sequence(), SEQUENCES),
+        // Where the numbers went all around, or may have because the clock was set back, none is known to be out.
+        after if end.made_ms().checked_sub(after.made_ms()).is_none_or(|passed| passed > WRAPS) => {
+            (end.sequence(), SEQUENCES)
+        }
         after => (after.sequence() + 1, (end.sequence() + SEQUENCES - after.sequence() - 1) % SEQUENCES),
     };
     if count == 0 {
@@ -41,7 +43,10 @@ fn candidates(wish: &Wish, end: ObjectId) -> Vec<ObjectId> {
     }
     // The clock may have been read just before a millisecond ended.
     let since = wish.since.saturating_sub(1);
-    let until = end.made_ms().min(wish.until).min(since + LATEST).min(since + MOST / count);
+    // An end before the beginning is one of a clock that was set back.
+    let end = Some(end.made_ms()).filter(|&end| end >= since).unwrap_or(u64::MAX);
+    let latest = since.saturating_add(LATEST.min(MOST / count));
+    let until = end.min(wish.until).min(latest);
     let numbers = move |ms| (first..first + count).map(move |number| ObjectId::blob_made(ms, number % SEQUENCES));
     (since..=until).flat_map(numbers).collect()
 }
@@ -76,6 +81,9 @@ mod tests {
         // What this process makes by itself never comes into question.
         let former = Wish { until: 999, ..wish(known, &[5]) };
         assert_eq!(candidates(&former, ObjectId::blob_made(1001, 2)), expected(999));
+        // The clock was set back since: it tells no end, and the numbers none either.
+        let back = candidates(&wish(known, &[5]), ObjectId::blob_made(500, 2));
+        assert_eq!((back.first(), back.len()), (Some(&ObjectId::blob_made(999, 2)), 65 * SEQUENCES as usize));
         let all = candidates(&wish(ObjectId::INVALID, &[5]), ObjectId::blob_made(1 << 30, 9));
         assert_eq!((all.len() as u64 / SEQUENCES, all.len() as u64 % SEQUENCES), (65, 0));
     }
