@@ -14,7 +14,7 @@ pub mod view;
 #[allow(clippy::unwrap_used)]
 mod readers;
 #[cfg(test)]
-pub mod testing;
+pub(crate) mod testing;
 
 pub use arrow::Counts;
 pub use assemble::assemble;

@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(size("4096"), Ok(4096));
         assert_eq!(size("1.5GiB"), Ok(3 << 29));
         assert_eq!(size("2m"), Ok(2 << 20));
-        assert!(size("50%").unwrap() < memory().unwrap());
+        assert!(size("50%").unwrap() < crate::vineyard::launch::whole_memory().unwrap());
         for wrong in ["", "G", "-1G", "1X", "1e3", "0", "99999999999T", "1..2"] {
             assert!(size(wrong).is_err(), "{wrong}");
         }

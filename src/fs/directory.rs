@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::inode::Node;
@@ -21,9 +21,16 @@ const LISTINGS_KEPT: usize = 64;
 /// What an entry of a listing is.
 #[derive(Clone, Debug)]
 enum Item {
-    Directory { name: String },
-    View { name: String, object: ObjectId, summary: Option<Arc<Summary>> },
-    Staged(Arc<Staged>),
+    Directory {
+        name: String,
+    },
+    View {
+        name: String,
+        object: ObjectId,
+        summary: Option<Arc<Summary>>,
+    },
+    /// A listing is kept for long: it must not keep the memory of a file that was removed.
+    Staged(Weak<Staged>),
 }
 
 /// The names of a directory at one moment.
@@ -98,7 +105,7 @@ impl FileSystem {
             if let Some(component) = staged.listed_component()
                 && taken.insert(component.clone())
             {
-                entries.push((component, Item::Staged(staged)));
+                entries.push((component, Item::Staged(Arc::downgrade(&staged))));
             }
         }
         // Plain files first: a view gives way to the plain file of the same path.
@@ -235,7 +242,7 @@ impl FileSystem {
         let target = Target::new(directory, component);
         let found = match item {
             Item::Directory { name } => Some(Found::Directory { name: name.clone() }),
-            Item::Staged(staged) => Some(Found::Staged(staged.clone())),
+            Item::Staged(staged) => staged.upgrade().map(Found::Staged),
             Item::View { name, object, summary: Some(summary) } => {
                 let view = match &target.view {
                     Some((_, view)) if summary.view(*view).is_some() => *view,

@@ -278,6 +278,18 @@ fn unlinked_files_stay_readable_and_leave_nothing() {
 }
 
 #[test]
+fn a_listing_keeps_no_memory_of_removed_files() {
+    let bed = bed_with(false, Options::default());
+    let handle = bed.create("a.bin", ME).unwrap();
+    bed.write(handle, 0, &[1; 1000]);
+    bed.close(handle, ME).unwrap();
+    assert_eq!(bed.list(""), ["a.bin"]);
+    bed.fs.unlink(ROOT, OsStr::new("a.bin"), ME).unwrap();
+    bed.fs.forget(handle.0, 1);
+    assert!(bed.host.files.lock().unwrap().is_empty(), "its memory is free");
+}
+
+#[test]
 fn recycled_memory_is_never_served() {
     let bed = bed_with(false, Options::default());
     let id = bed.put_tensor("x", &vec![1.0; 100_000]);

@@ -60,7 +60,8 @@ fn savers_and_readers_of_one_name() {
             let versions: Vec<Vec<u8>> = (0..3).map(|v| table_file(&[v, v + 1])).collect();
             bed.save("t.arrow", &versions[0]).unwrap();
             let mut threads = Vec::new();
-            for version in versions[1..].iter().cloned() {
+            for version in &versions[1..] {
+                let version = version.clone();
                 threads.push(spawn(&bed, move |bed, me| bed.save_as("t.arrow", &version, me).unwrap()));
             }
             let known = versions.clone();

@@ -448,7 +448,7 @@ mod schedules {
     const PATIENCE: Duration = Duration::from_secs(3600);
 
     fn byte(at: u64) -> u8 {
-        (at * 7 >> 3) as u8
+        ((at * 7) >> 3) as u8
     }
 
     /// Brings bytes as the threads of [`super::super::fetch`] do, until `pieces` came or nobody wants more.
