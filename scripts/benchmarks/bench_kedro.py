@@ -11,6 +11,8 @@ from common import PROJECT, world
 # Which environment, what its datasets write to, and how that is called.
 KINDS = [("mount", "the mount"), ("tmpfs", "Feather on tmpfs"), ("pickle", "pickle on tmpfs"), ("csv", "CSV on tmpfs"), ("official", "VineyardDataSet")]
 
+SCALES = (1, 10, 100)
+
 
 def environments():
     folder = pathlib.Path(os.environ.get("VINEYARD_FS_KEDRO_VENVS", PROJECT / ".venv-kedro"))
@@ -22,8 +24,9 @@ def run(report, arguments):
     pythons = environments()
     if not pythons:
         raise SystemExit("bench: no Kedro environments: make them with scripts/setup --kedro")
+    report.draw = lambda path: chart(report.figures, path)
     for name, python in pythons.items():
-        for scale in (1, 10, 100):
+        for scale in SCALES:
             if report.wanted(f"{name} {scale}"):
                 houses(report, arguments, name, python, scale)
 
@@ -52,3 +55,28 @@ def houses(report, arguments, environment, python, scale):
     if "mount" in totals and others:
         goal = 1.0 if scale >= 10 else None
         report.figure(f"{environment}, house prices × {scale}: the mount", totals["mount"] / min(others), "× the fastest other", goal)
+
+
+def chart(figures, path):
+    """Seconds of all saves and loads, a panel for each environment and a group of bars for each scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plot
+
+    names = [name for name in environments() if any(f["what"].startswith(name) for f in figures)]
+    drawn, panels = plot.subplots(1, len(names), figsize=(5.2 * len(names), 3.6), sharey=True, squeeze=False)
+    for name, axes in zip(names, panels[0]):
+        for number, (_, called) in enumerate(KINDS):
+            found = {f["what"]: f["value"] for f in figures}
+            values = [found.get(f"{name}, house prices × {scale}: saves and loads, {called}") for scale in SCALES]
+            places = [group + 0.16 * (number - 2) for group, value in enumerate(values) if value]
+            bars = axes.bar(places, [value for value in values if value], width=0.15, label=called)
+            axes.bar_label(bars, fmt="%.2g", fontsize=6)
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(SCALES)), [f"× {scale}" for scale in SCALES])
+        axes.set_title({"kedro1": "Kedro 1", "kedro018": "Kedro 0.18"}[name])
+    panels[0][0].set_ylabel("seconds of all saves and loads")
+    panels[0][-1].legend(fontsize=7)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=110)
