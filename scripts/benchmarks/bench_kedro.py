@@ -26,13 +26,17 @@ def run(report, arguments):
         raise SystemExit("bench: no Kedro environments: make them with scripts/setup --kedro")
     report.draw = lambda path: chart(report.figures, path)
     for name, python in pythons.items():
+        if report.wanted(f"{name} iris"):
+            pipeline(report, arguments, name, python, 0)
         for scale in SCALES:
             if report.wanted(f"{name} {scale}"):
-                houses(report, arguments, name, python, scale)
+                pipeline(report, arguments, name, python, scale)
 
 
-def houses(report, arguments, environment, python, scale):
+def pipeline(report, arguments, environment, python, scale):
+    """The house-prices pipeline at a scale, or with 0 that of iris."""
     totals = {}
+    what = f"{environment}, house prices × {scale}" if scale else f"{environment}, iris"
     with world(3 << 30) as (store, tmpfs, make_mount):
         mount = make_mount()
         for kind, called in KINDS:
@@ -50,11 +54,11 @@ def houses(report, arguments, environment, python, scale):
             result = json.loads(done.stdout.strip().splitlines()[-1])
             sums = [sum(sum(pair) for pair in round_.values()) for round_ in result["rounds"]]
             totals[kind] = statistics.median(sums)
-            report.figure(f"{environment}, house prices × {scale}: saves and loads, {called}", totals[kind], "s", None, seconds=sums, nodes=result["rounds"], bytes=result["bytes"])
+            report.figure(f"{what}: saves and loads, {called}", totals[kind], "s", None, seconds=sums, nodes=result["rounds"], bytes=result["bytes"])
     others = [total for kind, total in totals.items() if kind != "mount"]
     if "mount" in totals and others:
         goal = 1.0 if scale >= 10 else None
-        report.figure(f"{environment}, house prices × {scale}: the mount", totals["mount"] / min(others), "× the fastest other", goal)
+        report.figure(f"{what}: the mount", totals["mount"] / min(others), "× the fastest other", goal)
 
 
 def chart(figures, path):
@@ -64,17 +68,18 @@ def chart(figures, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plot
 
+    groups = ["iris", *(f"house prices × {scale}" for scale in SCALES)]
     names = [name for name in environments() if any(f["what"].startswith(name) for f in figures)]
     drawn, panels = plot.subplots(1, len(names), figsize=(5.2 * len(names), 3.6), sharey=True, squeeze=False)
     for name, axes in zip(names, panels[0]):
         for number, (_, called) in enumerate(KINDS):
             found = {f["what"]: f["value"] for f in figures}
-            values = [found.get(f"{name}, house prices × {scale}: saves and loads, {called}") for scale in SCALES]
+            values = [found.get(f"{name}, {what}: saves and loads, {called}") for what in groups]
             places = [group + 0.16 * (number - 2) for group, value in enumerate(values) if value]
             bars = axes.bar(places, [value for value in values if value], width=0.15, label=called)
             axes.bar_label(bars, fmt="%.2g", fontsize=6)
         axes.set_yscale("log")
-        axes.set_xticks(range(len(SCALES)), [f"× {scale}" for scale in SCALES])
+        axes.set_xticks(range(len(groups)), [what.replace("house prices", "prices") for what in groups])
         axes.set_title({"kedro1": "Kedro 1", "kedro018": "Kedro 0.18"}[name])
     panels[0][0].set_ylabel("seconds of all saves and loads")
     panels[0][-1].legend(fontsize=7)
