@@ -5,12 +5,10 @@ memory, descriptors and blobs every ten seconds, and fails if they grow or a byt
 killed every ten seconds, too.
 """
 
-import json
 import os
 import pathlib
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -65,11 +63,7 @@ def main():
         try:
             load.prepare(mount.path)
             stop = folder / "stop"
-            for seed, kind in enumerate(KINDS):
-                command = [sys.executable, load.__file__, kind, str(mount.path), str(stop), str(seed)]
-                clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-            for client in clients:
-                assert client.stdout.readline() == "ready\n"
+            load.start(clients, KINDS, mount.path, stop)
             end, turn = time.monotonic() + minutes * 60, 0
             while time.monotonic() < end:
                 next_step = time.monotonic() + STEP
@@ -85,8 +79,7 @@ def main():
                 if kills:
                     os.kill(mount.status()["server"]["pid"], signal.SIGKILL)
                     time.sleep(1)
-            stop.touch()
-            outcomes = [json.loads(client.communicate(timeout=60)[0]) for client in clients]
+            outcomes = load.end(clients, stop)
             restarts = mount.status()["server"]["restarts"]
         finally:
             for client in clients:

@@ -97,61 +97,68 @@ impl FileSystem {
 
     /// What is at a path, for a process. The name map is asked anew each time.
     pub(super) fn resolve(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
-        for _ in 0..ATTEMPTS {
-            match self.resolve_once(target, pid)? {
-                Some(found) => return Ok(found),
-                None => tracing::trace!(path = target.path(), "replaced while it was looked up"),
+        let mut found = self.resolve_once(target, pid);
+        for _ in 1..ATTEMPTS {
+            match &found {
+                Err(error) if error.kind() == Kind::Stale => found = self.resolve_once(target, pid),
+                _ => break,
             }
         }
-        Err(Error::stale(format!("{:?} is replaced again and again", target.path())))
+        found
     }
 
-    /// `None` if an object went because its name was given another one: whoever replaces a dataset never leaves a moment
+    /// `Stale` if an object went because its name was given another one: whoever replaces a dataset never leaves a moment
     /// without it, and none is to be seen.
-    fn resolve_once(&self, target: &Target, pid: u32) -> Result<Option<Option<Found>>> {
+    fn resolve_once(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
         let path = target.path();
         let staged = self.staging.reserved_for(&path, pid).or_else(|| self.staging.at(&path));
         if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&path, pid)) {
             if !staged.is_abandoned() && staged.is_current_version(&*self.store)? {
-                return Ok(Some(Some(Found::Staged(staged))));
+                return Ok(Some(Found::Staged(staged)));
             }
             self.staging.detach(&staged);
         }
         if self.folders.exists(&target.plain) {
-            return Ok(Some(Some(Found::Directory { name: target.plain.clone() })));
+            return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
         if let Some((hash, rest)) = name::split_hash(&target.component)
             && let Some(found) = self.resolve_hashed(target, hash, rest)?
         {
-            return Ok(Some(Some(found)));
+            return Ok(Some(found));
         }
         let mut answers = self.store.names(&target.queries())?.into_iter();
         let plain = answers.next().unwrap_or_default();
         let below = answers.next().unwrap_or_default();
         let dataset = answers.next().unwrap_or_default();
         if !below.is_empty() {
-            return Ok(Some(Some(Found::Directory { name: target.plain.clone() })));
+            return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
         if let Some((name, object)) = plain.into_iter().next() {
             if let Some(summary) = self.objects.summary(&*self.store, object)? {
                 // A name that carries the extension of one of its views is that view; any other is the listed one.
                 let named = target.view.as_ref().map(|(_, view)| *view).filter(|view| summary.view(*view).is_some());
                 let view = if summary.view(View::Raw).is_some() { View::Raw } else { named.unwrap_or(summary.listed) };
-                return Ok(Some(Some(Found::View(target.view_node(name, object, view, summary)))));
+                return Ok(Some(Found::View(target.view_node(name, object, view, summary))));
             }
-            if self.object_of(&name)? != Some(object) {
-                return Ok(None);
-            }
+            self.still_leads(&name, object)?;
         }
-        let Some((_, view)) = target.view else { return Ok(Some(None)) };
-        let Some((name, object)) = dataset.into_iter().next() else { return Ok(Some(None)) };
-        match self.objects.summary(&*self.store, object)? {
-            Some(summary) if summary.view(view).is_some() => {
-                Ok(Some(Some(Found::View(target.view_node(name, object, view, summary)))))
-            }
-            // Nothing to see, or a part of it was gone when it was looked at.
-            _ if self.object_of(&name)? != Some(object) => Ok(None),
-            _ => Ok(Some(None)),
+        let Some((_, view)) = target.view else { return Ok(None) };
+        let Some((name, object)) = dataset.into_iter().next() else { return Ok(None) };
+        if let Some(summary) = self.objects.summary(&*self.store, object)?
+            && summary.view(view).is_some()
+        {
+            return Ok(Some(Found::View(target.view_node(name, object, view, summary))));
+        }
+        // There is nothing to see, or a part of it was gone when it was looked at.
+        self.still_leads(&name, object)?;
+        Ok(None)
+    }
+
+    /// `Stale` if a name leads to another object by now.
+    fn still_leads(&self, name: &str, object: ObjectId) -> Result<()> {
+        match self.object_of(name)? {
+            Some(now) if now == object => Ok(()),
+            _ => Err(Error::stale(format!("{name:?} was replaced while it was looked up"))),
         }
     }
 

@@ -156,21 +156,24 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     session.run().context(|| "the connection to the kernel".into())
 }
 
-/// Removes what a former server left over in the store, then what readers did not come for.
+/// Removes what a former server left over in the store, once, and now and then what readers did not come for.
 fn keep_house(fs: &FileSystem) {
     // What the former server had sent is carried out by then.
     let mut pause = Duration::from_millis(500);
+    let mut reclaimed = false;
     loop {
         std::thread::sleep(pause);
-        match fs.reclaim() {
-            Ok(_) => break,
-            Err(error) => tracing::info!("what a former server left is looked through later: {error}"),
-        }
-        pause = (pause * 2).min(Duration::from_secs(60));
-    }
-    loop {
-        std::thread::sleep(HOUSEKEEPING);
         fs.end_old_redirects();
+        if reclaimed {
+            continue;
+        }
+        match fs.reclaim() {
+            Ok(_) => (reclaimed, pause) = (true, HOUSEKEEPING),
+            Err(error) => {
+                tracing::info!("what a former server left is looked through later: {error}");
+                pause = (pause * 2).min(Duration::from_secs(60));
+            }
+        }
     }
 }
 

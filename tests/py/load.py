@@ -9,6 +9,7 @@ import mmap
 import os
 import pathlib
 import random
+import subprocess
 import sys
 import time
 
@@ -25,6 +26,26 @@ def prepare(folder):
     large.to_feather(folder / "large.arrow", compression="uncompressed")
     pd.DataFrame({"a": np.arange(1_000)}).to_feather(folder / "small.arrow", compression="uncompressed")
     (folder / "plain.bin").write_bytes(random.Random(1).randbytes(3_000_000))
+
+
+def start(clients, kinds, folder, stop):
+    """Starts a client of each kind, adds it to `clients`, and waits until all work."""
+    for seed, kind in enumerate(kinds):
+        command = [sys.executable, __file__, kind, str(folder), str(stop), str(seed)]
+        clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for client in clients:
+        assert client.stdout.readline() == "ready\n", client.stderr.read()
+
+
+def end(clients, stop):
+    """Lets the clients end; what each of them says."""
+    stop.touch()
+    outcomes = []
+    for client in clients:
+        out, err = client.communicate(timeout=60)
+        assert client.returncode == 0, err[-2000:]
+        outcomes.append(json.loads(out))
+    return outcomes
 
 
 class Client:

@@ -12,7 +12,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import time
 
 import conftest
@@ -28,11 +27,11 @@ class Clock:
     """Moves the time of day of all processes that were started within `env`."""
 
     def __init__(self, folder):
-        self.library, self.file = folder / "clock.so", folder / "shift"
+        self.preload, self.file = folder / "clock.so", folder / "shift"
         source = pathlib.Path(__file__).with_name("clock.c")
-        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", self.library, source], check=True, timeout=60)
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", self.preload, source], check=True, timeout=60)
         self.file.write_bytes(bytes(4096))
-        self.env = {"LD_PRELOAD": str(self.library), "CLOCK_SHIFT": str(self.file)}
+        self.env = {"LD_PRELOAD": str(self.preload), "CLOCK_SHIFT": str(self.file)}
         self.seconds = 0
 
     def set(self, seconds):
@@ -43,7 +42,7 @@ class Clock:
 
     def shifts(self, pid):
         with open(f"/proc/{pid}/maps") as maps:
-            return str(self.library) in maps.read()
+            return str(self.preload) in maps.read()
 
 
 @pytest.fixture
@@ -110,11 +109,7 @@ def jumps(store, mount, clock, clients, everybody):
     foreign = store.client.create_blob(1_000)
     foreign_usage = store.usage() - usage
     stop = store.folder / "stop"
-    for seed, kind in enumerate(["read", "write", "write", "half", "names", "mapped"]):
-        command = [sys.executable, load.__file__, kind, str(mount.path), str(stop), str(seed)]
-        clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    for client in clients:
-        assert client.stdout.readline() == "ready\n", client.stderr.read()
+    load.start(clients, ["read", "write", "write", "half", "names", "mapped"], mount.path, stop)
     random.seed(11)
     kills = 0
     # Back to before anything in the store was made, to before 1970 for the mount alone, and a second at a time.
@@ -138,12 +133,7 @@ def jumps(store, mount, clock, clients, everybody):
         found = conftest.cli("gc", "--socket", store.socket, "--json", env=env).stdout
         assert json.loads(found) == [], "there is nothing to clean up"
         time.sleep(random.uniform(0.3, 0.8))
-    stop.touch()
-    outcomes = []
-    for client in clients:
-        out, err = client.communicate(timeout=60)
-        assert client.returncode == 0, err[-2000:]
-        outcomes.append(json.loads(out))
+    outcomes = load.end(clients, stop)
     print(f"{kills} jumps with a kill each; operations {[(o['kind'], o['done']) for o in outcomes]}")
     assert [outcome["wrong"] for outcome in outcomes if outcome["wrong"]] == []
     assert all(outcome["done"] > kills for outcome in outcomes), outcomes

@@ -1,6 +1,5 @@
 """Saves that are cut short: whatever dies, a name leads to one whole version, and nothing is left over in the store."""
 
-import json
 import os
 import random
 import signal
@@ -13,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 ROWS = 200_000
-LOAD = load.__file__
 KILLS = int(os.environ.get("VINEYARD_FS_KILLS", "20"))
 
 WRITER = """
@@ -112,11 +110,7 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
     stop = store.folder / "stop"
     kinds = ["read", "read", "write", "write", "half", "names", "mapped"]
     clients = []
-    for seed, kind in enumerate(kinds):
-        command = [sys.executable, LOAD, kind, str(mount.path), str(stop), str(seed)]
-        clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    for client in clients:
-        assert client.stdout.readline() == "ready\n", client.stderr.read()
+    load.start(clients, kinds, mount.path, stop)
     random.seed(9)
     kills = []
     server = mount.status()["server"]["pid"]
@@ -131,12 +125,7 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
             time.sleep(0.02)
         server = now
     time.sleep(1)
-    stop.touch()
-    outcomes = []
-    for client in clients:
-        out, err = client.communicate(timeout=60)
-        assert client.returncode == 0, err[-2000:]
-        outcomes.append(json.loads(out))
+    outcomes = load.end(clients, stop)
     # How much longer than usual the longest operation took that a kill fell into.
     pauses = []
     for at in kills:
