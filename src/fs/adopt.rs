@@ -33,6 +33,8 @@ enum Note {
         #[serde(default)]
         gone: bool,
     },
+    /// A move of names that is under way.
+    Move,
 }
 
 /// Says what an assembled image is.
@@ -58,6 +60,11 @@ pub(super) fn note_staged(staged: &Staged) {
     note(staged.file(), &note_of);
 }
 
+/// Says that a move of names is written down in a file.
+pub(super) fn note_move(file: &MemoryFile) {
+    note(file, &Note::Move);
+}
+
 fn note(file: &MemoryFile, note: &Note) {
     if let Ok(text) = serde_json::to_string(note) {
         file.tag(&text);
@@ -75,22 +82,25 @@ impl FileSystem {
             Ok(files) => files,
             Err(error) => return self.warn(format!("what a former server left could not be taken over: {error}")),
         };
+        let mut moves = Vec::new();
         for tagged in files {
             // Dropping the file gives it back: a note that nobody understands is of no use.
-            let file = Arc::new(MemoryFile::adopt(&self.host, tagged.area, tagged.file));
+            let file = MemoryFile::adopt(&self.host, tagged.area, tagged.file);
             match serde_json::from_str(&tagged.tag) {
                 Ok(Note::Image { object, view, size }) => {
                     if let Some(view) = View::ALL.get(view) {
-                        self.cache.insert(ObjectId(object), *view, Arc::new(Assembled::adopt(file, size)));
+                        self.cache.insert(ObjectId(object), *view, Arc::new(Assembled::adopt(Arc::new(file), size)));
                     }
                 }
                 Ok(Note::Staged { ino, directory, component, attributes, published, clean, gone }) => {
                     let target = Target::new(&directory, &component);
                     let published = published.map(|(name, object)| (name, ObjectId(object)));
-                    self.staging.adopt(ino, file, target, *attributes, published, clean, gone);
+                    self.staging.adopt(ino, Arc::new(file), target, *attributes, published, clean, gone);
                 }
+                Ok(Note::Move) => moves.push(file),
                 Err(error) => tracing::warn!("a memory file with an unknown note is dropped: {error}"),
             }
         }
+        self.finish_moves(moves);
     }
 }

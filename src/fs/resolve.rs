@@ -33,6 +33,17 @@ pub(super) enum Found {
     Staged(Arc<Staged>),
 }
 
+impl Found {
+    /// The object that is shown.
+    pub(super) fn object(&self) -> Option<ObjectId> {
+        match self {
+            Found::Directory { .. } => None,
+            Found::View(view) => Some(view.object),
+            Found::Staged(staged) => staged.published().map(|(_, object)| object),
+        }
+    }
+}
+
 /// A path cut into what the name map may know it as.
 #[derive(Clone, Debug)]
 pub(super) struct Target {

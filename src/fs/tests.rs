@@ -1,6 +1,7 @@
 //! The filesystem without a mount.
 
 mod bed;
+mod kills;
 mod model;
 #[cfg(feature = "shuttle")]
 mod schedules;
