@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::FileSystem;
 use super::cache::{Assembled, MemoryFile};
 use super::resolve::Target;
-use super::staging::{Staged, Stamp};
+use super::staging::{Place, Staged, Stamp};
 use crate::dataset::FileAttributes;
 use crate::image::View;
 use crate::vineyard::ObjectId;
@@ -29,9 +29,7 @@ enum Note {
         attributes: Box<FileAttributes>,
         published: Option<(String, u64)>,
         clean: Option<Stamp>,
-        /// It is its path's no more: only open handles lead to it.
-        #[serde(default)]
-        gone: bool,
+        place: Place,
     },
     /// A move of names that is under way.
     Move,
@@ -54,7 +52,11 @@ pub(super) fn note_staged(staged: &Staged) {
         attributes: Box::new(FileAttributes { xattrs: Default::default(), ..state.attributes.clone() }),
         published: state.published.as_ref().map(|(name, object)| (name.clone(), object.0)),
         clean: state.clean.as_ref().map(|(stamp, _)| *stamp),
-        gone: state.detached || state.retired,
+        place: match () {
+            () if state.detached || state.retired => Place::Gone,
+            () if state.displaced => Place::Displaced,
+            () => Place::Path,
+        },
     };
     drop(state);
     note(staged.file(), &note_of);
@@ -92,10 +94,10 @@ impl FileSystem {
                         self.cache.insert(ObjectId(object), *view, Arc::new(Assembled::adopt(Arc::new(file), size)));
                     }
                 }
-                Ok(Note::Staged { ino, directory, component, attributes, published, clean, gone }) => {
+                Ok(Note::Staged { ino, directory, component, attributes, published, clean, place }) => {
                     let target = Target::new(&directory, &component);
                     let published = published.map(|(name, object)| (name, ObjectId(object)));
-                    self.staging.adopt(ino, Arc::new(file), target, *attributes, published, clean, gone);
+                    self.staging.adopt(ino, Arc::new(file), target, *attributes, published, clean, place);
                 }
                 Ok(Note::Move) => moves.push(file),
                 Err(error) => tracing::warn!("a memory file with an unknown note is dropped: {error}"),

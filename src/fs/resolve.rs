@@ -127,7 +127,7 @@ impl FileSystem {
             if !staged.is_abandoned() && staged.is_current_version(&*self.store)? {
                 return Ok(Some(Found::Staged(staged)));
             }
-            self.staging.detach(&staged);
+            self.staging.leave_path(&staged);
         }
         if self.folders.exists(&target.plain) {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));

@@ -199,3 +199,39 @@ fn directories_that_come_and_go_leave_no_numbers_behind() {
     let numbers = bed.host.notes().unwrap().into_iter().filter(|(key, _)| key.starts_with("number:")).count();
     assert_eq!(numbers, 0);
 }
+
+#[test]
+fn a_replaced_file_that_is_still_open_is_not_at_its_path_for_the_next_server() {
+    let bed = bed();
+    mkdir(&bed, "d", 0o755);
+    bed.save("d/b.txt", b"first").unwrap();
+    let reader = bed.open("d/b.txt", libc::O_RDONLY, OTHER).unwrap();
+    // Its writer is in the middle of it, and the former version is still open.
+    let writer = bed.create("d/b.txt", ME).unwrap();
+    bed.write(writer, 0, b"sec");
+    for epoch in 1..20 {
+        // Who comes last to a table of files in any order must not win.
+        let bed = next_server(
+            Bed::of(
+                FileSystem::new(bed.store.clone(), bed.host.clone(), Options::default()),
+                bed.store.clone(),
+                bed.host.clone(),
+            ),
+            epoch,
+        );
+        assert_eq!(bed.fs.getattr(writer.0, None).unwrap().0.size, 3);
+        assert_eq!(bed.fs.getattr(reader.0, None).unwrap().0.size, 5);
+        std::mem::forget(bed.fs);
+    }
+    let bed = next_server(bed, 20);
+    bed.write(writer, 3, b"ond");
+    bed.close(writer, ME).unwrap();
+    assert_eq!(bed.read_handle(reader).unwrap(), b"first");
+    bed.close(reader, OTHER).unwrap();
+    assert_eq!(bed.load("d/b.txt").unwrap(), b"second");
+    let (directory, name) = bed.walk("d/b.txt").unwrap();
+    bed.fs.unlink(directory, &name, ME).unwrap();
+    bed.fs.rmdir(ROOT, OsStr::new("d"), ME).unwrap();
+    let bed = next_server(bed, 21);
+    assert_eq!(bed.list(""), Vec::<String>::new());
+}
