@@ -163,6 +163,11 @@ impl Inodes {
         self.directories().extend(numbers.iter().cloned());
     }
 
+    /// Whether a directory of this name has a number that was not made of its name.
+    pub fn was_renamed(&self, name: &str) -> bool {
+        self.directories().contains_key(name)
+    }
+
     /// Forgets the numbers of names that have numbers of their own and need none: a removed directory's, and that of the
     /// name which its number was made of, where `exists` denies that there is a directory. Returns those names.
     pub fn release_directories(&self, removed: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {

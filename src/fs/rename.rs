@@ -52,7 +52,6 @@ impl FileSystem {
                 }
                 self.folders.remove(&name);
                 self.folders.touch(&target.directory);
-                self.release_number(&name);
                 Ok(())
             }
             Some(_) => Err(Error::new(Kind::NotDirectory, "not a directory")),
@@ -61,13 +60,16 @@ impl FileSystem {
         }
     }
 
-    /// Forgets the inode numbers that nobody needs without a directory.
+    /// Forgets the inode numbers that nobody needs without a directory, which the kernel has forgotten.
     fn release_number(&self, name: &str) {
         let exists = |name: &str| {
             let names = NameQuery::Prefix { prefix: format!("{name}/"), limit: Some(1) };
             // Not known is as good as there: a number that is kept for nothing does no harm.
             self.folders.exists(name) || !self.store.names(&[names]).is_ok_and(|found| found.concat().is_empty())
         };
+        if !self.inodes.was_renamed(name) || exists(name) {
+            return;
+        }
         for gone in self.inodes.release_directories(name, exists) {
             self.folders.keep_number(&gone, None);
         }
@@ -387,6 +389,11 @@ impl FileSystem {
         self.inodes.forget(ino, count);
         if self.inodes.get(ino).is_none() {
             self.staging.forget(ino);
+        }
+        if let Some(Node::Directory { name }) = &node
+            && self.inodes.get(ino).is_none()
+        {
+            self.release_number(name);
         }
         // A published file that the kernel forgot is found through the store from now on.
         if let Some(Node::Staged(staged)) = node
