@@ -124,6 +124,10 @@ impl FileSystem {
         let absent = || Error::new(Kind::NoAttribute, "no such attribute");
         let name = name.to_str().ok_or_else(absent)?;
         if !name.starts_with("user.") {
+            // `ls -l` asks for access lists of every file.
+            if let Some(Node::View(view)) = self.inodes.get(ino).as_deref().map(|inode| &inode.node) {
+                self.note_look(&view.directory);
+            }
             return Err(absent());
         }
         let inode = self.inode(ino)?;

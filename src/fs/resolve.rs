@@ -224,6 +224,7 @@ impl FileSystem {
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
         self.end_old_redirects();
+        self.note_look(&directory);
         let mut found = self.resolve(&target, caller.pid)?;
         for _ in 0..HOLD_ATTEMPTS {
             match &found {

@@ -298,6 +298,24 @@ fn a_listing_keeps_no_memory_of_removed_files() {
 }
 
 #[test]
+fn a_listing_whose_files_are_looked_at_comes_with_their_attributes() {
+    for (ttl, again) in [(0, false), (3600, true)] {
+        let bed = bed_with(true, Options { entry_ttl: Duration::from_secs(ttl), ..Options::default() });
+        (0..8).for_each(|i| drop(bed.put_tensor(&format!("x{i}"), &[1.0])));
+        assert_eq!(bed.list("").len(), 8);
+        let keep = || {
+            let (fh, keep) = bed.fs.opendir(ROOT).unwrap();
+            bed.fs.releasedir(ROOT, fh);
+            keep
+        };
+        assert!(keep() && keep(), "nobody looks");
+        (0..8).for_each(|i| drop(bed.lookup(&format!("x{i}.npy"), ME).unwrap()));
+        // Attributes that the kernel has got a moment ago are good for half their time.
+        assert_eq!((keep(), keep()), (again, again), "{ttl}");
+    }
+}
+
+#[test]
 fn recycled_memory_is_never_served() {
     let bed = bed_with(false, Options::default());
     let id = bed.put_tensor("x", &vec![1.0; 100_000]);
