@@ -29,6 +29,7 @@ mod rename;
 mod resolve;
 mod room;
 mod saves;
+mod spare;
 pub mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -302,6 +303,12 @@ impl FileSystem {
             Some(inode) => Ok(inode),
             None => self.recover(ino)?.ok_or_else(|| Error::stale(format!("inode {ino} is not known (any more)"))),
         }
+    }
+
+    /// Keeps memory ready for the next large file that is opened, while such files are being opened. For a thread that has
+    /// nothing else to do, several times a second.
+    pub fn keep_spare(&self) {
+        self.cache.keep_spare();
     }
 
     fn writable(&self) -> Result<()> {

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::host::{Area, Host, HostFile};
+use super::spare::Spare;
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Image, View};
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -107,6 +108,8 @@ struct State {
 /// Counters of the cache.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct CacheStatus {
+    /// Bytes that are kept ready for the next image.
+    pub spare: u64,
     /// Limit in bytes.
     pub limit: u64,
     /// Bytes of all images in the cache.
@@ -156,12 +159,13 @@ pub struct ImageCache {
     host: Arc<dyn Host>,
     state: Mutex<State>,
     changed: Condvar,
+    spare: Spare,
 }
 
 impl ImageCache {
     /// A cache of at most `limit` bytes.
     pub fn new(limit: u64, host: Arc<dyn Host>) -> Self {
-        ImageCache { limit, host, state: Mutex::default(), changed: Condvar::new() }
+        ImageCache { limit, host, state: Mutex::default(), changed: Condvar::new(), spare: Spare::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -177,6 +181,7 @@ impl ImageCache {
     pub fn status(&self) -> CacheStatus {
         let state = self.state();
         CacheStatus {
+            spare: self.spare.bytes(),
             limit: self.limit,
             bytes: state.bytes,
             images: state.slots.len(),
@@ -244,7 +249,7 @@ impl ImageCache {
         let blobs = image.blobs(0..image.size());
         source.prepare(&blobs)?;
         source.want(&image.parts(0..image.size()), false)?;
-        let file = Arc::new(MemoryFile::create(&self.host, Area::Image, image.size())?);
+        let file = Arc::new(self.spare.file(&self.host, image.size())?);
         let assembled = Assembled { file, size: image.size() };
         let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(1, 4));
         image::assemble(image, source, &assembled.file.file.file, threads)?;
@@ -302,6 +307,13 @@ impl ImageCache {
         }
     }
 
+    /// Keeps a memory file ready for the next image while images are being assembled. For a thread that has nothing else
+    /// to do, several times a second.
+    pub fn keep_spare(&self) {
+        let used = self.state().bytes;
+        self.spare.look_after(&self.host, self.limit.saturating_sub(used));
+    }
+
     /// Drops everything that is not being made.
     pub fn clear(&self) {
         let mut state = self.state();
@@ -336,6 +348,7 @@ impl ImageCache {
 
     /// Drops what was used longest ago and is not open until `size` more bytes fit.
     fn make_room(&self, state: &mut State, size: u64) -> Result<()> {
+        self.spare.make_room(size, self.limit.saturating_sub(state.bytes));
         while state.bytes + size > self.limit || state.slots.len() >= MOST_IMAGES {
             let oldest = state
                 .slots

@@ -38,6 +38,8 @@ const KEEPER_DEADLINE: i64 = 10;
 const STORE_PATIENCE: Duration = Duration::from_millis(500);
 /// How often what nobody came for is let go of.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
+/// How often it is looked whether memory should be made ready for the next image.
+const SPARE: Duration = Duration::from_millis(250);
 
 /// Descriptors that a server inherits, by number.
 #[derive(Clone, Copy, Debug)]
@@ -133,6 +135,13 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     thread("warm-up", move || drop(fs.warm_up()))?;
     let fs = shared.fs.clone();
     thread("housekeeping", move || keep_house(&fs))?;
+    let fs = shared.fs.clone();
+    thread("spare memory", move || {
+        loop {
+            std::thread::sleep(SPARE);
+            fs.keep_spare();
+        }
+    })?;
     if hello.config.migrate == RemotePolicy::Full {
         let fs = shared.fs.clone();
         thread("copies", move || fs.copy_wishes())?;

@@ -90,6 +90,21 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
     }
 }
 
+/// Gives a memory file of `size` bytes its pages, zeros all of them.
+///
+/// # Errors
+/// `Full` if there is no room.
+pub fn give_pages(target: &File, size: u64) -> Result<()> {
+    // A piece at a time: `fallocate` takes back what it did if it fails, and others want the processor, too.
+    let mut start = 0;
+    while start < size {
+        let len = (32 * SLICE).min(size - start);
+        allocate(target, start, len)?;
+        start += len;
+    }
+    Ok(())
+}
+
 /// Gives a part of a file its pages.
 fn allocate(target: &File, start: u64, len: u64) -> Result<()> {
     let range = i64::try_from(start).ok().zip(i64::try_from(len).ok());
