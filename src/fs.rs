@@ -8,6 +8,7 @@
 //! * a handle number means something to the next server too: it carries its inode.
 
 mod adopt;
+mod ahead;
 mod attributes;
 pub mod cache;
 pub mod copies;
@@ -201,6 +202,7 @@ pub struct FileSystem {
     next_handle: AtomicU64,
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
+    ahead: ahead::Ahead,
     folders: folders::Folders,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
@@ -251,6 +253,7 @@ impl FileSystem {
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
+            ahead: ahead::Ahead::new(store.clone()),
             folders: folders::Folders::new(host.clone()),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
