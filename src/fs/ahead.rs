@@ -20,6 +20,9 @@ const LEAD: u64 = 64 << 20;
 const OFTEN: Duration = Duration::from_millis(3);
 /// How often one that does not is, at last.
 const SELDOM: Duration = Duration::from_millis(100);
+/// Memory that this process holds meanwhile: where the memory of its control group ends and the kernel kills it, there is
+/// room for the next one to start, although what was made ready stays.
+const BALLAST: usize = 48 << 20;
 /// How long the thread stays when nobody writes.
 const LINGER: Duration = Duration::from_millis(500);
 
@@ -99,6 +102,7 @@ impl Ahead {
 fn run(store: &dyn Store, shared: &Shared) {
     let mut idle = Instant::now();
     let mut pause = OFTEN;
+    let mut ballast = Vec::new();
     let go_on = || shared.publishing.load(Ordering::Relaxed) == 0;
     loop {
         std::thread::sleep(pause);
@@ -114,8 +118,14 @@ fn run(store: &dyn Store, shared: &Shared) {
             if go_on() { wanted(&mut state.files) } else { 0 }
         };
         if wanted == 0 {
+            if pause == SELDOM {
+                ballast = Vec::new();
+            }
             continue;
         }
+        // Ones: zeros would take no memory.
+        ballast.resize(BALLAST, 1u8);
+        std::hint::black_box(&ballast);
         pause = OFTEN;
         if let Err(error) = store.prepare_memory(wanted, &go_on) {
             tracing::debug!("no memory ahead of need: {error}");

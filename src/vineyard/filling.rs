@@ -26,7 +26,9 @@ const HUGE: usize = 2 << 20;
 const FEW_PAGES: usize = 64;
 /// After so many failures in a row no more huge pages are made: memory is short, or the kernel makes none.
 const MOST_FAILURES: u32 = 8;
-/// Huge pages that may be in the making at the same time.
+/// Huge pages that are made with one call: each call waits once for work of every processor.
+const RUN: usize = 4;
+/// Such runs that may be in the making at the same time.
 const MAKING: usize = 16;
 
 /// A memory file of the store, for filling the blobs that this client has made in it.
@@ -56,7 +58,7 @@ impl WritableFile {
             return self.pwrite(offset, bytes);
         }
         let mapping = self.mapping();
-        let ready = mapping.is_some_and(|mapping| mapping.make_ready(offset, bytes.len(), &blob));
+        let ready = mapping.is_some_and(|mapping| mapping.make_ready(offset, bytes.len(), &blob, false));
         if !ready && bytes.len() < MAPPED_WRITE {
             return self.pwrite(offset, bytes);
         }
@@ -73,7 +75,7 @@ impl WritableFile {
     pub fn prepare(&self, range: Range<u64>, go_on: &dyn Fn() -> bool) {
         let Some(mapping) = self.mapping() else { return };
         let mut at = range.start.next_multiple_of(HUGE as u64);
-        while at < range.end && go_on() && mapping.make_ready(at, 1, &range) {
+        while at < range.end && go_on() && mapping.make_ready(at, 1, &range, true) {
             at += HUGE as u64;
         }
     }
@@ -99,6 +101,12 @@ impl WritableFile {
         }
         Ok(())
     }
+}
+
+/// Whether the bytes of a huge page lie in a range of the file.
+fn lies_in(number: u64, range: &Range<u64>) -> bool {
+    let start = number * HUGE as u64;
+    start >= range.start && start + HUGE as u64 <= range.end
 }
 
 /// All of a memory file, mapped for writing.
@@ -163,51 +171,57 @@ impl WritableMapping {
     }
 
     /// Maps the pages of a range, huge ones if they are new. False if some huge page's bytes of it do not lie in `inside`
-    /// or cannot be mapped: no memory is given to what is not asked for.
-    fn make_ready(&self, offset: u64, len: usize, inside: &Range<u64>) -> bool {
+    /// or cannot be mapped: no memory is given to what is not asked for. `ahead` of need it ends where memory does.
+    fn make_ready(&self, offset: u64, len: usize, inside: &Range<u64>, ahead: bool) -> bool {
         let end = offset.saturating_add(len as u64).div_ceil(HUGE as u64);
-        (offset / HUGE as u64..end).all(|number| {
-            let start = number * HUGE as u64;
-            start >= inside.start && start + HUGE as u64 <= inside.end && self.make_page(number as usize)
-        })
+        (offset / HUGE as u64..end)
+            .all(|number| lies_in(number, inside) && self.make_page(number as usize, inside, ahead))
     }
 
-    fn make_page(&self, number: usize) -> bool {
-        let Some(ready) = self.ready.get(number) else { return false };
-        if ready.load(Ordering::Acquire) == 1 {
-            return true;
+    fn make_page(&self, number: usize, inside: &Range<u64>, ahead: bool) -> bool {
+        let is_new = |number: usize| self.ready.get(number).is_some_and(|ready| ready.load(Ordering::Acquire) == 0);
+        if !is_new(number) {
+            return number < self.ready.len();
         }
-        let _making = self.making[number % MAKING].lock().unwrap_or_else(PoisonError::into_inner);
-        if ready.load(Ordering::Acquire) == 1 {
-            return true;
-        }
-        let made = self.collapse(number) || self.populate(number * HUGE, HUGE);
-        if made {
+        let _making = self.making[number / RUN % MAKING].lock().unwrap_or_else(PoisonError::into_inner);
+        let run = number..(number / RUN + 1) * RUN;
+        let run =
+            run.take_while(|&next| is_new(next) && lies_in(next as u64, inside) && self.may_collapse(next)).count();
+        let made = match run {
+            0 if !is_new(number) => return true,
+            0 => 0,
+            run if self.collapse(number, run) => run,
+            // No memory for a huge page is an error; none for a small one may cost this process its life.
+            _ if ahead => return false,
+            _ => 0,
+        };
+        let made = if made == 0 { usize::from(self.populate(number * HUGE, HUGE)) } else { made };
+        for ready in self.ready.iter().skip(number).take(made) {
             ready.store(1, Ordering::Release);
         }
-        made
+        made > 0
     }
 
-    /// Makes a huge page where few pages are.
-    fn collapse(&self, number: usize) -> bool {
+    /// Whether few pages are there, but not none: of nothing at all no huge page is made.
+    fn may_collapse(&self, number: usize) -> bool {
         if self.failures.load(Ordering::Relaxed) >= MOST_FAILURES {
             return false;
         }
         let mut present = [0u8; HUGE / PAGE];
-        // SAFETY: the caller's number is one of a whole huge page inside the mapping.
-        let start = unsafe { self.base.as_ptr().add(number * HUGE) }.cast::<libc::c_void>();
-        // SAFETY: the range lies in the mapping; the answer is a byte for each of its pages.
-        let known = unsafe { libc::mincore(start, HUGE, present.as_mut_ptr()) } == 0;
+        // SAFETY: the number is one of a whole huge page inside the mapping; the answer is a byte for each of its pages.
+        let known =
+            unsafe { libc::mincore(self.base.as_ptr().add(number * HUGE).cast(), HUGE, present.as_mut_ptr()) == 0 };
         let count = present.iter().filter(|page| **page & 1 == 1).count();
-        if !known || count > FEW_PAGES {
-            return false;
-        }
-        // Nothing at all is not made a huge page of.
-        if count == 0 && !self.populate(number * HUGE, PAGE) {
-            return false;
-        }
-        // SAFETY: the range lies in the mapping; making it a huge page changes no data.
-        if unsafe { libc::madvise(start, HUGE, libc::MADV_COLLAPSE) } == 0 {
+        known && count <= FEW_PAGES && (count > 0 || self.populate(number * HUGE, PAGE))
+    }
+
+    /// Makes so many huge pages.
+    fn collapse(&self, number: usize, run: usize) -> bool {
+        // SAFETY: the range lies in the mapping; making huge pages of it changes no data.
+        let done = unsafe {
+            libc::madvise(self.base.as_ptr().add(number * HUGE).cast(), run * HUGE, libc::MADV_COLLAPSE) == 0
+        };
+        if done {
             self.failures.store(0, Ordering::Relaxed);
             return true;
         }
