@@ -381,3 +381,40 @@ def test_a_file_that_is_cut_while_it_is_published(store, mount):
     path.write_bytes(data)
     assert path.read_bytes() == data
     assert mount.status()["server"]["restarts"] == 0
+
+
+def test_memory_is_ready_before_a_large_file_is_closed(mount, store):
+    """Nothing of the store is taken for it, and what other clients hold there stays as it is."""
+    values = {name: np.random.default_rng(number).integers(0, 256, 3_000_001, "u1") for number, name in enumerate("abc")}
+    for name, value in values.items():
+        store.put(name, value)
+    store.client.delete(store.client.get_name("b"))
+    store.client.drop_name("b")
+    del values["b"]
+    before = store.usage()
+
+    def pages() -> int:
+        """Bytes of memory that vineyardd's memory files have."""
+        folder = f"/proc/{store.process.pid}/fd"
+        files = [os.path.join(folder, entry) for entry in os.listdir(folder)]
+        memory = {os.stat(file).st_ino: os.stat(file).st_blocks * 512 for file in files if "memfd:" in os.readlink(file)}
+        return sum(memory.values())
+
+    data = os.urandom(1 << 20)
+    with open(mount / "large.bin", "wb") as file:
+        for _ in range(100):
+            file.write(data)
+        file.flush()
+        deadline = time.monotonic() + 60
+        while pages() < 100 << 20 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert pages() >= 100 << 20
+        deadline = time.monotonic() + 60
+        while store.usage() != before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert store.usage() == before
+    assert (mount / "large.bin").read_bytes() == data * 100
+    os.unlink(mount / "large.bin")
+    assert store.usage() == before
+    for name, value in values.items():
+        assert (store.client.get(name=name) == value).all()
