@@ -21,9 +21,8 @@ const WIDE_SIZE: u64 = 32 << 20;
 
 /// How far a read may be from the end of the last to continue it.
 const RUN_GAP: u64 = 4 << 20;
-/// How much of remote data is brought ahead of a sequential reader: four times what it read, within these bounds. Large
-/// blobs come over a connection each, and several connections are faster than one.
-const AHEAD: (u64, u64) = (128 << 20, 384 << 20);
+/// How much of remote data is brought ahead of a sequential reader.
+const AHEAD: u64 = 128 << 20;
 /// How often that is done, in bytes read.
 const AHEAD_STEP: u64 = 8 << 20;
 
@@ -305,8 +304,7 @@ impl FileSystem {
         if !copies && large.count() < if from_start { 2 } else { 3 } {
             return Ok(());
         }
-        let ahead = (run.end - run.start).saturating_mul(4).clamp(AHEAD.0, AHEAD.1);
-        let next = image.parts(run.end..run.end.saturating_add(ahead).min(image.size()));
+        let next = image.parts(run.end..run.end.saturating_add(AHEAD).min(image.size()));
         let next: Vec<_> = next.into_iter().map(|(key, _)| (key, 0..u64::MAX)).collect();
         // Nobody waits for it: whoever does will get the reason.
         self.store.want(&next, true).ok();

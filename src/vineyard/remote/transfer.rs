@@ -16,8 +16,8 @@ const AHEAD: u64 = 128 << 10;
 /// Who asks for more than this is taken to read on, and then all is brought. The kernel reads ahead past what a program
 /// wants (up to 1 MiB in mounts of this program, twice), often into the next column, which is not to move whole for that.
 const READAHEAD: u64 = 2 << 20;
-/// How far a transfer of all bytes is ahead of those who read them: half of what was read, within these bounds.
-const LEAD: (u64, u64) = (8 << 20, 32 << 20);
+/// How far a transfer of all bytes is ahead of those who read them.
+const LEAD: u64 = 8 << 20;
 /// How long a transfer that has brought what was asked waits for someone to ask for more.
 const LINGER: Duration = Duration::from_millis(200);
 /// Places of blobs in a slab.
@@ -271,7 +271,7 @@ impl Transfer {
         let mut deadline = Instant::now() + patience;
         loop {
             let here = state.done >= end;
-            let late = if state.target == self.len { (end / 2).clamp(LEAD.0, LEAD.1) } else { 0 };
+            let late = if state.target == self.len { LEAD } else { 0 };
             let due = end.saturating_add(late).min(self.len);
             let ready = match &state.phase {
                 Phase::Complete => true,
