@@ -131,7 +131,7 @@ pub struct Entry {
 pub enum Serve {
     /// READ and WRITE requests; the kernel caches pages and may keep them from open to open.
     Cached,
-    /// READ and WRITE requests, nothing cached.
+    /// READ and WRITE requests, nothing cached but what is mapped. Where the kernel cannot map such files: as `Cached`.
     Direct,
     /// The kernel reads and writes the backing file that is registered under this id.
     Passthrough(u32),

@@ -16,6 +16,7 @@ pub mod journal;
 pub mod launch;
 pub mod memory;
 pub mod meta;
+pub mod pipe;
 pub mod pool;
 pub mod remote;
 pub mod request;

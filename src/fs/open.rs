@@ -9,7 +9,7 @@ use super::objects::Loaded;
 use super::resolve::Target;
 use super::{Caller, FileSystem, Handle, Opened, Serve, ServePolicy, Serving};
 use crate::error::{Error, Kind, Result};
-use crate::image::Image;
+use crate::image::{Image, View};
 use crate::vineyard::Arrived;
 
 /// Files below this size are not worth a memory file: one request and a page serve them.
@@ -25,6 +25,22 @@ const RUN_GAP: u64 = 4 << 20;
 const AHEAD: u64 = 128 << 20;
 /// How often that is done, in bytes read.
 const AHEAD_STEP: u64 = 8 << 20;
+
+/// Remote files from this size on are read directly at first: for smaller ones it gains nothing.
+const DIRECT_SIZE: u64 = 32 << 20;
+
+/// True for what is probably read once, whole, and by large reads before it is assembled: a table or an array of another
+/// instance that nobody has read yet. The kernel then copies what arrives straight to the reader: caching it too costs
+/// more than bringing it. Who reads in small pieces pays with a request for each; who maps the file is not affected.
+fn read_once(view: View, loaded: &Loaded, image: &Image, bytes_read: u64) -> bool {
+    let columns = loaded.dataset.table().map_or(0, |table| table.schema.fields().len());
+    let large_reads = matches!(view, View::Arrow | View::Feather | View::Npy);
+    large_reads
+        && loaded.is_remote()
+        && columns <= WIDE_COLUMNS
+        && image.size() >= DIRECT_SIZE
+        && bytes_read < image.size() / 16
+}
 
 pub(super) fn wants_write(flags: i32) -> bool {
     flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0
@@ -87,6 +103,7 @@ impl FileSystem {
         };
         state.mode = Some(mode.clone());
         state.opens += 1;
+        let bytes_read = state.bytes_read;
         drop(state);
         if matches!(mode, Mode::Assembled(_)) {
             self.cache.opened(&view.name, view.object);
@@ -99,6 +116,7 @@ impl FileSystem {
         }
         let serve = match &mode {
             Mode::Assembled(file) => file.file().backing.map_or(Serve::Cached, Serve::Passthrough),
+            Mode::Lazy { loaded, image } if read_once(view.view, loaded, image, bytes_read) => Serve::Direct,
             Mode::Lazy { .. } | Mode::Copied(_) => Serve::Cached,
         };
         Ok(Opened { fh: self.add_handle(Handle::View), serve, no_flush: true })
@@ -281,7 +299,9 @@ impl FileSystem {
         };
         let large = image.parts(run.clone()).into_iter().filter(|(_, part)| part.end - part.start >= AHEAD_STEP / 8);
         let from_start = run.start < RUN_GAP;
-        if large.count() < if from_start { 2 } else { 3 } {
+        // Whoever wants columns looks at the end of the file first.
+        let copies = run.start == 0 && run.end >= RUN_GAP;
+        if !copies && large.count() < if from_start { 2 } else { 3 } {
             return Ok(());
         }
         let next = image.parts(run.end..run.end.saturating_add(AHEAD).min(image.size()));

@@ -110,13 +110,22 @@ impl FileSystem {
         if others.iter().all(|other| other.done) {
             for other in others {
                 if value != Some(other.object) {
-                    self.objects.forget(other.object);
-                    self.store.delete(&[other.object])?;
+                    self.remove_superseded(other.object)?;
                 }
                 self.store.drop_name(&other.name)?;
             }
         }
         Ok(())
+    }
+
+    /// Removes what another save of its name has replaced, unless it was renamed in the meantime. All names are looked at:
+    /// which one an object had last is unknown, since marks are names too. That happens only after saves at the same time.
+    fn remove_superseded(&self, object: ObjectId) -> Result<()> {
+        if self.names_below("")?.iter().any(|(_, named)| *named == object) {
+            return Ok(());
+        }
+        self.objects.forget(object);
+        self.store.delete(&[object])
     }
 
     /// What a name leads to, and all saves of it that are known.
@@ -135,13 +144,11 @@ impl FileSystem {
         others.retain(|other| other.object != saving.object);
         if value != Some(saving.object) {
             // Whoever replaced it may have seen it, and removed it too.
-            self.objects.forget(saving.object);
-            self.store.delete(&[saving.object])?;
+            self.remove_superseded(saving.object)?;
             return Ok(true);
         }
         for other in others.iter().filter(|other| other.done) {
-            self.objects.forget(other.object);
-            self.store.delete(&[other.object])?;
+            self.remove_superseded(other.object)?;
             self.store.drop_name(&other.name)?;
         }
         Ok(others.iter().all(|other| other.done))
@@ -199,6 +206,35 @@ mod tests {
         store.put_name("x", b).unwrap();
         fs.settle_save("x", second);
         assert_eq!((fs.object_of("x").unwrap(), store.object_count()), (Some(b), 1));
+        let names = store.names(&[NameQuery::Prefix { prefix: HIDDEN.into(), limit: None }]).unwrap().remove(0);
+        assert!(names.is_empty(), "{names:?}");
+    }
+
+    #[test]
+    fn what_was_renamed_before_the_other_save_ended_stays() {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let (a, b) = (object(&store), object(&store));
+        let first = fs.announce("x", a).unwrap();
+        let second = fs.announce("x", b).unwrap();
+        store.put_name("x", a).unwrap();
+        fs.settle_save("x", first);
+        // The mark of the first save waits for the second one.
+        store.put_name("y", a).unwrap();
+        store.drop_name("x").unwrap();
+        store.put_name("x", b).unwrap();
+        fs.settle_save("x", second);
+        assert_eq!((fs.object_of("x").unwrap(), fs.object_of("y").unwrap()), (Some(b), Some(a)));
+        assert_eq!(store.object_count(), 2);
+        // The same if the first one looks only after the rename.
+        let (c, d) = (object(&store), object(&store));
+        let third = fs.announce("z", c).unwrap();
+        store.put_name("z", c).unwrap();
+        store.put_name("w", c).unwrap();
+        store.put_name("z", d).unwrap();
+        fs.settle_save("z", third);
+        assert_eq!((fs.object_of("z").unwrap(), fs.object_of("w").unwrap()), (Some(d), Some(c)));
+        assert_eq!(store.object_count(), 4);
         let names = store.names(&[NameQuery::Prefix { prefix: HIDDEN.into(), limit: None }]).unwrap().remove(0);
         assert!(names.is_empty(), "{names:?}");
     }

@@ -21,7 +21,7 @@ use super::reply::{Refuse, file_type, send_attr, send_create, send_empty, send_e
 use super::stats::{Op, Stats};
 use super::workers::Workers;
 use crate::error::{Error, Kind, Result};
-use crate::fs::{Caller, DirEntry, FileSystem, SetAttr};
+use crate::fs::{Caller, DirEntry, FileSystem, Opened, Serve, SetAttr};
 
 /// What all requests need.
 pub struct Shared {
@@ -263,7 +263,11 @@ impl Filesystem for Adapter {
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let caller = caller(request);
-        let work = move |shared: &Shared| shared.fs.open(ino.0, flags.0, caller);
+        let direct = self.flags & handshake::flag::DIRECT_IO_ALLOW_MMAP != 0;
+        let work = move |shared: &Shared| match shared.fs.open(ino.0, flags.0, caller) {
+            Ok(opened) if opened.serve == Serve::Direct && !direct => Ok(Opened { serve: Serve::Cached, ..opened }),
+            other => other,
+        };
         self.answer(Op::Open, request, reply, inode(ino.0), work, send_open);
     }
 

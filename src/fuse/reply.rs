@@ -95,7 +95,7 @@ fn open_flags(opened: &Opened) -> (FopenFlags, Option<u32>) {
     flags.set(FopenFlags::FOPEN_NOFLUSH, opened.no_flush);
     match opened.serve {
         Serve::Cached => (flags | FopenFlags::FOPEN_KEEP_CACHE, None),
-        Serve::Direct => (flags | FopenFlags::FOPEN_DIRECT_IO, None),
+        Serve::Direct => (flags | FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_KEEP_CACHE, None),
         Serve::Passthrough(id) => (flags, Some(id)),
     }
 }

@@ -107,6 +107,7 @@ fn filter() -> Result<BpfProgram> {
         libc::SYS_ftruncate,
         libc::SYS_fallocate,
         libc::SYS_copy_file_range,
+        libc::SYS_splice,
         libc::SYS_dup,
         libc::SYS_dup3,
         libc::SYS_fcntl,

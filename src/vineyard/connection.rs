@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use super::blobs::{Memories, MemoryFile};
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
+use super::pipe::Pipe;
 use super::request::{GetBuffersReply, Payload, RegisterReply, Request};
 use super::wire::{Broken, Channel, Refusal, bad_reply, parse, push_frame};
 use crate::error::{Context, Error, Kind, Result};
@@ -23,6 +24,8 @@ pub type Answer<T> = std::result::Result<Result<T>, Broken>;
 const BLOBS_PER_REQUEST: usize = 4096;
 /// A connection keeps its buffer for the next reply if it is not larger than this.
 const KEPT_BUFFER: usize = 1 << 20;
+/// How long bytes wait for others that are stored with them.
+const GATHER: Duration = Duration::from_millis(5);
 
 /// What tells one vineyardd process from the next behind the same socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,6 +132,20 @@ impl Connection {
     /// connection's patience.
     pub fn receive_some(&mut self, out: &mut [u8]) -> std::result::Result<usize, Broken> {
         self.channel.receive_some(out, Instant::now() + self.patience)
+    }
+
+    /// Writes at most `most` bytes that follow a reply to a file, and as many together as come soon; the first must come
+    /// within the connection's patience. 0 if that cannot be done here.
+    pub fn receive_to_file(
+        &mut self,
+        pipe: &Pipe,
+        file: &OwnedFd,
+        offset: u64,
+        most: usize,
+    ) -> std::result::Result<usize, Broken> {
+        let came = self.channel.gather(pipe, most, GATHER, Instant::now() + self.patience)?;
+        pipe.drain(file, offset, came).map_err(|error| Broken { error, sent: true })?;
+        Ok(came)
     }
 
     /// As [`Channel::set_low_water`].

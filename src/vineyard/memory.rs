@@ -41,31 +41,6 @@ impl Segment {
         Ok(Arc::new(Segment { base: base.cast(), len }))
     }
 
-    /// Maps the first `len` bytes of a memory file of this process for reading, and for [`Segment::writable`].
-    ///
-    /// # Errors
-    /// As [`Segment::map`].
-    pub(super) fn map_own(file: impl AsFd, len: usize) -> Result<Arc<Self>> {
-        let segment = Self::map(file, len)?;
-        // SAFETY: the range is the mapping that was just made, and nobody else knows it yet.
-        let writable = unsafe { libc::mprotect(segment.base.as_ptr().cast(), len, libc::PROT_READ | libc::PROT_WRITE) };
-        match writable {
-            0 => Ok(segment),
-            _ => Err(std::io::Error::last_os_error()).context(|| "a mapping for remote data".into()),
-        }
-    }
-
-    /// Part of a segment that was mapped by [`Segment::map_own`].
-    ///
-    /// # Safety
-    /// The segment must be writable, and while the slice lives nobody may read or write that part in another way.
-    #[allow(clippy::mut_from_ref)]
-    pub(super) unsafe fn writable(&self, offset: usize, len: usize) -> Option<&mut [u8]> {
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.len);
-        // SAFETY: the range is inside the mapping; the caller vouches for the rest.
-        inside.then(|| unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(offset), len) })
-    }
-
     /// Length of the mapping in bytes.
     pub fn len(&self) -> usize {
         self.len

@@ -7,7 +7,7 @@
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,6 +15,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg, send};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::pipe::Pipe;
 use crate::error::{Error, Kind, Result};
 
 /// Largest request: vineyardd closes the connection on more than 256 MiB.
@@ -252,6 +253,38 @@ impl Channel {
             }
         }
         Ok(done)
+    }
+
+    /// Moves what comes into a pipe, at least one byte and at most `most`, which is not 0. Waits `gather` for more as long
+    /// as there is room. 0 if sockets and pipes do not go together here.
+    pub fn gather(&self, pipe: &Pipe, most: usize, gather: Duration, deadline: Instant) -> Result<usize, Broken> {
+        let mut held = 0;
+        let mut due = deadline;
+        // Bytes are there.
+        let mut ready = false;
+        while held < most {
+            match pipe.fill(&self.stream, most - held) {
+                // What came before the end counts; the next call will meet the end again.
+                Ok(0) if held > 0 => break,
+                Ok(0) => return Err(gone(None)),
+                Ok(n) => {
+                    held += n;
+                    ready = false;
+                    due = Instant::now() + gather;
+                }
+                // The pipe is full.
+                Err(Errno::EAGAIN) if held > 0 && ready => break,
+                Err(Errno::EAGAIN) => match self.wait(PollFlags::POLLIN, due) {
+                    Ok(_) => ready = true,
+                    Err(late) if held > 0 && late.error.kind() == Kind::Timeout => break,
+                    Err(error) => return Err(error),
+                },
+                Err(Errno::EINTR) => {}
+                Err(Errno::EINVAL | Errno::ENOSYS) if held == 0 => return Ok(0),
+                Err(errno) => return Err(gone(Some(errno))),
+            }
+        }
+        Ok(held)
     }
 
     /// From here on the other side counts as silent until so many bytes are here (1: until one is). Waiting for more

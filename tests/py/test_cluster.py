@@ -1,7 +1,9 @@
 """Datasets that live on another instance."""
 
 import errno
+import mmap
 import os
+import signal
 import time
 
 import numpy as np
@@ -218,3 +220,43 @@ def test_files_of_another_instance_are_changed_and_removed(cluster):
     for mount in [here, there]:
         assert os.listdir(mount.path) == []
     assert [instance.usage() for instance in cluster.instances] == [0, 0], "nothing is left behind"
+
+
+def test_a_large_table_is_read_in_every_way_while_it_comes(cluster):
+    here, frame = cluster.mount(0), numbers(1 << 20, 6)
+    for name in ("whole", "pieces", "mapped", "killed"):
+        cluster[0].put(name, frame)
+    there = cluster.mount(1)
+    expected = (here / "whole.arrow").read_bytes()
+    assert len(expected) > 48 << 20
+    with open(there / "whole.arrow", "rb") as first, open(there / "whole.arrow", "rb", buffering=0) as second:
+        assert first.read() == expected
+        # The first one keeps the file in its mode.
+        assert second.read() == expected and second.read(1) == b""
+    assert (there / "whole.arrow").read_bytes() == expected
+    moved = remote(there)["bytes"]
+    assert len(expected) - (1 << 20) < moved < len(expected) + (1 << 20), "once, whoever reads"
+
+    random = np.random.default_rng(3)
+    with open(there / "pieces.arrow", "rb", buffering=0) as file:
+        for size in (1, 100, 8192, 70_000, 1 << 20, 5 << 20):
+            for offset in [0, 1, len(expected) - size, *random.integers(0, len(expected), 5).tolist()]:
+                assert os.pread(file.fileno(), size, offset) == expected[offset:offset + size], (offset, size)
+        assert os.pread(file.fileno(), 10, len(expected)) == b""
+        assert os.pread(file.fileno(), 10, len(expected) - 3) == expected[-3:]
+
+    with open(there / "mapped.arrow", "rb") as file:
+        file.seek(40 << 20)
+        assert file.read(5000) == expected[40 << 20:][:5000]
+        for flags in (mmap.MAP_SHARED, mmap.MAP_PRIVATE):
+            with mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ) as mapped:
+                assert mapped[:] == expected
+        assert file.read(5000) == expected[40 << 20:][5000:10_000]
+    pd.testing.assert_frame_equal(pd.read_feather(there / "mapped.arrow"), frame)
+
+    with open(there / "killed.arrow", "rb", buffering=0) as file:
+        parts = [file.read(1 << 20)]
+        os.kill(there.status()["server"]["pid"], signal.SIGKILL)
+        while part := file.read(1 << 20):
+            parts.append(part)
+    assert b"".join(parts) == expected

@@ -11,15 +11,16 @@ use super::transfer::Transfer;
 use crate::error::{Error, Kind, Result};
 use crate::vineyard::ObjectId;
 use crate::vineyard::connection::{Answer, Connection};
+use crate::vineyard::pipe::Pipe;
 use crate::vineyard::request::{RemoteBuffersReply, Request};
 use crate::vineyard::wire::{Broken, bad_reply};
 
 /// Bytes that are taken from a socket in one go: they should still be in the processor's cache when they are stored.
 const BUFFER: usize = 256 << 10;
-/// The same where they are received to where they stay.
-const STRAIGHT: u64 = 1 << 20;
-/// Bytes that are waited for together while so many are wanted.
-const LOW_WATER: (usize, u64) = (256 << 10, 1 << 20);
+/// Smaller blobs are not worth a pipe.
+const PIPED: u64 = 1 << 20;
+/// Bytes that are waited for together while so many are wanted: more than are taken in one go, so that they will come.
+const LOW_WATER: (usize, u64) = (256 << 10, 3 << 20);
 
 /// Blobs that are asked for with one request: a large one, or several small ones.
 pub type Job = Vec<Arc<Transfer>>;
@@ -166,6 +167,8 @@ fn receive(
 ) -> std::result::Result<(), Broken> {
     let ends = |error| Broken { error, sent: true };
     let mut inflate = if reply.compress { Some(Inflate::new().map_err(ends)?) } else { None };
+    let piped = !reply.compress && job.iter().any(|transfer| transfer.len() >= PIPED);
+    let mut pipe = if piped { Pipe::new().ok() } else { None };
     let mut buffer = vec![0; BUFFER];
     let mut low_water = 1;
     let mut expected = job.iter();
@@ -206,12 +209,19 @@ fn receive(
                 connection.set_low_water(due);
                 low_water = due;
             }
-            let straight = transfer.receive(position, wanted.min(STRAIGHT), |space| connection.receive_some(space));
-            if let Some(received) = straight {
-                let n = received.map_err(no_memory)?;
-                fetcher.counters.bytes.fetch_add(n, Ordering::Relaxed);
-                position += n;
-                continue;
+            let straight = pipe.as_ref().and_then(|pipe| {
+                transfer.receive(position, wanted, |file, offset, most| {
+                    connection.receive_to_file(pipe, file, offset, most)
+                })
+            });
+            match straight.transpose()? {
+                None => {}
+                Some(0) => pipe = None,
+                Some(n) => {
+                    fetcher.counters.bytes.fetch_add(n, Ordering::Relaxed);
+                    position += n;
+                    continue;
+                }
             }
             let most = usize::try_from(wanted).unwrap_or(BUFFER).min(buffer.len());
             let part = buffer.get_mut(..most).unwrap_or_default();
@@ -226,14 +236,6 @@ fn receive(
         connection.set_low_water(1);
     }
     Ok(())
-}
-
-/// The kernel could not put bytes into our memory: there is none left.
-fn no_memory(broken: Broken) -> Broken {
-    match broken.error.kind() {
-        Kind::Os(libc::EFAULT) => Broken { error: Error::new(Kind::Full, "no memory for remote data"), ..broken },
-        _ => broken,
-    }
 }
 
 /// One compressed chunk.

@@ -23,8 +23,10 @@ const LINGER: Duration = Duration::from_millis(200);
 /// Places of blobs in a slab.
 const ALIGNMENT: u64 = 64;
 
+/// Size of large pages where there are such.
+const HUGE_PAGE: u64 = 2 << 20;
 /// Slabs from this size on come from a [`MemoryMaker`]: its pages are large.
-const LARGE: u64 = 2 << 20;
+const LARGE: u64 = HUGE_PAGE;
 
 /// Makes a memory file of so many zeros that no other process has, with huge pages where there are such.
 pub type MemoryMaker = Arc<dyn Fn(u64) -> Result<OwnedFd> + Send + Sync>;
@@ -33,9 +35,6 @@ pub type MemoryMaker = Arc<dyn Fn(u64) -> Result<OwnedFd> + Send + Sync>;
 pub struct Slab {
     file: Arc<OwnedFd>,
     segment: Arc<Segment>,
-    /// The segment is writable: bytes are received into it. With small pages writing to the file is faster, because it
-    /// faults none of them in.
-    writable: bool,
 }
 
 /// Bytes of a blob that have arrived: in memory of this process alone, where they never change.
@@ -71,8 +70,8 @@ impl Slab {
         }
         if let Some(maker) = maker.filter(|_| total >= LARGE) {
             let len = usize::try_from(total).map_err(|_| too_large())?;
-            match maker(total).and_then(|file| Ok((Segment::map_own(&file, len)?, file))) {
-                Ok((segment, file)) => return Ok((Slab { file: Arc::new(file), segment, writable: true }, places)),
+            match maker(total).and_then(|file| Ok((Segment::map(&file, len)?, file))) {
+                Ok((segment, file)) => return Ok((Slab { file: Arc::new(file), segment }, places)),
                 Err(error) => tracing::debug!("remote data goes into small pages: {error}"),
             }
         }
@@ -80,7 +79,7 @@ impl Slab {
         let len = i64::try_from(total).map_err(|_| too_large())?;
         nix::unistd::ftruncate(&file, len).context(|| format!("a memory file of {len} bytes"))?;
         let segment = Segment::map(&file, usize::try_from(total).map_err(|_| too_large())?)?;
-        Ok((Slab { file: Arc::new(file), segment, writable: false }, places))
+        Ok((Slab { file: Arc::new(file), segment }, places))
     }
 }
 
@@ -131,7 +130,6 @@ pub struct Transfer {
     len: u64,
     place: u64,
     segment: Arc<Segment>,
-    writable: bool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -150,8 +148,8 @@ impl Transfer {
             awaited: u64::MAX,
             phase: Phase::Parked,
         };
-        let (segment, writable) = (slab.segment.clone(), slab.writable);
-        Transfer { key, len, place, segment, writable, state: Mutex::new(state), changed: Condvar::new() }
+        let segment = slab.segment.clone();
+        Transfer { key, len, place, segment, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Which blob.
@@ -185,8 +183,9 @@ impl Transfer {
         Ok(Arrived { blob: self.blob()?, start: part.start, len: (part.end - part.start) as usize })
     }
 
-    /// For the worker that holds the bytes up to `position`: takes at most `most` more, straight to where they belong.
-    /// `None` if they must go through [`Transfer::store`].
+    /// For the worker that holds the bytes up to `position`: lets `receive` write at most `most` more to a place of the
+    /// memory file. `None` if they must go through [`Transfer::store`]. Only what fills the rest of a huge page is taken
+    /// at once: pages that one write fills are not cleared before.
     ///
     /// # Errors
     /// What `receive` says.
@@ -194,16 +193,15 @@ impl Transfer {
         &self,
         position: u64,
         most: u64,
-        receive: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+        receive: impl FnOnce(&OwnedFd, u64, usize) -> Result<usize, E>,
     ) -> Option<Result<u64, E>> {
-        if !self.writable || self.state().done != position || most > self.len.saturating_sub(position) {
-            return None;
-        }
-        let start = usize::try_from(self.place + position).ok()?;
-        // SAFETY: the slab is writable. Readers are given only what lies before `done`, and one worker at a time has
-        // this transfer.
-        let space = unsafe { self.segment.writable(start, usize::try_from(most).ok()?) }?;
-        Some(receive(space).map(|n| {
+        let file = {
+            let state = self.state();
+            state.file.clone().filter(|_| state.done == position && most <= self.len - position)?
+        };
+        let offset = self.place + position;
+        let most = most.min(HUGE_PAGE - offset % HUGE_PAGE);
+        Some(receive(&file, offset, usize::try_from(most).ok()?).map(|n| {
             let n = (n as u64).min(most);
             self.advance(position + n);
             n
