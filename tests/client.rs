@@ -15,7 +15,7 @@ use vineyard_fs::vineyard::{BlobKey, BlobSource, Client, ClientOptions, Instance
 const LONG: Duration = Duration::from_secs(10);
 
 fn fill(blob: &NewBlob, bytes: &[u8]) {
-    blob.file.as_ref().unwrap().write(blob.offset, bytes).unwrap();
+    blob.write(0, bytes).unwrap();
 }
 
 fn put_blob(client: &Client, bytes: &[u8]) -> BlobKey {
