@@ -18,6 +18,7 @@ mod folders;
 pub mod gc;
 pub mod host;
 pub mod inode;
+mod moves;
 pub mod name;
 pub mod objects;
 mod open;
@@ -65,6 +66,8 @@ pub struct Caller {
     pub pid: u32,
     /// The kernel sent this request before, to a server that did not answer it.
     pub resent: bool,
+    /// The request's number, the same when it is sent again.
+    pub request: u64,
 }
 
 /// Type of an inode.
@@ -202,6 +205,7 @@ pub struct FileSystem {
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
     folders: folders::Folders,
+    moves: Mutex<moves::Moves>,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
     /// Objects that nothing names any more, to be deleted when their last such handle is closed.
@@ -247,13 +251,14 @@ impl FileSystem {
         let start = (options.epoch % EPOCHS + 1) << EPOCH_SHIFT;
         FileSystem {
             objects: objects::Objects::new(options.tables),
-            inodes: Inodes::new(options.prefix.clone()),
+            inodes: Inodes::new(options.prefix.clone(), start),
             cache: cache::ImageCache::new(options.cache_size, host.clone()),
             handles: Mutex::default(),
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
             folders: folders::Folders::new(host.clone()),
+            moves: Mutex::default(),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
             naming: Mutex::default(),

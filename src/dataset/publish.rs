@@ -57,9 +57,9 @@ pub struct Staged<'a> {
 pub enum Completeness {
     /// Begins and ends as the format does.
     Complete,
-    /// Begins as the format does, and the end is missing.
+    /// Begins as the format does, and the end is missing; or zeros are where the format begins.
     Incomplete,
-    /// No bytes, or zeros where the format begins: a file that was made longer before it is written.
+    /// No bytes.
     Empty,
     /// Something else.
     Foreign,
@@ -71,8 +71,12 @@ pub fn completeness(bytes: &[u8], view: Written) -> Completeness {
     if view == Written::Plain {
         return Complete;
     }
-    if bytes.iter().take(8).all(|&b| b == 0) {
+    if bytes.is_empty() {
         return Empty;
+    }
+    // No format begins like this. It may be a file that was made as long as it will be, before its first byte is written.
+    if bytes.iter().take(8).all(|&b| b == 0) {
+        return Incomplete;
     }
     let short = |magic: &[u8]| bytes.len() < magic.len() && magic.starts_with(bytes);
     let done = |complete: bool| if complete { Complete } else { Incomplete };

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::FileSystem;
 use super::cache::{Assembled, MemoryFile};
 use super::resolve::Target;
-use super::staging::{Staged, Stamp};
+use super::staging::{Place, Staged, Stamp};
 use crate::dataset::FileAttributes;
 use crate::image::View;
 use crate::vineyard::ObjectId;
@@ -29,10 +29,10 @@ enum Note {
         attributes: Box<FileAttributes>,
         published: Option<(String, u64)>,
         clean: Option<Stamp>,
-        /// It is its path's no more: only open handles lead to it.
-        #[serde(default)]
-        gone: bool,
+        place: Place,
     },
+    /// A move of names that is under way.
+    Move,
 }
 
 /// Says what an assembled image is.
@@ -52,10 +52,19 @@ pub(super) fn note_staged(staged: &Staged) {
         attributes: Box::new(FileAttributes { xattrs: Default::default(), ..state.attributes.clone() }),
         published: state.published.as_ref().map(|(name, object)| (name.clone(), object.0)),
         clean: state.clean.as_ref().map(|(stamp, _)| *stamp),
-        gone: state.detached || state.retired,
+        place: match () {
+            () if state.detached || state.retired => Place::Gone,
+            () if state.displaced => Place::Displaced,
+            () => Place::Path,
+        },
     };
     drop(state);
     note(staged.file(), &note_of);
+}
+
+/// Says that a move of names is written down in a file.
+pub(super) fn note_move(file: &MemoryFile) {
+    note(file, &Note::Move);
 }
 
 fn note(file: &MemoryFile, note: &Note) {
@@ -75,22 +84,25 @@ impl FileSystem {
             Ok(files) => files,
             Err(error) => return self.warn(format!("what a former server left could not be taken over: {error}")),
         };
+        let mut moves = Vec::new();
         for tagged in files {
             // Dropping the file gives it back: a note that nobody understands is of no use.
-            let file = Arc::new(MemoryFile::adopt(&self.host, tagged.area, tagged.file));
+            let file = MemoryFile::adopt(&self.host, tagged.area, tagged.file);
             match serde_json::from_str(&tagged.tag) {
                 Ok(Note::Image { object, view, size }) => {
                     if let Some(view) = View::ALL.get(view) {
-                        self.cache.insert(ObjectId(object), *view, Arc::new(Assembled::adopt(file, size)));
+                        self.cache.insert(ObjectId(object), *view, Arc::new(Assembled::adopt(Arc::new(file), size)));
                     }
                 }
-                Ok(Note::Staged { ino, directory, component, attributes, published, clean, gone }) => {
+                Ok(Note::Staged { ino, directory, component, attributes, published, clean, place }) => {
                     let target = Target::new(&directory, &component);
                     let published = published.map(|(name, object)| (name, ObjectId(object)));
-                    self.staging.adopt(ino, file, target, *attributes, published, clean, gone);
+                    self.staging.adopt(ino, Arc::new(file), target, *attributes, published, clean, place);
                 }
+                Ok(Note::Move) => moves.push(file),
                 Err(error) => tracing::warn!("a memory file with an unknown note is dropped: {error}"),
             }
         }
+        self.finish_moves(moves);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::inode::Node;
 use super::objects::Summary;
@@ -12,11 +12,14 @@ use super::staging::Staged;
 use super::{DirEntry, FileKind, FileSystem, Handle, ROOT, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
+use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::ObjectId;
 use crate::vineyard::store::NamedObject;
 
 /// Listings that are kept, so that an unchanged directory is answered from the kernel's own cache.
 const LISTINGS_KEPT: usize = 64;
+/// For how long a directory is taken to be one whose files are looked at.
+const ATTENTIVE: Duration = Duration::from_secs(60);
 
 /// What an entry of a listing is.
 #[derive(Clone, Debug)]
@@ -42,6 +45,35 @@ pub(super) struct Listing {
     fingerprint: u64,
     /// Every object's type was known.
     complete: bool,
+    attention: Mutex<Attention>,
+}
+
+/// Whether a directory's readers look at each of its files, as `ls -l` does. A listing that the kernel keeps costs them a
+/// lookup for every name whose time is over; one that is asked for anew brings all attributes at once.
+#[derive(Debug, Default)]
+struct Attention {
+    /// Files that were looked at since the listing was opened last.
+    looks: usize,
+    /// The last listing most of whose files were looked at.
+    since: Option<Instant>,
+    /// When the kernel got all attributes last.
+    sent: Option<Instant>,
+}
+
+impl Listing {
+    fn attention(&self) -> MutexGuard<'_, Attention> {
+        self.attention.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether the listing is opened by somebody who is likely to look at files that the kernel is about to ask for again.
+    fn wants_attributes(&self, entry_ttl: Duration) -> bool {
+        let mut attention = self.attention();
+        if std::mem::take(&mut attention.looks) > self.entries.len() / 4 {
+            attention.since = Some(Instant::now());
+        }
+        attention.since.is_some_and(|since| since.elapsed() < ATTENTIVE)
+            && attention.sent.is_none_or(|sent| sent.elapsed() > entry_ttl / 2)
+    }
 }
 
 impl FileSystem {
@@ -53,7 +85,15 @@ impl FileSystem {
         self.follow_store()?;
         let directory = self.directory_name(ino)?;
         let (listing, unchanged) = self.list(&directory)?;
-        Ok((self.add_handle(Handle::Directory(listing)), unchanged))
+        let keep = unchanged && !listing.wants_attributes(self.options.entry_ttl);
+        Ok((self.add_handle(Handle::Directory(listing)), keep))
+    }
+
+    /// Somebody looks at a file of a directory.
+    pub(super) fn note_look(&self, directory: &str) {
+        if let Some(listing) = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory) {
+            listing.attention().looks += 1;
+        }
     }
 
     /// The listing of a directory, and whether it is the one that was made last.
@@ -150,7 +190,13 @@ impl FileSystem {
             taken.insert(component.clone());
             entries.push((component, item));
         }
-        let listing = Arc::new(Listing { directory: directory.to_owned(), entries, fingerprint, complete });
+        let listing = Arc::new(Listing {
+            directory: directory.to_owned(),
+            entries,
+            fingerprint,
+            complete,
+            attention: Mutex::default(),
+        });
         let mut listings = self.listings.lock().unwrap_or_else(|e| e.into_inner());
         if listings.len() >= LISTINGS_KEPT && !listings.contains_key(directory) {
             listings.clear();
@@ -216,6 +262,9 @@ impl FileSystem {
             // Opened before the server was replaced.
             None => self.list(&self.directory_name(ino)?)?.0,
         };
+        if with_attributes && offset == 0 {
+            listing.attention().sent = Some(Instant::now());
+        }
         for (index, dots) in [".", ".."].iter().enumerate().skip(offset as usize) {
             let next = index as u64 + 1;
             let entry = DirEntry { next, name: OsString::from(dots), ino, kind: FileKind::Directory, entry: None };

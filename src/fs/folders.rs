@@ -3,7 +3,7 @@
 //! Vineyard knows names only: a directory exists there as long as a name lies under it. What `mkdir`, `chmod` and `chown`
 //! say lives as long as the mount, and the host keeps it for the server after this one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -11,6 +11,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::host::Host;
+use super::moves::is_inside;
 use super::{Attr, Caller, SetAttr};
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::Result;
@@ -20,8 +21,6 @@ use crate::sync::{Mutex, MutexGuard};
 const NOTE: &str = "directory:";
 /// What the host's texts of inode numbers of renamed directories begin with.
 const NUMBER: &str = "number:";
-/// What the host's texts of renames under way begin with.
-const RENAMING: &str = "renaming:";
 
 /// What is known of a directory beside its name.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -52,14 +51,12 @@ impl Folder {
 /// All such directories, by full name.
 pub(super) struct Folders {
     table: Mutex<BTreeMap<String, Folder>>,
-    /// Renames that a former server did not end, by the old name.
-    unfinished: Mutex<HashMap<String, (u64, String)>>,
     host: Arc<dyn Host>,
 }
 
 impl Folders {
     pub(super) fn new(host: Arc<dyn Host>) -> Self {
-        Folders { table: Mutex::default(), unfinished: Mutex::default(), host }
+        Folders { table: Mutex::default(), host }
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<String, Folder>> {
@@ -80,39 +77,14 @@ impl Folders {
                 }
             } else if let Some(name) = key.strip_prefix(NUMBER) {
                 numbers.extend(text.parse().ok().map(|number| (name.to_owned(), number)));
-            } else if let Some(from) = key.strip_prefix(RENAMING)
-                && let Some((number, to)) = text.split_once(' ')
-                && let Ok(number) = number.parse()
-            {
-                self.unfinished().insert(from.to_owned(), (number, to.to_owned()));
             }
         }
         Ok(numbers)
     }
 
-    /// Keeps the inode number of a renamed directory for the next server.
-    pub(super) fn keep_number(&self, name: &str, number: u64) {
-        self.host.note(&format!("{NUMBER}{name}"), Some(&number.to_string()));
-    }
-
-    /// Notes that a directory, with this inode number, is about to get another name.
-    pub(super) fn begin_rename(&self, from: &str, number: u64, to: &str) {
-        self.host.note(&format!("{RENAMING}{from}"), Some(&format!("{number} {to}")));
-    }
-
-    /// Notes that it has it.
-    pub(super) fn end_rename(&self, from: &str) {
-        self.host.note(&format!("{RENAMING}{from}"), None);
-        self.unfinished().remove(from);
-    }
-
-    /// Inode number and new name of a directory that a former server was renaming when it ended.
-    pub(super) fn unfinished_rename(&self, from: &str) -> Option<(u64, String)> {
-        self.unfinished().get(from).cloned()
-    }
-
-    fn unfinished(&self) -> MutexGuard<'_, HashMap<String, (u64, String)>> {
-        self.unfinished.lock().unwrap_or_else(|e| e.into_inner())
+    /// Keeps the inode number of a renamed directory for the next server, or forgets that the name has one of its own.
+    pub(super) fn keep_number(&self, name: &str, number: Option<u64>) {
+        self.host.note(&format!("{NUMBER}{name}"), number.map(|number| number.to_string()).as_deref());
     }
 
     fn keep(&self, name: &str, folder: Option<&Folder>) {
@@ -201,26 +173,36 @@ impl Folders {
         }
     }
 
-    /// Gives a directory and those below it other names; several changes happen at once.
-    pub(super) fn rename(&self, changes: &[(&str, &str)]) {
-        let mut table = self.table();
-        let mut moved = Vec::new();
-        for (from, to) in changes {
-            let inside =
-                |name: &str| name.strip_prefix(from).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-            let names: Vec<String> = table.keys().filter(|name| inside(name)).cloned().collect();
-            for name in names {
+    /// What will be known of directories, by old and by new name, once those of `trees` and all below them have their new
+    /// names (old and new name of each). The new ones exist until `rmdir`.
+    pub(super) fn plan_moves(&self, trees: &[(&str, &str)]) -> Vec<(String, Option<Folder>)> {
+        let table = self.table();
+        let mut planned = BTreeMap::new();
+        for name in trees.iter().flat_map(|(from, to)| [from, to]) {
+            let there = table.keys().filter(|known| is_inside(known, name));
+            planned.extend(there.map(|known| (known.clone(), None)));
+        }
+        for (from, to) in trees {
+            for (name, folder) in table.iter().filter(|(name, _)| is_inside(name, from)) {
                 let new = format!("{to}{}", name.get(from.len()..).unwrap_or_default());
-                moved.extend(table.remove(&name).map(|folder| (name, new, folder)));
+                planned.insert(new, Some(folder.clone()));
+            }
+            planned.entry((*to).to_owned()).or_default().get_or_insert_default().made = true;
+        }
+        planned.into_iter().collect()
+    }
+
+    /// Sets what is known of directories, here and for the next server.
+    pub(super) fn set(&self, folders: &[(String, Option<Folder>)]) {
+        let mut table = self.table();
+        for (name, folder) in folders {
+            match folder {
+                Some(folder) => drop(table.insert(name.clone(), folder.clone())),
+                None => drop(table.remove(name)),
             }
         }
-        for (_, new, folder) in &moved {
-            table.insert(new.clone(), folder.clone());
-        }
-        let gone: Vec<&String> = moved.iter().map(|(old, ..)| old).filter(|old| !table.contains_key(*old)).collect();
-        // In this order a server that is replaced in between leaves both, and the rename comes again.
-        moved.iter().for_each(|(_, new, folder)| self.keep(new, Some(folder)));
-        gone.iter().for_each(|old| self.keep(old, None));
+        drop(table);
+        folders.iter().for_each(|(name, folder)| self.keep(name, folder.as_ref()));
     }
 
     /// Full names of all directories that were made here and lie below a name with its slash.

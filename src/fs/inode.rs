@@ -111,12 +111,13 @@ pub struct Inodes {
 }
 
 impl Inodes {
-    /// A table with the root, which is never forgotten.
-    pub fn new(root_name: String) -> Self {
+    /// A table with the root, which is never forgotten. Numbers that are not computed begin above `start`, which is below
+    /// 2^61: those of a former server are not given out again.
+    pub fn new(root_name: String, start: u64) -> Self {
         let inodes = Inodes {
             table: Mutex::default(),
             directories: Mutex::default(),
-            next_directory: std::sync::atomic::AtomicU64::new(STAGED | STAGED >> 1),
+            next_directory: std::sync::atomic::AtomicU64::new((STAGED | STAGED >> 1) + start),
             kept: Mutex::default(),
         };
         let root = Inode { ino: ROOT, node: Node::Directory { name: root_name }, state: Mutex::default() };
@@ -137,42 +138,56 @@ impl Inodes {
         self.directories().get(name).copied().unwrap_or_else(|| Self::directory_number(name))
     }
 
-    /// Lets the inodes of a directory and of those below it show their new names; the kernel keeps their numbers when it
-    /// renames. Whatever is made under the old names gets numbers of its own. Returns the numbers that names have now.
-    pub fn rename_directories(&self, changes: &[(&str, &str)]) -> Vec<(String, u64)> {
-        let mut table = self.table();
-        let mut directories = self.directories();
-        let mut renamed = Vec::new();
-        for inode in table.values() {
-            let Node::Directory { name } = &inode.node else { continue };
-            for (from, to) in changes {
-                let rest = name.strip_prefix(from).filter(|rest| rest.is_empty() || rest.starts_with('/'));
-                if let Some(rest) = rest {
-                    renamed.push((inode.clone(), name.clone(), format!("{to}{rest}")));
-                }
-            }
-        }
-        let mut numbers = HashMap::new();
-        for (_, old, _) in &renamed {
+    /// The numbers that directories will have when they have new names (new and old name of each): the kernel keeps their
+    /// numbers when it renames. Whatever is made under an old name gets a number of its own.
+    pub fn plan_directories(&self, moves: &[(String, String)]) -> Vec<(String, u64)> {
+        let mut numbers: HashMap<String, u64> = HashMap::new();
+        for (_, old) in moves {
             let number = self.next_directory.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             numbers.insert(old.clone(), number);
         }
-        for (inode, _, name) in renamed {
-            numbers.insert(name.clone(), inode.ino);
-            let state = std::mem::take(&mut *inode.state());
-            let node = Node::Directory { name };
-            table.insert(inode.ino, Arc::new(Inode { ino: inode.ino, node, state: Mutex::new(state) }));
-        }
-        directories.extend(numbers.clone());
+        numbers.extend(moves.iter().map(|(new, old)| (new.clone(), self.directory(old))));
         numbers.into_iter().collect()
+    }
+
+    /// Gives directories their numbers, and lets the inodes of those numbers show them.
+    pub fn set_directories(&self, numbers: &[(String, u64)]) {
+        let mut table = self.table();
+        for (name, number) in numbers {
+            if let Some(inode) = table.get(number) {
+                let state = std::mem::take(&mut *inode.state());
+                let node = Node::Directory { name: name.clone() };
+                table.insert(*number, Arc::new(Inode { ino: *number, node, state: Mutex::new(state) }));
+            }
+        }
+        self.directories().extend(numbers.iter().cloned());
+    }
+
+    /// Whether a directory of this name has a number that was not made of its name.
+    pub fn was_renamed(&self, name: &str) -> bool {
+        self.directories().contains_key(name)
+    }
+
+    /// Forgets the numbers of names that have numbers of their own and need none: a removed directory's, and that of the
+    /// name which its number was made of, where `exists` denies that there is a directory. Returns those names.
+    pub fn release_directories(&self, removed: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut directories = self.directories();
+        let Some(number) = directories.get(removed).copied() else { return Vec::new() };
+        let origins = directories.keys().filter(|name| Self::directory_number(name) == number).cloned();
+        let mut gone: Vec<String> = std::iter::once(removed.to_owned()).chain(origins).collect();
+        gone.retain(|name| {
+            // Its number is another directory's as long as that one exists: a new one of that name must not get it.
+            let own = Self::directory_number(name);
+            let taken = directories.iter().any(|(other, number)| *number == own && other != name && other != removed);
+            !taken && (name == removed || !exists(name)) && directories.remove(name).is_some()
+        });
+        gone
     }
 
     /// Takes over the numbers of renamed directories from a former server.
     pub fn adopt_directories(&self, numbers: Vec<(String, u64)>) {
-        let first = STAGED | STAGED >> 1;
-        let last = numbers.iter().map(|(_, number)| *number).filter(|number| *number >= first).max();
-        let next = last.map_or(first, |last| last + 1);
-        self.next_directory.store(next, std::sync::atomic::Ordering::Relaxed);
+        let last = numbers.iter().map(|(_, number)| *number).max().unwrap_or(0);
+        self.next_directory.fetch_max(last + 1, std::sync::atomic::Ordering::Relaxed);
         self.directories().extend(numbers);
     }
 

@@ -203,7 +203,7 @@ impl FileSystem {
     }
 
     /// What names lead to, of those that lead anywhere.
-    fn pointees(&self, names: &[&str]) -> Result<Vec<NamedObject>> {
+    pub(super) fn pointees(&self, names: &[&str]) -> Result<Vec<NamedObject>> {
         let queries: Vec<NameQuery> = names.iter().map(|name| NameQuery::Exact((*name).to_owned())).collect();
         Ok(self.store.names(&queries)?.into_iter().flatten().collect())
     }

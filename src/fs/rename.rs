@@ -1,6 +1,5 @@
 //! Names: mkdir, rmdir, unlink, rename.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::sync::Arc;
 
@@ -11,13 +10,7 @@ use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
-use crate::vineyard::ObjectId;
-use crate::vineyard::store::NamedObject;
-
-/// Whether a name is a directory's or lies below it.
-fn is_inside(name: &str, directory: &str) -> bool {
-    name.strip_prefix(directory).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-}
+use crate::vineyard::store::NameQuery;
 
 impl FileSystem {
     fn target(&self, parent: u64, name: &OsStr) -> Result<Target> {
@@ -64,6 +57,21 @@ impl FileSystem {
             Some(_) => Err(Error::new(Kind::NotDirectory, "not a directory")),
             None if caller.resent => Ok(()),
             None => Err(Error::not_found("no such directory")),
+        }
+    }
+
+    /// Forgets the inode numbers that nobody needs without a directory, which the kernel has forgotten.
+    fn release_number(&self, name: &str) {
+        let exists = |name: &str| {
+            let names = NameQuery::Prefix { prefix: format!("{name}/"), limit: Some(1) };
+            // Not known is as good as there: a number that is kept for nothing does no harm.
+            self.folders.exists(name) || !self.store.names(&[names]).is_ok_and(|found| found.concat().is_empty())
+        };
+        if !self.inodes.was_renamed(name) || exists(name) {
+            return;
+        }
+        for gone in self.inodes.release_directories(name, exists) {
+            self.folders.keep_number(&gone, None);
         }
     }
 
@@ -150,21 +158,20 @@ impl FileSystem {
         caller: Caller,
     ) -> Result<()> {
         self.writable()?;
+        if let Some(done) = self.resume_move(caller) {
+            return done;
+        }
         let from = self.target(parent, name)?;
         let to = self.target(new_parent, new_name)?;
         let source = self.resolve(&from, 0)?;
         let there = self.resolve(&to, 0)?;
         let Some(source) = source else {
             let done = caller.resent && there.is_some();
-            return if done {
-                self.finish_rename(&from.plain, &to.plain)
-            } else {
-                Err(Error::not_found("no such file"))
-            };
+            return if done { Ok(()) } else { Err(Error::not_found("no such file")) };
         };
         if flags & libc::RENAME_EXCHANGE != 0 {
             let there = there.ok_or_else(|| Error::not_found("nothing to exchange with"))?;
-            return self.exchange(&from, source, &to, there);
+            return self.exchange(&from, source, &to, there, caller);
         }
         if flags & !libc::RENAME_NOREPLACE != 0 {
             return Err(Error::new(Kind::Invalid, "unknown rename flags"));
@@ -172,7 +179,9 @@ impl FileSystem {
         if from.path() == to.path() {
             return Ok(());
         }
-        if flags & libc::RENAME_NOREPLACE != 0 && there.is_some() {
+        // A former server may have given a file its new name, and not taken the old one.
+        let same = there.as_ref().and_then(Found::object).is_some_and(|object| source.object() == Some(object));
+        if flags & libc::RENAME_NOREPLACE != 0 && there.is_some() && !(caller.resent && same) {
             return Err(Error::new(Kind::Exists, "the new name exists"));
         }
         let new_directory = to.directory.clone();
@@ -190,10 +199,7 @@ impl FileSystem {
     }
 
     fn rename_directory(&self, from: &str, to: &Target, there: Option<Found>, caller: Caller) -> Result<()> {
-        // A former server may have moved a part.
-        let again = caller.resent && self.folders.unfinished_rename(from).is_some_and(|(_, target)| target == to.plain);
         match there {
-            Some(Found::Directory { .. }) if again => {}
             Some(Found::Directory { name }) if name == from => return Ok(()),
             Some(Found::Directory { name }) if !self.is_empty_directory(&name)? => {
                 return Err(Error::new(Kind::NotEmpty, "the new name is a directory that is not empty"));
@@ -204,82 +210,11 @@ impl FileSystem {
         if to.plain.starts_with(&format!("{from}/")) {
             return Err(Error::new(Kind::Invalid, "a directory cannot move into itself"));
         }
-        self.know_directories(from)?;
-        if !again {
-            self.folders.begin_rename(from, self.inodes.directory(from), &to.plain);
-        }
-        for staged in self.staging.tree(from) {
-            let mut target = staged.state().target.clone();
-            target.directory = format!("{}{}", to.plain, &target.directory[from.len()..]);
-            let target = Target::new(&target.directory, &target.component);
-            self.move_staged(&staged, target)?;
-        }
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
-        for (name, object) in self.names_below(&format!("{from}/"))? {
-            self.store.put_name(&format!("{}{}", to.plain, &name[from.len()..]), object)?;
-            self.store.drop_name(&name)?;
-        }
-        self.folders.remove(&to.plain);
-        self.move_directories(&[(from, &to.plain)]);
-        self.folders.stay(&to.plain);
-        self.folders.end_rename(from);
-        Ok(())
-    }
-
-    /// The names of a directory and of all below it, whether names lie under them or not.
-    fn tree(&self, top: &str) -> Result<BTreeSet<String>> {
-        let prefix = format!("{top}/");
-        let mut tree = BTreeSet::from([top.to_owned()]);
-        let names = self.names_below(&prefix)?.into_iter();
-        let names = names.filter_map(|(name, _)| Some(name.rsplit_once('/')?.0.to_owned()));
-        let staged = self.staging.directories().into_iter().filter(|directory| directory.starts_with(&prefix));
-        for directory in names.chain(staged).chain(self.folders.below(&prefix)) {
-            let parts = directory.match_indices('/').map(|(at, _)| at).filter(|at| *at > top.len());
-            tree.extend(parts.map(|at| directory.get(..at).unwrap_or_default().to_owned()));
-            tree.insert(directory);
-        }
-        Ok(tree)
-    }
-
-    /// Makes the inodes of a directory and of all below it, whose numbers the kernel may have from a former server: it
-    /// keeps those numbers when it renames.
-    fn know_directories(&self, top: &str) -> Result<()> {
-        if self.options.epoch > 0 {
-            for name in self.tree(top)? {
-                self.inodes.ensure(self.inodes.directory(&name), || Node::Directory { name });
-            }
-        }
-        Ok(())
-    }
-
-    /// A rename of a directory came again, and a former server had moved everything: what is left are the numbers.
-    fn finish_rename(&self, from: &str, to: &str) -> Result<()> {
-        let Some((number, target)) = self.folders.unfinished_rename(from) else { return Ok(()) };
-        if target == to && self.inodes.directory(to) != number {
-            for name in self.tree(to)? {
-                let former = format!("{from}{}", name.get(to.len()..).unwrap_or_default());
-                self.inodes.ensure(self.inodes.directory(&former), || Node::Directory { name: former });
-            }
-            self.move_directories(&[(from, to)]);
-        }
-        self.folders.end_rename(from);
-        Ok(())
-    }
-
-    /// Lets what is known of directories follow their new names, here and for the next server.
-    fn move_directories(&self, changes: &[(&str, &str)]) {
-        self.folders.rename(changes);
-        // The new names first: a number that two names have for a moment leads to what was renamed either way.
-        let is_new = |name: &str| changes.iter().any(|(_, to)| is_inside(name, to));
-        let (new, old): (Vec<_>, Vec<_>) =
-            self.inodes.rename_directories(changes).into_iter().partition(|(name, _)| is_new(name));
-        for (name, number) in new.into_iter().chain(old) {
-            self.folders.keep_number(&name, number);
-        }
+        self.move_directory(from, &to.plain, caller)
     }
 
     /// Moves a staged file, and the name of what it published, to another path of the same format.
-    fn move_staged(&self, staged: &Arc<Staged>, target: Target) -> Result<()> {
+    pub(super) fn move_staged(&self, staged: &Arc<Staged>, target: Target) -> Result<()> {
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((name, object)) = staged.published() {
             let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| *dataset == name);
@@ -398,7 +333,7 @@ impl FileSystem {
     }
 
     /// `RENAME_EXCHANGE`: two published files of one format, or two directories, change places.
-    fn exchange(&self, from: &Target, source: Found, to: &Target, there: Found) -> Result<()> {
+    fn exchange(&self, from: &Target, source: Found, to: &Target, there: Found, caller: Caller) -> Result<()> {
         let settled = |found: Found| -> Result<Found> {
             let Found::Staged(staged) = &found else { return Ok(found) };
             self.publish_changed(staged, Unfinished::Publish)?;
@@ -412,13 +347,9 @@ impl FileSystem {
         };
         match (settled(source)?, settled(there)?) {
             (Found::View(a), Found::View(b)) if a.view == b.view => {
-                let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
-                self.store.put_name(&a.name, b.object)?;
-                self.store.put_name(&b.name, a.object)
+                self.exchange_names((&a.name, a.object), (&b.name, b.object), caller)
             }
             (Found::Directory { name: a }, Found::Directory { name: b }) => {
-                self.know_directories(&a)?;
-                self.know_directories(&b)?;
                 for staged in self.staging.tree(&a).into_iter().chain(self.staging.tree(&b)) {
                     self.publish_changed(&staged, Unfinished::Publish)?;
                     staged.await_closes();
@@ -427,24 +358,7 @@ impl FileSystem {
                     }
                     self.staging.detach(&staged);
                 }
-                let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
-                let (left, right) = (self.names_below(&format!("{a}/"))?, self.names_below(&format!("{b}/"))?);
-                let moved = |names: &[NamedObject], from: &str, to: &str| -> Vec<NamedObject> {
-                    names.iter().map(|(name, object)| (format!("{to}{}", &name[from.len()..]), *object)).collect()
-                };
-                let new: BTreeMap<String, ObjectId> =
-                    moved(&left, &a, &b).into_iter().chain(moved(&right, &b, &a)).collect();
-                // New names first: should the server be killed here, an object has a name too many and not one too few.
-                for (name, object) in &new {
-                    self.store.put_name(name, *object)?;
-                }
-                for (name, _) in left.iter().chain(&right).filter(|(name, _)| !new.contains_key(name)) {
-                    self.store.drop_name(name)?;
-                }
-                self.move_directories(&[(&a, &b), (&b, &a)]);
-                self.folders.stay(&a);
-                self.folders.stay(&b);
-                Ok(())
+                self.exchange_directories(&a, &b, caller)
             }
             _ => Err(Error::new(
                 Kind::Invalid,
@@ -475,6 +389,11 @@ impl FileSystem {
         self.inodes.forget(ino, count);
         if self.inodes.get(ino).is_none() {
             self.staging.forget(ino);
+        }
+        if let Some(Node::Directory { name }) = &node
+            && self.inodes.get(ino).is_none()
+        {
+            self.release_number(name);
         }
         // A published file that the kernel forgot is found through the store from now on.
         if let Some(Node::Staged(staged)) = node

@@ -33,6 +33,17 @@ pub(super) enum Found {
     Staged(Arc<Staged>),
 }
 
+impl Found {
+    /// The object that is shown.
+    pub(super) fn object(&self) -> Option<ObjectId> {
+        match self {
+            Found::Directory { .. } => None,
+            Found::View(view) => Some(view.object),
+            Found::Staged(staged) => staged.published().map(|(_, object)| object),
+        }
+    }
+}
+
 /// A path cut into what the name map may know it as.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
@@ -116,7 +127,7 @@ impl FileSystem {
             if !staged.is_abandoned() && staged.is_current_version(&*self.store)? {
                 return Ok(Some(Found::Staged(staged)));
             }
-            self.staging.detach(&staged);
+            self.staging.leave_path(&staged);
         }
         if self.folders.exists(&target.plain) {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));
@@ -213,6 +224,7 @@ impl FileSystem {
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
         self.end_old_redirects();
+        self.note_look(&directory);
         let mut found = self.resolve(&target, caller.pid)?;
         for _ in 0..HOLD_ATTEMPTS {
             match &found {

@@ -9,6 +9,8 @@
 //! * Nobody else is announced: who comes later sees our object as the one to be replaced.
 //! * Somebody else is: we mark our save as done and look again. Either the other one has put its object by then, and
 //!   ours goes; or it will find our mark when it is through, and removes our object if that is not the value.
+//!
+//! Marks go with the last save that is announced.
 
 use super::FileSystem;
 use super::copies::HIDDEN;
@@ -86,26 +88,51 @@ impl FileSystem {
     }
 
     fn settle_now(&self, name: &str, saving: &Saving) -> Result<()> {
-        if self.is_settled(name, saving)? {
-            return self.store.drop_name(&saving.open());
+        let mut settled = self.is_settled(name, saving)?;
+        if !settled && let Err(error) = self.store.put_name(&saving.done(), saving.object) {
+            // Whoever replaced our object may have removed it just now: then there is nothing to mark.
+            settled = self.object_of(name)? != Some(saving.object);
+            if !settled {
+                return Err(error);
+            }
         }
-        self.store.put_name(&saving.done(), saving.object)?;
         self.store.drop_name(&saving.open())?;
-        match self.is_settled(name, saving)? {
-            true => self.store.drop_name(&saving.done()),
-            false => Ok(()),
+        if !settled && self.is_settled(name, saving)? {
+            self.store.drop_name(&saving.done())?;
         }
+        self.sweep(name, saving)
     }
 
-    /// Removes what others have left to us. False if somebody else must still see our save.
-    fn is_settled(&self, name: &str, saving: &Saving) -> Result<bool> {
+    /// Removes the marks of saves that nobody has to see any more: who is announced while our own name still is leaves a
+    /// mark for us, also after we have looked. While anybody else is announced, it is left to them.
+    fn sweep(&self, name: &str, saving: &Saving) -> Result<()> {
+        let (value, others) = self.value_and_saves(name, saving)?;
+        if others.iter().all(|other| other.done) {
+            for other in others {
+                if value != Some(other.object) {
+                    self.objects.forget(other.object);
+                    self.store.delete(&[other.object])?;
+                }
+                self.store.drop_name(&other.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a name leads to, and all saves of it that are known.
+    fn value_and_saves(&self, name: &str, saving: &Saving) -> Result<(Option<ObjectId>, Vec<Other>)> {
         let queries =
             [NameQuery::Exact(name.to_owned()), NameQuery::Prefix { prefix: saving.prefix.clone(), limit: None }];
         let mut answers = self.store.names(&queries)?.into_iter();
         let value = answers.next().unwrap_or_default().pop().map(|(_, object)| object);
-        let others = answers.next().unwrap_or_default().into_iter().filter(|(_, object)| *object != saving.object);
-        let others: Vec<Other> =
-            others.map(|(name, object)| Other { done: name.ends_with(DONE), name, object }).collect();
+        let saves = answers.next().unwrap_or_default().into_iter();
+        Ok((value, saves.map(|(name, object)| Other { done: name.ends_with(DONE), name, object }).collect()))
+    }
+
+    /// Removes what others have left to us. False if somebody else must still see our save.
+    fn is_settled(&self, name: &str, saving: &Saving) -> Result<bool> {
+        let (value, mut others) = self.value_and_saves(name, saving)?;
+        others.retain(|other| other.object != saving.object);
         if value != Some(saving.object) {
             // Whoever replaced it may have seen it, and removed it too.
             self.objects.forget(saving.object);

@@ -82,6 +82,8 @@ pub(super) struct State {
     pub detached: bool,
     /// The store has it all: the path leads to the published view from now on, and nobody may open this file again.
     pub retired: bool,
+    /// Its path leads to something else. Who has it open goes on with it, and may still publish it.
+    pub displaced: bool,
 }
 
 /// A staged file.
@@ -118,6 +120,12 @@ impl Staged {
             state.opens == 0 && state.published.is_some() && (state.was_opened || self.made.elapsed() > REDIRECT)
         };
         idle && !self.is_dirty().unwrap_or(true)
+    }
+
+    /// Its path leads to something else from now on.
+    fn displace(&self) {
+        self.state().displaced = true;
+        super::adopt::note_staged(self);
     }
 
     /// Waits a moment for closes that are on their way: the last step of a close comes after the program went on.
@@ -329,6 +337,19 @@ pub struct StagingStatus {
     pub failed: Vec<(String, String)>,
 }
 
+/// Where a staged file is found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Place {
+    /// At its path.
+    #[default]
+    Path,
+    /// By its number only; it may still be published.
+    Displaced,
+    /// By its number only, and it is nothing but bytes.
+    Gone,
+}
+
 /// All staged files, by path.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
@@ -378,12 +399,20 @@ impl Staging {
         let staged = self.make(ino, Arc::new(file), target, attributes, replaces, |_| {});
         match writer {
             Some(pid) => self.reserved().push((path, pid, staged.clone())),
-            None => drop(self.by_path().insert(path, staged.clone())),
+            None => self.place(path, &staged),
         }
         staged
     }
 
-    /// Puts the staged file of a former server back to its path, under its number; one that is `gone` only to its number.
+    /// Puts a staged file at a path. The former one is the path's no more, for the next server, too.
+    fn place(&self, path: String, staged: &Arc<Staged>) {
+        let former = self.by_path().insert(path, staged.clone());
+        if let Some(former) = former.filter(|former| !Arc::ptr_eq(former, staged)) {
+            former.displace();
+        }
+    }
+
+    /// Puts the staged file of a former server back to its place, under its number.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn adopt(
         &self,
@@ -393,7 +422,7 @@ impl Staging {
         attributes: FileAttributes,
         published: Option<(String, ObjectId)>,
         clean: Option<Stamp>,
-        gone: bool,
+        place: Place,
     ) {
         let path = target.path();
         let staged = self.make(ino, file, target, attributes, None, |state| {
@@ -401,12 +430,12 @@ impl Staging {
             state.clean = clean.map(|stamp| (stamp, None));
             // Who has it open is not known: it is treated as read and written by all.
             (state.was_opened, state.had_readers) = (true, true);
-            state.detached = gone;
+            (state.detached, state.displaced) = (place == Place::Gone, place == Place::Displaced);
         });
-        match gone {
-            true => self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(ino, staged),
-            false => self.by_path().insert(path, staged),
-        };
+        match place {
+            Place::Path => self.place(path, &staged),
+            _ => drop(self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(ino, staged)),
+        }
     }
 
     fn make(
@@ -438,6 +467,7 @@ impl Staging {
             failed: None,
             detached: false,
             retired: false,
+            displaced: false,
         };
         change(&mut state);
         let staged =
@@ -468,12 +498,21 @@ impl Staging {
         }
     }
 
+    /// As [`Staging::detach`], for a file that others may have open: the next server is told.
+    pub(super) fn leave_path(&self, staged: &Arc<Staged>) {
+        self.detach(staged);
+        staged.displace();
+    }
+
     /// Moves a staged file to another path.
     pub(super) fn move_to(&self, staged: &Arc<Staged>, target: Target) {
         self.detach(staged);
         let path = target.path();
-        staged.state().target = target;
-        self.by_path().insert(path, staged.clone());
+        {
+            let mut state = staged.state();
+            (state.target, state.displaced) = (target, false);
+        }
+        self.place(path, staged);
         super::adopt::note_staged(staged);
     }
 

@@ -1,6 +1,7 @@
 //! The filesystem without a mount.
 
 mod bed;
+mod kills;
 mod model;
 #[cfg(feature = "shuttle")]
 mod schedules;
@@ -58,6 +59,12 @@ fn plain_files_and_foreign_bytes_are_kept_as_they_are() {
     bed.save("report.csv", b"a,b\n1,2\n").unwrap();
     bed.save("x.arrow", b"no arrow file at all").unwrap();
     bed.save("empty", b"").unwrap();
+    // Zeros may be what a file is made of, too: they are in the store.
+    for name in ["z.arrow", "z.parquet", "z.npy", "z.pkl"] {
+        bed.save(name, &[0; 20]).unwrap();
+        assert_eq!(bed.fs.object_of(name).unwrap().map(|_| bed.load(name).unwrap()), Some(vec![0; 20]), "{name}");
+        bed.fs.unlink(ROOT, OsStr::new(name), ME).unwrap();
+    }
     assert_eq!(bed.load("report.csv").unwrap(), b"a,b\n1,2\n");
     assert_eq!(bed.load("x.arrow").unwrap(), b"no arrow file at all");
     assert_eq!(bed.load("empty").unwrap(), b"");
@@ -288,6 +295,24 @@ fn a_listing_keeps_no_memory_of_removed_files() {
     // The kernel takes all lookups back.
     bed.fs.forget(handle.0, u64::MAX);
     assert!(bed.host.files.lock().unwrap().is_empty(), "its memory is free");
+}
+
+#[test]
+fn a_listing_whose_files_are_looked_at_comes_with_their_attributes() {
+    for (ttl, again) in [(0, false), (3600, true)] {
+        let bed = bed_with(true, Options { entry_ttl: Duration::from_secs(ttl), ..Options::default() });
+        (0..8).for_each(|i| drop(bed.put_tensor(&format!("x{i}"), &[1.0])));
+        assert_eq!(bed.list("").len(), 8);
+        let keep = || {
+            let (fh, keep) = bed.fs.opendir(ROOT).unwrap();
+            bed.fs.releasedir(ROOT, fh);
+            keep
+        };
+        assert!(keep() && keep(), "nobody looks");
+        (0..8).for_each(|i| drop(bed.lookup(&format!("x{i}.npy"), ME).unwrap()));
+        // Attributes that the kernel has got a moment ago are good for half their time.
+        assert_eq!((keep(), keep()), (again, again), "{ttl}");
+    }
 }
 
 #[test]

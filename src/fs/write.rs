@@ -137,7 +137,7 @@ impl FileSystem {
         let write = wants_write(flags);
         let dirty = staged.is_dirty()?;
         if !dirty && !staged.is_current_version(&*self.store)? {
-            self.staging.detach(staged);
+            self.staging.leave_path(staged);
             return Err(self.send_on(staged, flags, caller, "somebody published another version"));
         }
         let mut state = staged.state();

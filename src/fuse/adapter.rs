@@ -123,8 +123,9 @@ fn is_failure(error: &Error) -> bool {
 }
 
 fn caller(request: &Request) -> Caller {
-    let resent = request.unique().0 & RESENT != 0;
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), resent }
+    let unique = request.unique().0;
+    let (resent, request_id) = (unique & RESENT != 0, unique & !RESENT);
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), resent, request: request_id }
 }
 
 fn point_in_time(time: TimeOrNow) -> SystemTime {

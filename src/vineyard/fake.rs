@@ -69,6 +69,8 @@ struct State {
     names: BTreeMap<String, ObjectId>,
     failures: HashMap<Op, (usize, Kind)>,
     calls: HashMap<Op, u64>,
+    /// Steps until the caller is dead; none if it lives.
+    steps: Option<usize>,
 }
 
 /// See the [module](self).
@@ -79,6 +81,17 @@ pub struct FakeStore {
     file: Arc<WritableFile>,
     segment: Arc<Segment>,
     state: Mutex<State>,
+}
+
+impl State {
+    fn step(&mut self) -> bool {
+        match &mut self.steps {
+            Some(0) => return false,
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        true
+    }
 }
 
 impl FakeStore {
@@ -116,6 +129,17 @@ impl FakeStore {
     /// The next `calls` calls of `op` fail with `kind` and do nothing.
     pub fn fail_next(&self, op: Op, calls: usize, kind: Kind) {
         self.lock().failures.insert(op, (calls, kind));
+    }
+
+    /// From now on the caller lives for so many steps, as if it were killed then: every call that changes something is
+    /// one, and those after the last change nothing. `None` lets it live.
+    pub fn die_after(&self, steps: Option<usize>) {
+        self.lock().steps = steps;
+    }
+
+    /// Takes a step. False if the caller is dead.
+    pub fn step(&self) -> bool {
+        self.lock().step()
     }
 
     /// How often `op` was called, failures included.
@@ -186,6 +210,23 @@ impl FakeStore {
     fn enter(&self, op: Op) -> Result<MutexGuard<'_, State>> {
         let mut state = self.lock();
         *state.calls.entry(op).or_default() += 1;
+        let changes = !matches!(
+            op,
+            Op::Size
+                | Op::Read
+                | Op::Prepare
+                | Op::Verify
+                | Op::Blob
+                | Op::Instance
+                | Op::Names
+                | Op::Metas
+                | Op::BlobSizes
+                | Op::Status
+                | Op::Cluster
+        );
+        if changes && !state.step() {
+            return Err(Error::new(Kind::Timeout, "the caller is dead"));
+        }
         if let Some((left, kind)) = state.failures.get_mut(&op).filter(|(left, _)| *left > 0) {
             *left -= 1;
             return Err(Error::new(*kind, format!("injected failure of {op:?}")));

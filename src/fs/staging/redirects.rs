@@ -34,7 +34,7 @@ impl Staging {
         if reserved.len() < before {
             drop(reserved);
             let path = staged.state().target.path();
-            self.by_path().insert(path, staged.clone());
+            self.place(path, staged);
         }
     }
 

@@ -21,6 +21,14 @@ pub struct LocalHost {
     pub files: Mutex<HashMap<u64, Arc<File>>>,
     pub tags: Mutex<HashMap<u64, (Area, String)>>,
     pub notes: Mutex<HashMap<String, String>>,
+    /// Counts the steps of a server that is about to be killed.
+    pub store: Option<Arc<FakeStore>>,
+}
+
+impl LocalHost {
+    fn step(&self) -> bool {
+        self.store.as_ref().is_none_or(|store| store.step())
+    }
 }
 
 impl Host for LocalHost {
@@ -28,6 +36,9 @@ impl Host for LocalHost {
         if self.passthrough { Serving::Passthrough } else { Serving::Requests("a test".into()) }
     }
     fn create_file(&self, area: Area, size: u64) -> Result<HostFile> {
+        if !self.step() {
+            return Err(Error::new(Kind::Timeout, "the caller is dead"));
+        }
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let file = nix::sys::memfd::memfd_create("test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
         let file = Arc::new(File::from(file));
@@ -37,7 +48,9 @@ impl Host for LocalHost {
         Ok(HostFile { key, file, backing: self.passthrough.then_some(key as u32) })
     }
     fn tag_file(&self, key: u64, tag: &str) {
-        self.tags.lock().unwrap().get_mut(&key).unwrap().1 = tag.to_owned();
+        if self.step() {
+            self.tags.lock().unwrap().get_mut(&key).unwrap().1 = tag.to_owned();
+        }
     }
     fn tagged_files(&self) -> Result<Vec<host::TaggedFile>> {
         let tags = self.tags.lock().unwrap().clone();
@@ -51,6 +64,7 @@ impl Host for LocalHost {
     fn note(&self, key: &str, text: Option<&str>) {
         let mut notes = self.notes.lock().unwrap();
         match text {
+            _ if !self.step() => {}
             Some(text) => drop(notes.insert(key.to_owned(), text.to_owned())),
             None => drop(notes.remove(key)),
         }
@@ -59,6 +73,9 @@ impl Host for LocalHost {
         Ok(self.notes.lock().unwrap().clone().into_iter().collect())
     }
     fn release_file(&self, key: u64) {
+        if !self.step() {
+            return;
+        }
         self.tags.lock().unwrap().remove(&key);
         assert!(self.files.lock().unwrap().remove(&key).is_some(), "file {key} is released once");
     }
@@ -74,12 +91,17 @@ pub struct Bed {
     pub directory: Mutex<()>,
 }
 
-pub const ME: Caller = Caller { uid: 7, gid: 8, pid: 100, resent: false };
-pub const OTHER: Caller = Caller { uid: 7, gid: 8, pid: 200, resent: false };
+pub const ME: Caller = Caller { uid: 7, gid: 8, pid: 100, resent: false, request: 0 };
+pub const OTHER: Caller = Caller { uid: 7, gid: 8, pid: 200, resent: false, request: 0 };
 
 pub fn bed_with(passthrough: bool, options: Options) -> Bed {
     let store = Arc::new(FakeStore::new(64 << 20));
-    let host = Arc::new(LocalHost { passthrough, next: AtomicU64::new(1), ..LocalHost::default() });
+    let host = Arc::new(LocalHost {
+        passthrough,
+        next: AtomicU64::new(1),
+        store: Some(store.clone()),
+        ..LocalHost::default()
+    });
     let fs = FileSystem::new(store.clone(), host.clone(), options);
     Bed::of(fs, store, host)
 }

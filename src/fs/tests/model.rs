@@ -176,7 +176,7 @@ fn step(bed: &Bed, step: &Step) -> Result<()> {
     }
 }
 
-fn next_server(bed: Bed, epoch: u64) -> Bed {
+pub fn next_server(bed: Bed, epoch: u64) -> Bed {
     let Bed { fs, store, host, .. } = bed;
     // Killed: it drops nothing.
     std::mem::forget(fs);

@@ -1,5 +1,7 @@
 //! Blobs that vineyardd made for a process that was killed before it could read their ids.
 
+use std::time::Duration;
+
 use super::{Client, Repeat};
 use crate::error::Result;
 use crate::vineyard::id::ObjectId;
@@ -10,8 +12,10 @@ use crate::vineyard::store::Store;
 const SEQUENCES: u64 = 4096;
 /// Milliseconds in which the numbers may have gone all around.
 const WRAPS: u64 = 10_000;
-/// Most ids that are tried for one wish: 0.1 s of vineyardd's time.
-const MOST: u64 = 1 << 18;
+/// Ids that are tried with one request: vineyardd answers nobody else for 25 ms.
+const BATCH: usize = 1 << 16;
+/// How long others have vineyardd for themselves before the next batch.
+const PAUSE: Duration = Duration::from_millis(25);
 /// Most milliseconds after a wish that its blobs are looked for. vineyardd makes them as soon as it reads the request; the
 /// longer this is, the more blobs of others come into question.
 const LATEST: u64 = 1_000;
@@ -22,14 +26,25 @@ impl Client {
         // An id of now ends the numbers that may have been given to them.
         let Some(probe) = self.create_blobs(&[1])?.pop() else { return Ok(Vec::new()) };
         self.drop_blobs(&[probe.id])?;
-        let candidates = candidates(wish, probe.id);
-        let unsealed = self.run(Repeat::Safe, |connection| connection.unsealed(&self.memories, &candidates))?;
-        Ok(matching(wish, unsealed))
+        let mut candidates = candidates(wish, probe.id).peekable();
+        let mut unsealed = Vec::new();
+        loop {
+            // The likeliest come first: vineyardd is seldom late.
+            let batch: Vec<ObjectId> = candidates.by_ref().take(BATCH).collect();
+            if !batch.is_empty() {
+                unsealed.extend(self.run(Repeat::Safe, |connection| connection.unsealed(&self.memories, &batch))?);
+            }
+            let found = matching(wish, unsealed.clone());
+            if found.len() == wish.sizes.len() || candidates.peek().is_none() {
+                return Ok(found);
+            }
+            std::thread::sleep(PAUSE);
+        }
     }
 }
 
-/// The ids that blobs of a wish can have, if `end` was made after them.
-fn candidates(wish: &Wish, end: ObjectId) -> Vec<ObjectId> {
+/// The ids that blobs of a wish can have, if `end` was made after them, by their times.
+fn candidates(wish: &Wish, end: ObjectId) -> impl Iterator<Item = ObjectId> + use<> {
     let (first, count) = match wish.after {
         ObjectId::INVALID => (end.sequence(), SEQUENCES),
         // Where the numbers went all around, or may have because the clock was set back, none is known to be out.
@@ -38,17 +53,13 @@ fn candidates(wish: &Wish, end: ObjectId) -> Vec<ObjectId> {
         }
         after => (after.sequence() + 1, (end.sequence() + SEQUENCES - after.sequence() - 1) % SEQUENCES),
     };
-    if count == 0 {
-        return Vec::new();
-    }
     // The clock may have been read just before a millisecond ended.
     let since = wish.since.saturating_sub(1);
     // An end before the beginning is one of a clock that was set back.
     let end = Some(end.made_ms()).filter(|&end| end >= since).unwrap_or(u64::MAX);
-    let latest = since.saturating_add(LATEST.min(MOST / count));
-    let until = end.min(wish.until).min(latest);
+    let until = end.min(wish.until).min(since.saturating_add(LATEST));
     let numbers = move |ms| (first..first + count).map(move |number| ObjectId::blob_made(ms, number % SEQUENCES));
-    (since..=until).flat_map(numbers).collect()
+    (since..=until).flat_map(numbers)
 }
 
 /// Those of unsealed blobs that are the wish's: they were made one after the other, with its sizes.
@@ -74,6 +85,7 @@ mod tests {
     #[test]
     fn candidates_lie_between_what_was_known_and_now() {
         let known = ObjectId::blob_made(990, 4094);
+        let candidates = |wish: &Wish, end| super::candidates(wish, end).collect::<Vec<_>>();
         let found = candidates(&wish(known, &[5]), ObjectId::blob_made(1001, 2));
         let expected = |ms| [4095, 0, 1].map(|number| ObjectId::blob_made(ms, number));
         assert_eq!(found, [expected(999), expected(1000), expected(1001)].concat());
@@ -83,9 +95,12 @@ mod tests {
         assert_eq!(candidates(&former, ObjectId::blob_made(1001, 2)), expected(999));
         // The clock was set back since: it tells no end, and the numbers none either.
         let back = candidates(&wish(known, &[5]), ObjectId::blob_made(500, 2));
-        assert_eq!((back.first(), back.len()), (Some(&ObjectId::blob_made(999, 2)), 65 * SEQUENCES as usize));
+        assert_eq!(
+            (back.first(), back.len()),
+            (Some(&ObjectId::blob_made(999, 2)), (LATEST + 1) as usize * SEQUENCES as usize)
+        );
         let all = candidates(&wish(ObjectId::INVALID, &[5]), ObjectId::blob_made(1 << 30, 9));
-        assert_eq!((all.len() as u64 / SEQUENCES, all.len() as u64 % SEQUENCES), (65, 0));
+        assert_eq!((all.len() as u64 / SEQUENCES, all.len() as u64 % SEQUENCES), (LATEST + 1, 0));
     }
 
     #[test]
