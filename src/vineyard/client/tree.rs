@@ -102,7 +102,8 @@ impl Client {
         let instance = self.instance()?;
         let numbers = self.numbers(instance.generation, instance.id, members, blobs)?;
         let tree = checked(objects, numbers, instance.id)?;
-        self.note(tree.numbers.iter().map(|number| number.id));
+        // The journal takes the last one as made just now, and spare numbers, which come last, may be old.
+        self.note(tree.numbers.iter().rev().map(|number| number.id));
         let mut frames = Vec::new();
         push_frame(&mut frames, &Request::CreateData { content: Member { tree: &tree, index: members } })?;
         for blob in blobs.iter().filter(|blob| blob.is_stored_blob()) {
