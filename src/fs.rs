@@ -40,7 +40,7 @@ mod write;
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use host::{Area, Host, HostFile, Serving};
@@ -215,6 +215,8 @@ pub struct FileSystem {
     doomed: Mutex<HashSet<ObjectId>>,
     /// Held while names are changed: what a name pointed to is read and replaced as one step.
     naming: Mutex<()>,
+    /// Questions until it is looked again whether the store has few names.
+    many_names: AtomicU32,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
     wishes: copies::Wishes,
     generation: AtomicU64,
@@ -264,6 +266,7 @@ impl FileSystem {
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
             naming: Mutex::default(),
+            many_names: AtomicU32::default(),
             store_status: Mutex::default(),
             wishes: copies::Wishes::default(),
             generation: AtomicU64::new(u64::MAX),

@@ -9,7 +9,7 @@ use common::vineyardd::Vineyardd;
 use serde_json::{Value, json};
 use vineyard_fs::Kind;
 use vineyard_fs::vineyard::journal::Journal;
-use vineyard_fs::vineyard::store::{NameQuery, NewBlob};
+use vineyard_fs::vineyard::store::{NameQuery, NewBlob, NewObject};
 use vineyard_fs::vineyard::{BlobKey, BlobSource, Client, ClientOptions, InstanceId, ObjectId, Store};
 
 const LONG: Duration = Duration::from_secs(10);
@@ -40,6 +40,121 @@ fn get(client: &Client, key: BlobKey) -> Vec<u8> {
     let mut bytes = vec![0; client.size(key).unwrap() as usize];
     client.read(key, 0, &mut bytes).unwrap();
     bytes
+}
+
+fn new(content: Value, members: &[(&str, usize)]) -> NewObject {
+    let members = members.iter().map(|(key, index)| (key.to_string(), *index)).collect();
+    NewObject { content: content.as_object().unwrap().clone(), members }
+}
+
+#[test]
+fn a_tree_is_made_as_a_whole() {
+    let server = Vineyardd::start("64Mi");
+    let client = server.client(LONG).unwrap();
+    let here = client.instance().unwrap().id;
+    let key = |blob: &NewBlob| BlobKey { instance: here, id: blob.id };
+    let (mut seen, mut signatures) = (std::collections::HashSet::new(), std::collections::HashSet::new());
+    // More objects than blobs, and fewer.
+    for (sizes, leaves) in [(vec![5, 0, 7], 2), (vec![5, 0, 7], 9), (vec![1; 20], 3), (vec![], 4)] {
+        let blobs = client.create_blobs(&sizes).unwrap();
+        let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
+        let permanent = |kind: &str| json!({"typename": kind, "transient": false, "text_": "ä\"\n", "n": 1.5});
+        let mut objects = Vec::new();
+        for number in 0..leaves {
+            let mut leaf = permanent("test::Leaf");
+            let blob = blobs.get(number).map_or(ObjectId::EMPTY_BLOB, |blob| blob.id);
+            leaf["buffer_"] = member(BlobKey { instance: here, id: blob });
+            objects.push(new(leaf, &[]));
+        }
+        // The first leaf is a member of two objects, and of one twice.
+        objects.push(new(permanent("test::Branch"), &[("one", 0), ("two", leaves - 1)]));
+        let branch = objects.len() - 1;
+        objects.push(new(permanent("test::Root"), &[("branch", branch), ("leaf", 0), ("again", 0)]));
+        let total = objects.len();
+        let fill_all =
+            || blobs.iter().filter(|blob| blob.size > 0).for_each(|blob| fill(blob, &vec![7; blob.size as usize]));
+        let mut calls = 0;
+        let meanwhile = &mut || {
+            calls += 1;
+            fill_all();
+            Ok(())
+        };
+        let root = client.create_tree(&ids, objects, meanwhile).unwrap();
+        assert_eq!(calls, 1);
+        // It is permanent as it is.
+        client.put_name("tree", root).unwrap();
+        let other = server.client(LONG).unwrap();
+        let meta = other.metas(&[root], true).unwrap().remove(&root).unwrap().unwrap();
+        let leaf = meta.member("leaf").unwrap();
+        let branch = meta.member("branch").unwrap();
+        assert_eq!(meta.member("again").unwrap().id(), leaf.id());
+        assert_eq!(branch.member("one").unwrap().id(), leaf.id());
+        for part in [&meta, &leaf, &branch, &branch.member("two").unwrap()] {
+            assert_eq!((part.get("text_"), part.get("n")), (Some(&json!("ä\"\n")), Some(&json!(1.5))));
+            assert_eq!(part.get("transient"), Some(&json!(false)));
+            assert_eq!(part.instance(), here);
+            assert!(part.timestamp_ms().unwrap() > 1_700_000_000_000);
+        }
+        for part in [&meta, &branch, &branch.member("two").unwrap()] {
+            assert!(seen.insert(part.id()), "an id is used once");
+            assert!(signatures.insert(part.signature().unwrap()), "and so is a signature");
+        }
+        for blob in blobs.iter().filter(|blob| blob.size > 0) {
+            assert_eq!(get(&other, key(blob)), vec![7; blob.size as usize]);
+        }
+        let found = other.metas(&seen.iter().copied().collect::<Vec<_>>(), false).unwrap().len();
+        assert_eq!((found, total), (3, leaves + 2), "those of former trees are gone");
+        // Blobs that no object has are the caller's.
+        client.delete(&[root]).unwrap();
+        client.drop_blobs(&ids).unwrap();
+        assert!(other.metas(&[root, leaf.id(), branch.id()], false).unwrap().is_empty());
+        assert_eq!(client.status().unwrap().memory_usage, 0);
+    }
+}
+
+#[test]
+fn of_a_tree_that_fails_nothing_stays() {
+    let server = Vineyardd::start("64Mi");
+    let client = server.client(LONG).unwrap();
+    let leaf = |blob: ObjectId| {
+        let blob = json!({"id": blob.to_string(), "typename": "vineyard::Blob"});
+        new(json!({"typename": "test::Leaf", "transient": false, "buffer_": blob}), &[])
+    };
+    let root = |content: Value| new(content, &[("leaf", 0)]);
+    let fine = json!({"typename": "test::Root", "transient": false});
+    let count = || client.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }]).unwrap()[0].len();
+    let failed = |blobs: &[NewBlob], last: Value, answer: vineyard_fs::Result<()>| {
+        let mut answer = Some(answer);
+        let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
+        let objects = vec![leaf(ids[0]), root(last)];
+        client.create_tree(&ids, objects, &mut || answer.take().unwrap()).unwrap_err()
+    };
+    let full = || Err(vineyard_fs::Error::new(Kind::Full, "no page left"));
+    let blobs = client.create_blobs(&[10]).unwrap();
+    assert_eq!(failed(&blobs, fine.clone(), full()).kind(), Kind::Full);
+    let member_id = blobs[0].id.object_beside(client.instance().unwrap().id);
+    assert!(client.metas(&[member_id], false).unwrap().is_empty());
+    client.drop_blobs(&[blobs[0].id]).unwrap();
+
+    let blobs = client.create_blobs(&[10]).unwrap();
+    // A member that does not exist: vineyardd refuses the whole tree.
+    let bad = json!({"typename": "test::Root", "x": {"id": "o0000000000000123"}});
+    assert_eq!(failed(&blobs, bad, Ok(())).kind(), Kind::NotFound);
+    // What would hurt it is not sent at all.
+    for bad in [
+        json!({"typename": "test::Root", "a/b": 1}),
+        json!({"typename": "test::Root", "signature": 5}),
+        json!({"typename": "test::Root", "leaf": 5}),
+        json!({"typename": "x@y"}),
+    ] {
+        let mut never = || -> vineyard_fs::Result<()> { unreachable!("nothing was sent") };
+        let objects = vec![leaf(blobs[0].id), root(bad)];
+        assert!(client.create_tree(&[blobs[0].id], objects, &mut never).is_err());
+    }
+    let member_id = blobs[0].id.object_beside(client.instance().unwrap().id);
+    assert!(client.metas(&[member_id], false).unwrap().is_empty());
+    client.drop_blobs(&[blobs[0].id]).unwrap();
+    assert_eq!((client.status().unwrap().memory_usage, count()), (0, 0));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::copies::{Copy, copies_of};
 use super::deferred::{self, Deferred};
+use crate::dataset::publish::Outcome;
 use crate::dataset::recipe::{Recipe, Written, recipe_of, written_as};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::{Error, Kind, Result};
@@ -20,6 +21,8 @@ use crate::vineyard::{Blob, BlobKey, BlobSource, InstanceId, Meta, ObjectId, Sto
 const LOADED_KEPT: usize = 256;
 /// Objects whose metadata is fetched with one call, so that a listing can stop in between.
 const BATCH: usize = 256;
+/// Saved objects whose kind is remembered (about 24 bytes each).
+const SAVED_KEPT: usize = 1 << 16;
 
 /// What a listing needs of an object, and no more: there may be 100,000 of them.
 #[derive(Clone, Debug)]
@@ -159,6 +162,8 @@ impl Loaded {
 struct Known {
     summaries: HashMap<ObjectId, Arc<Summary>>,
     loaded: HashMap<ObjectId, (Arc<Loaded>, u64)>,
+    /// What this mount has saved, of objects that were not looked at again yet.
+    saved: HashMap<ObjectId, Outcome>,
     clock: u64,
 }
 
@@ -190,6 +195,27 @@ impl Objects {
         let mut known = self.known();
         known.summaries.remove(&id);
         known.loaded.remove(&id);
+        known.saved.remove(&id);
+    }
+
+    /// Notes what a new object is.
+    pub fn saved(&self, id: ObjectId, outcome: Outcome) {
+        let mut known = self.known();
+        if known.saved.len() >= SAVED_KEPT {
+            known.saved.clear();
+        }
+        known.saved.insert(id, outcome);
+    }
+
+    /// Whether an object is surely one that has this view, because this mount has saved it. Tells without a question to
+    /// the store what a summary would.
+    pub fn is_saved_as(&self, id: ObjectId, view: View) -> bool {
+        matches!(
+            (self.known().saved.get(&id), view),
+            (Some(Outcome::Frame | Outcome::Table), View::Arrow | View::Feather)
+                | (Some(Outcome::Tensor), View::Npy)
+                | (Some(Outcome::Pickle), View::Pickle)
+        )
     }
 
     /// Number of summaries and of whole objects.

@@ -553,3 +553,27 @@ fn what_may_be_mapped_writably_is_looked_up_in_the_store_as_soon_as_it_is_closed
     bed.fs.release(writer.0, writer.1.fh);
     assert_eq!(bed.load("a.txt").unwrap(), b"text");
 }
+
+#[test]
+fn an_object_that_another_name_leads_to_outlives_its_own() {
+    use crate::vineyard::fake::FakeStore;
+    // With few names in the store all are asked for, with many the object; in a cluster always that.
+    for (names, store) in
+        [(0, FakeStore::new(1 << 20).alone()), (300, FakeStore::new(1 << 20).alone()), (0, FakeStore::new(1 << 20))]
+    {
+        let store = Arc::new(store);
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let content = || serde_json::json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int"});
+        for number in 0..names {
+            store.put_object(&format!("n{number}"), content()).unwrap();
+        }
+        let (first, second) = (store.put_object("a", content()).unwrap(), store.put_object("c", content()).unwrap());
+        store.put_name("b", first).unwrap();
+        fs.point_name("a", second, &["a"]).unwrap();
+        assert_eq!(store.object_count(), names + 2, "b leads to it");
+        let third = store.put_object("d", content()).unwrap();
+        fs.point_name("b", third, &["b"]).unwrap();
+        assert_eq!(store.object_count(), names + 2, "nothing leads to the first object");
+        assert!(!store.metas(&[first], true).unwrap().contains_key(&first));
+    }
+}

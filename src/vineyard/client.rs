@@ -3,7 +3,10 @@
 mod ahead;
 mod delete;
 mod metadata;
+mod tree;
 mod unanswered;
+
+pub use self::tree::{Member, Tree};
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -24,11 +27,11 @@ use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
 use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
-    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, LastNameReply, ListNameReply, Request,
-    ShallowCopyReply, StatusReply, checked_id, name_pattern,
+    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, ListNameReply, Request, ShallowCopyReply,
+    StatusReply, checked_id, name_pattern,
 };
 use super::store::{
-    BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus, plain_name,
+    BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, NewObject, Store, StoreStatus,
 };
 use super::wire::{Broken, Refusal, bad_reply};
 use crate::error::{Context, Error, Kind, Result};
@@ -98,6 +101,8 @@ pub struct Client {
     journal: Option<Journal>,
     /// Whether the vineyardd of a generation shares its metadata.
     shared: Mutex<Option<(u64, bool)>>,
+    /// For the ids of new objects.
+    numbers: Mutex<tree::Numbers>,
 }
 
 impl Client {
@@ -116,6 +121,7 @@ impl Client {
             remote,
             journal: options.journal,
             shared: Mutex::default(),
+            numbers: Mutex::default(),
         })
     }
 
@@ -527,6 +533,15 @@ impl Store for Client {
         })
     }
 
+    fn create_tree(
+        &self,
+        blobs: &[ObjectId],
+        objects: Vec<NewObject>,
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<ObjectId> {
+        self.make_tree(blobs, objects, meanwhile)
+    }
+
     fn persist(&self, id: ObjectId) -> Result<()> {
         self.call::<Empty>(Repeat::Safe, &Request::Persist { id: id.0 }, "persist_reply")
             .map(|_| ())
@@ -569,20 +584,7 @@ impl Store for Client {
     }
 
     fn last_name(&self, id: ObjectId) -> Result<Option<String>> {
-        let request = [Request::GetData { id: vec![id.0], sync_remote: false, wait: false }];
-        let answer = self.run(Repeat::Safe, |connection| {
-            let answers = connection.calls(&request, "get_data_reply", |_, reply: LastNameReply| Ok(reply));
-            answers.map(|answers| answers.map(|mut answers| answers.pop()))
-        })?;
-        match answer {
-            Some(Ok(reply)) => {
-                let roots = reply.content.map_or_else(Vec::new, |content| content.0);
-                Ok(roots.into_iter().find_map(|(_, root)| root.name).as_deref().map(plain_name))
-            }
-            Some(Err(refusal)) if refusal.is_absence() => Ok(None),
-            Some(Err(refusal)) => Err(refusal.into()),
-            None => Ok(None),
-        }
+        self.name_of(id)
     }
 
     fn unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {

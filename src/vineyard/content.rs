@@ -34,6 +34,16 @@ pub fn complete(content: Value, instance: InstanceId) -> Result<Map<String, Valu
     let Value::Object(mut content) = content else {
         return Err(refuse("is no JSON object"));
     };
+    content.entry("global").or_insert(json!(false));
+    complete_in_place(&mut content, instance)?;
+    Ok(content)
+}
+
+/// As [`complete`], without `global`: an object that does not say so is not.
+///
+/// # Errors
+/// As [`complete`].
+pub fn complete_in_place(content: &mut Map<String, Value>, instance: InstanceId) -> Result<()> {
     match content.get("typename").and_then(Value::as_str) {
         Some(BLOB_TYPE) => return Err(refuse("says that it is a blob")),
         Some("") => return Err(refuse("has an empty \"typename\"")),
@@ -51,22 +61,29 @@ pub fn complete(content: Value, instance: InstanceId) -> Result<Map<String, Valu
     }
     content.entry("instance_id").or_insert_with(|| json!(instance.0));
     content.entry("transient").or_insert(json!(true));
-    content.entry("global").or_insert(json!(false));
     if content.get("instance_id").and_then(Value::as_u64) != Some(instance.0) {
         return Err(refuse(format!("belongs to another instance than {instance}")));
     }
-    for (key, value) in &mut content {
-        // Keys are parts of JSON pointers on the server.
-        if key.contains(['/', '~']) {
-            return Err(refuse(format!("has a key {key:.80?} with a '/' or '~'")));
-        }
+    for (key, value) in content {
+        check_key(key)?;
         if let Value::Object(member) = value {
             complete_member(key, member, instance)?;
         } else if depth(value) > MAX_DEPTH {
             return Err(refuse(format!("nests too deep at {key:.80?}")));
         }
     }
-    Ok(content)
+    Ok(())
+}
+
+/// Checks a key: on the server it is a part of a JSON pointer.
+///
+/// # Errors
+/// `Invalid`.
+pub fn check_key(key: &str) -> Result<()> {
+    match key.contains(['/', '~']) {
+        true => Err(refuse(format!("has a key {key:.80?} with a '/' or '~'"))),
+        false => Ok(()),
+    }
 }
 
 fn complete_member(key: &str, member: &mut Map<String, Value>, instance: InstanceId) -> Result<()> {

@@ -78,6 +78,7 @@ struct State {
 pub struct FakeStore {
     id: InstanceId,
     limit: u64,
+    shared: bool,
     file: Arc<WritableFile>,
     segment: Arc<Segment>,
     state: Mutex<State>,
@@ -117,7 +118,13 @@ impl FakeStore {
         nix::unistd::ftruncate(&file, len as i64).expect("size of the fake store's memory");
         let segment = Segment::map(&file, len as usize).expect("mapping of the fake store's memory");
         let state = State { next: 1, clock_ms: 1_700_000_000_000, generation: 1, ..State::default() };
-        FakeStore { id, limit, file: Arc::new(WritableFile::new(file)), segment, state: Mutex::new(state) }
+        let shared = true;
+        FakeStore { id, limit, shared, file: Arc::new(WritableFile::new(file)), segment, state: Mutex::new(state) }
+    }
+
+    /// The same store with metadata of its own: no other instance can be there.
+    pub fn alone(self) -> Self {
+        FakeStore { shared: false, ..self }
     }
 
     /// The next `calls` calls of `op` fail with `kind` and do nothing.
@@ -404,7 +411,7 @@ impl Store for FakeStore {
             hostname: "fake".into(),
             rpc_endpoint: String::new(),
             ipc_socket: "/fake.sock".into(),
-            shared: true,
+            shared: self.shared,
         };
         Ok(BTreeMap::from([(self.id, info)]))
     }

@@ -24,6 +24,11 @@ impl ObjectId {
         ObjectId(1 << 63 | (ms & 0x1ff_ffff_ffff) << 22 | sequence & 0xfff)
     }
 
+    /// An object's id that no other object has: the number that the store gave to this blob of `instance`.
+    pub fn object_beside(self, instance: InstanceId) -> Self {
+        ObjectId(self.0 & !(1 << 63 | 0x3ff << 12) | (instance.0 & 0x3ff) << 12)
+    }
+
     /// The time at which it was made, in milliseconds since 1970.
     pub fn made_ms(self) -> u64 {
         (self.0 >> 22) & 0x1ff_ffff_ffff

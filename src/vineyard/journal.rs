@@ -238,7 +238,8 @@ fn line(ids: impl IntoIterator<Item = ObjectId>) -> String {
     text
 }
 
-fn now_ms() -> u64 {
+/// Milliseconds since 1970.
+pub(super) fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
 

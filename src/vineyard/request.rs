@@ -11,6 +11,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use super::client::Member;
 use super::id::ObjectId;
 use crate::error::{Error, Result};
 
@@ -44,6 +45,8 @@ pub enum Request<'a> {
         compress: bool,
         use_rdma: bool,
     },
+    #[serde(rename = "create_data_request")]
+    CreateData { content: Member<'a> },
     #[serde(rename = "create_datas_request")]
     CreateDatas { num: usize, contents: &'a [Map<String, Value>] },
     #[serde(rename = "get_data_request")]
@@ -144,6 +147,14 @@ pub struct RemotePayload {
 pub struct CreateDatasReply {
     pub ids: Vec<u64>,
     pub signatures: Vec<u64>,
+}
+
+/// `create_data_reply`.
+#[derive(Deserialize, Debug)]
+#[allow(missing_docs)]
+pub struct CreateDataReply {
+    pub id: u64,
+    pub signature: u64,
 }
 
 /// `get_data_reply`: metadata by id, `None` if nothing was found.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::Blob;
@@ -78,6 +78,15 @@ pub struct Created {
     pub id: ObjectId,
     /// Its signature.
     pub signature: u64,
+}
+
+/// An object of a tree that is made as a whole.
+#[derive(Clone, Debug)]
+pub struct NewObject {
+    /// As for [`Store::create_objects`], without the members that are made with it.
+    pub content: Map<String, Value>,
+    /// These: the key, and the place of the object in the tree, which is before this one's.
+    pub members: Vec<(String, usize)>,
 }
 
 /// A fresh, unsealed blob that the caller fills.
@@ -251,6 +260,40 @@ pub trait Store: BlobSource {
     /// `transient` and `global` are filled in where they are absent.
     fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>>;
 
+    /// Seals blobs and creates objects over them, members before the objects that hold them; the last is the root, whose
+    /// id is returned. Each is as permanent as its content says. `meanwhile`, which is called once, may run while the store
+    /// works: it fills the blobs, whose ids nobody knows yet.
+    ///
+    /// Not for a store that [shares its metadata](Self::shares_metadata).
+    ///
+    /// # Errors
+    /// Those of `meanwhile`, and what the store answers. Of the objects nothing stays then; the blobs may.
+    fn create_tree(
+        &self,
+        blobs: &[ObjectId],
+        objects: Vec<NewObject>,
+        meanwhile: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<ObjectId> {
+        meanwhile()?;
+        self.seal_blobs(blobs)?;
+        let mut made: Vec<ObjectId> = Vec::with_capacity(objects.len());
+        for NewObject { mut content, members } in objects {
+            for (key, member) in members {
+                let id = made.get(member).ok_or_else(|| Error::new(Kind::Internal, "a tree without a member of it"))?;
+                content.insert(key, serde_json::json!({"id": id.to_string()}));
+            }
+            match self.create_objects(vec![Value::Object(content)]) {
+                Ok(created) => made.extend(created.iter().map(|created| created.id)),
+                Err(error) => {
+                    made.reverse();
+                    self.delete(&made)?;
+                    return Err(error);
+                }
+            }
+        }
+        made.pop().ok_or_else(|| Error::new(Kind::Internal, "a tree without objects"))
+    }
+
     /// Makes an object and its members permanent and visible to the cluster.
     fn persist(&self, id: ObjectId) -> Result<()>;
 
@@ -283,7 +326,7 @@ pub trait Store: BlobSource {
 
     /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
     /// Of an object on another instance the copy is made there, and is permanent.
-    fn shallow_copy(&self, id: ObjectId, extra: serde_json::Map<String, Value>) -> Result<ObjectId>;
+    fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId>;
 }
 
 /// A name as it was given: in metadata names are escaped like JSON pointers (RFC 6901).

@@ -10,7 +10,7 @@ use super::Staged;
 use super::check::{self, Offset};
 use super::plan::{Draft, Field, Outcome, Part, Plan, PlannedBlob, PlannedObject};
 use crate::error::{Context, Error, Kind, Result};
-use crate::vineyard::store::NewBlob;
+use crate::vineyard::store::{NewBlob, NewObject};
 use crate::vineyard::{ObjectId, Store};
 
 /// Bytes that one thread copies before it looks for more work.
@@ -46,20 +46,26 @@ pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Pu
         keep: AtomicBool::new(false),
         alone: !store.shares_metadata()?,
     };
-    let blobs = made.blobs(&plan.blobs, staged)?;
-    let ids = match (&plan.decode, plan.objects.last()) {
+    let root = match (&plan.decode, plan.objects.last()) {
         (Some(decode), Some(root)) => {
+            let blobs = made.blobs(&plan.blobs, staged)?;
             let add = |draft: &Draft| {
                 let blobs = made.blobs(&draft.blobs, staged)?;
-                made.objects(&draft.objects, &blobs, None)
+                made.objects(&draft.objects, &blobs)
             };
             let objects = decode.run(root, &add)?;
-            made.objects(&objects, &blobs, objects.len().checked_sub(1))?
+            made.objects(&objects, &blobs)?.pop()
         }
-        _ => made.objects(&plan.objects, &blobs, plan.objects.len().checked_sub(1))?,
+        _ if made.alone => Some(made.tree(plan, staged)?),
+        _ => {
+            let blobs = made.blobs(&plan.blobs, staged)?;
+            made.objects(&plan.objects, &blobs)?.pop()
+        }
     };
-    let root = *ids.last().ok_or_else(|| Error::new(Kind::Internal, "a plan without objects"))?;
-    store.persist(root).context(|| "persisting the object".into())?;
+    let root = root.ok_or_else(|| Error::new(Kind::Internal, "a plan without objects"))?;
+    if !made.alone {
+        store.persist(root).context(|| "persisting the object".into())?;
+    }
     made.keep.store(true, Ordering::Relaxed);
     let blobs = std::mem::take(&mut *lock(&made.blobs));
     Ok(Published { id: root, blobs, outcome: plan.outcome, warnings: plan.warnings.clone() })
@@ -123,8 +129,8 @@ struct Made<'a> {
     blobs: Mutex<Vec<ObjectId>>,
     objects: Mutex<Vec<ObjectId>>,
     keep: AtomicBool,
-    /// Nobody else hears of what becomes permanent. Persisting the root then only marks its members, one by one, which
-    /// takes vineyardd as long as making them: they are made with the mark.
+    /// Nobody else hears of what becomes permanent. Persisting then only marks objects, one by one, which takes vineyardd
+    /// as long as making them: they are made with the mark.
     alone: bool,
 }
 
@@ -135,26 +141,43 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Made<'_> {
     /// Creates, fills and seals blobs.
     fn blobs(&self, planned: &[PlannedBlob], staged: &Staged<'_>) -> Result<Vec<ObjectId>> {
+        let blobs = self.create(planned)?;
+        fill(planned, &blobs, staged)?;
+        let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
+        self.store.seal_blobs(&ids).context(|| "sealing blobs".into())?;
+        Ok(ids)
+    }
+
+    /// Creates blobs.
+    fn create(&self, planned: &[PlannedBlob]) -> Result<Vec<NewBlob>> {
         if planned.is_empty() {
             return Ok(Vec::new());
         }
         let sizes: Vec<u64> = planned.iter().map(PlannedBlob::size).collect();
         let blobs =
             self.store.create_blobs(&sizes).context(|| format!("room for {} bytes", sizes.iter().sum::<u64>()))?;
-        let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
-        let stored: Vec<ObjectId> = ids.iter().copied().filter(|id| id.is_stored_blob()).collect();
-        lock(&self.blobs).extend(&stored);
-        if ids.len() != planned.len() {
-            return Err(Error::malformed(format!("the store made {} blobs of {}", ids.len(), planned.len())));
+        lock(&self.blobs).extend(blobs.iter().map(|blob| blob.id).filter(|id| id.is_stored_blob()));
+        if blobs.len() != planned.len() {
+            return Err(Error::malformed(format!("the store made {} blobs of {}", blobs.len(), planned.len())));
         }
-        fill(planned, &blobs, staged)?;
-        self.store.seal_blobs(&stored).context(|| "sealing blobs".into())?;
-        Ok(ids)
+        Ok(blobs)
     }
 
-    /// Creates objects, members first, one request for each level. Returns their ids in the given order. Object number
-    /// `root` is the one that will be persisted.
-    fn objects(&self, objects: &[PlannedObject], blobs: &[ObjectId], root: Option<usize>) -> Result<Vec<ObjectId>> {
+    /// Creates all blobs and all objects of a plan; the store makes the objects while the blobs are filled. Returns the
+    /// root.
+    fn tree(&self, plan: &Plan, staged: &Staged<'_>) -> Result<ObjectId> {
+        let blobs = self.create(&plan.blobs)?;
+        let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();
+        let objects =
+            plan.objects.iter().map(|object| new_object(object, &ids, false)).collect::<Option<Vec<NewObject>>>();
+        let objects = objects.ok_or_else(|| Error::new(Kind::Internal, "a plan with fewer blobs than it uses"))?;
+        let root = self.store.create_tree(&ids, objects, &mut || fill(&plan.blobs, &blobs, staged))?;
+        lock(&self.objects).push(root);
+        Ok(root)
+    }
+
+    /// Creates objects, members first, one request for each level. Returns their ids in the given order.
+    fn objects(&self, objects: &[PlannedObject], blobs: &[ObjectId]) -> Result<Vec<ObjectId>> {
         let broken = || Error::new(Kind::Internal, "a plan whose objects do not follow their members");
         let mut levels: Vec<Vec<usize>> = Vec::new();
         let mut level_of = Vec::with_capacity(objects.len());
@@ -173,8 +196,7 @@ impl Made<'_> {
         }
         let mut ids: HashMap<usize, ObjectId> = HashMap::with_capacity(objects.len());
         for level in levels {
-            let transient = |i| !self.alone || root == Some(i);
-            let content = |&i: &usize| content(&objects[i], &ids, blobs, transient(i));
+            let content = |&i: &usize| content(&objects[i], &ids, blobs, !self.alone);
             let contents = level.iter().map(content).collect::<Option<Vec<Value>>>();
             let created =
                 self.store.create_objects(contents.ok_or_else(broken)?).context(|| "creating objects".into())?;
@@ -204,27 +226,41 @@ impl Drop for Made<'_> {
     }
 }
 
+/// The metadata of an object. `transient`: not permanent yet.
 fn content(
     object: &PlannedObject,
     ids: &HashMap<usize, ObjectId>,
     blobs: &[ObjectId],
     transient: bool,
 ) -> Option<Value> {
-    let mut map = Map::with_capacity(object.fields.len() + 4);
-    map.insert("transient".into(), Value::Bool(transient));
-    map.insert("typename".into(), Value::String(object.typename.clone()));
+    let NewObject { mut content, members } = new_object(object, blobs, transient)?;
+    for (key, index) in members {
+        content.insert(key, json!({"id": ids.get(&index)?.to_string()}));
+    }
+    Some(Value::Object(content))
+}
+
+/// As [`content`], with the places of the members that the plan makes.
+fn new_object(object: &PlannedObject, blobs: &[ObjectId], transient: bool) -> Option<NewObject> {
+    let mut content = Map::new();
+    content.insert("transient".into(), Value::Bool(transient));
+    content.insert("typename".into(), Value::String(object.typename.clone()));
     let blob = |id: ObjectId| json!({"id": id.to_string(), "typename": "vineyard::Blob"});
+    let mut members = Vec::new();
     for (key, field) in &object.fields {
         let value = match field {
             Field::Json(value) => value.clone(),
             Field::Empty => blob(ObjectId::EMPTY_BLOB),
             Field::Blob(index) => blob(*blobs.get(*index)?),
-            Field::Object(index) => json!({"id": ids.get(index)?.to_string()}),
+            Field::Object(index) => {
+                members.push((key.clone(), *index));
+                continue;
+            }
             Field::Existing(id) => json!({"id": id.to_string()}),
         };
-        map.insert(key.clone(), value);
+        content.insert(key.clone(), value);
     }
-    Some(Value::Object(map))
+    Some(NewObject { content, members })
 }
 
 /// A part of a blob to be written: bytes `from..to` of it, at `position` of the blob.

@@ -433,8 +433,9 @@ fn a_failed_publish_leaves_nothing() {
     for (bytes, view) in files {
         let temp = Temp::new(bytes);
         let plan = plan(&temp.staged(), view, &attrs(), Limits::default()).unwrap();
-        for op in [Op::CreateBlobs, Op::SealBlobs, Op::CreateObjects, Op::Persist, Op::PutName] {
-            let store = FakeStore::new(16 << 20);
+        let steps = [Op::CreateBlobs, Op::SealBlobs, Op::CreateObjects, Op::PutName];
+        let shared = steps.into_iter().chain([Op::Persist]).map(|op| (op, FakeStore::new(16 << 20)));
+        for (op, store) in shared.chain(steps.into_iter().map(|op| (op, FakeStore::new(16 << 20).alone()))) {
             store.fail_next(op, 1, Kind::Unavailable);
             let name = |_: Outcome| "x".to_string();
             let error = publish(&store, &name, &plan, &temp.staged(), None).unwrap_err();
