@@ -49,7 +49,7 @@ pub use options::{Options, ServePolicy};
 
 use crate::error::{Error, Kind, Result};
 use crate::sync::{Mutex, MutexGuard};
-use crate::vineyard::store::StoreStatus;
+use crate::vineyard::store::{NameQuery, StoreStatus};
 use crate::vineyard::{ObjectId, Store};
 use directory::Listing;
 use inode::{Inode, Inodes};
@@ -312,9 +312,16 @@ impl FileSystem {
     }
 
     /// Keeps memory ready for the next large file that is opened, while such files are being opened. For a thread that has
-    /// nothing else to do, several times a second.
+    /// nothing else to do, now and then.
     pub fn keep_spare(&self) {
-        self.cache.keep_spare();
+        self.cache.keep_spare(|| {
+            // Other clients remove objects without a word: images that no name leads to make room.
+            let all = NameQuery::Prefix { prefix: String::new(), limit: None };
+            match self.store.names(&[all]) {
+                Ok(names) => self.cache.keep_only(&names.into_iter().flatten().map(|(_, object)| object).collect()),
+                Err(error) => tracing::debug!("images that are of no use are not known: {error}"),
+            }
+        });
     }
 
     fn writable(&self) -> Result<()> {

@@ -3,7 +3,7 @@
 //! An assembled image is immutable and immune to what happens to its object afterwards. The cache keeps what was used
 //! last, up to a limit; images that are open are never dropped.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::host::{Area, Host, HostFile};
@@ -308,10 +308,26 @@ impl ImageCache {
     }
 
     /// Keeps a memory file ready for the next image while images are being assembled. For a thread that has nothing else
-    /// to do, several times a second.
-    pub fn keep_spare(&self) {
-        let used = self.state().bytes;
-        self.spare.look_after(&self.host, self.limit.saturating_sub(used));
+    /// to do, several times a second. `tidy` may drop images that are of no use, should there be no room.
+    pub fn keep_spare(&self, tidy: impl FnOnce()) {
+        let room = || self.limit.saturating_sub(self.state().bytes);
+        self.spare.look_after(&self.host, |wanted| {
+            room() >= wanted || {
+                tidy();
+                room() >= wanted
+            }
+        });
+    }
+
+    /// Drops the images of all other objects; open handles keep theirs.
+    pub fn keep_only(&self, objects: &HashSet<ObjectId>) {
+        let mut state = self.state();
+        let others = |(key, slot): (&Key, &Slot)| match slot {
+            Slot::Ready { .. } if !objects.contains(&key.0) => Some(*key),
+            _ => None,
+        };
+        let others: Vec<Key> = state.slots.iter().filter_map(others).collect();
+        others.iter().for_each(|key| remove(&mut state, key));
     }
 
     /// Drops everything that is not being made.

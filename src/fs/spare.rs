@@ -72,9 +72,9 @@ impl Spare {
         drop(ready);
     }
 
-    /// Makes a file ready if one is likely to be needed and it takes at most `room` bytes, or gives one back that is not.
+    /// Makes a file ready if one is likely to be needed and `has_room` for so many bytes, or gives one back that is not.
     /// Called now and then from a thread that has nothing else to do.
-    pub(super) fn look_after(&self, host: &Arc<dyn Host>, room: u64) {
+    pub(super) fn look_after(&self, host: &Arc<dyn Host>, has_room: impl FnOnce(u64) -> bool) {
         let wanted = {
             let mut state = self.state();
             match state.last.map(|last| last.elapsed()) {
@@ -87,10 +87,11 @@ impl Spare {
                 _ => return,
             }
         };
-        if wanted > room || wanted > available().unwrap_or(0) / SHARE {
-            return;
-        }
-        match make(host, wanted) {
+        let made = match wanted <= available().unwrap_or(0) / SHARE && has_room(wanted) {
+            true => make(host, wanted),
+            false => Err(Error::new(Kind::Full, "there is no room for it")),
+        };
+        match made {
             Ok(file) => self.state().ready = Some((file, wanted)),
             Err(error) => {
                 tracing::debug!("no spare memory file of {wanted} bytes: {error}");
@@ -133,16 +134,17 @@ mod tests {
         let host: Arc<dyn Host> = Arc::new(Unmounted::default());
         let spare = Spare::default();
         let size = LEAST + 5000;
-        spare.look_after(&host, u64::MAX);
+        spare.look_after(&host, |_| true);
         assert_eq!(spare.bytes(), 0, "nothing was assembled yet");
         drop(spare.file(&host, size).unwrap());
-        spare.look_after(&host, u64::MAX);
+        spare.look_after(&host, |_| true);
         assert_eq!(spare.bytes(), 0, "not right after it");
         let long_ago = |ago| spare.state().last = Instant::now().checked_sub(ago);
         long_ago(PAUSE);
-        spare.look_after(&host, size - 1);
-        assert_eq!(spare.bytes(), 0, "there is no room");
-        spare.look_after(&host, size);
+        spare.look_after(&host, |wanted| wanted < size);
+        assert_eq!((spare.bytes(), spare.state().last), (0, None), "there is no room");
+        long_ago(PAUSE);
+        spare.look_after(&host, |wanted| wanted == size);
         assert_eq!(spare.bytes(), size);
         assert_eq!(
             spare.file(&host, LEAST / 2).unwrap().file.metadata().unwrap().blocks(),
@@ -157,13 +159,14 @@ mod tests {
         assert_eq!((spare.bytes(), meta.len()), (0, LEAST));
         assert!(meta.blocks() * 512 >= LEAST, "its pages are there");
         long_ago(PAUSE);
-        spare.look_after(&host, size);
+        spare.look_after(&host, |wanted| wanted == size);
         assert_eq!(spare.bytes(), size);
         spare.make_room(100, size);
         assert_eq!(spare.bytes(), 0, "images come first");
-        spare.look_after(&host, size);
+        long_ago(PAUSE);
+        spare.look_after(&host, |wanted| wanted == size);
         long_ago(KEPT);
-        spare.look_after(&host, size);
+        spare.look_after(&host, |wanted| wanted == size);
         assert_eq!(spare.bytes(), 0);
     }
 }

@@ -90,16 +90,21 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
     }
 }
 
-/// Gives a memory file of `size` bytes its pages, zeros all of them.
+/// Gives a memory file of `size` bytes, which it has, its pages: zeros all of them.
+///
+/// `fallocate` would leave clearing them to whoever uses them.
 ///
 /// # Errors
 /// `Full` if there is no room.
 pub fn give_pages(target: &File, size: u64) -> Result<()> {
-    // A piece at a time: `fallocate` takes back what it did if it fails, and others want the processor, too.
+    let mapping = Mapping::of(target, size)?;
     let mut start = 0;
+    // A piece at a time: others want the processor, too.
     while start < size {
         let len = (32 * SLICE).min(size - start);
-        allocate(target, start, len)?;
+        // SAFETY: no other part is alive.
+        let part = unsafe { mapping.part(start as usize, len as usize) };
+        make_present(target, start, part)?;
         start += len;
     }
     Ok(())
