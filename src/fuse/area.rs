@@ -1,8 +1,9 @@
 //! Where memory files come from: a private tmpfs with huge pages that has no path, or else memfds.
 //!
 //! Huge pages make assembled images several times faster to read and to map. An image's size is known beforehand, so
-//! `huge=within_size` and `ftruncate` first give it huge pages without wasting 2 MiB on a small file; a file that is
-//! being written grows, and needs `huge=always`.
+//! `huge=within_size` and `ftruncate` first give it huge pages without wasting 2 MiB on a small file. A file that is being
+//! written grows: since Linux 6.14 `huge=within_size` gives it pages as large as each write (`shmem_huge_global_enabled` in
+//! `mm/shmem.c`); before, only `huge=always` gives it more than the smallest ones, and 2 MiB to the first byte.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -37,6 +38,7 @@ impl Maker {
     pub fn new(area: Area, limit: u64) -> Self {
         let wanted = match area {
             Area::Image => "within_size",
+            Area::Staging if pages_are_as_large_as_writes() => "within_size",
             Area::Staging => "always",
         };
         let tmpfs = private_tmpfs(wanted, limit)
@@ -83,6 +85,13 @@ impl Maker {
         }
         Ok(file)
     }
+}
+
+fn pages_are_as_large_as_writes() -> bool {
+    let release = nix::sys::utsname::uname().ok();
+    let release = release.and_then(|name| name.release().to_str().map(str::to_owned)).unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 14)
 }
 
 fn no_room(errno: nix::errno::Errno) -> Error {
@@ -160,5 +169,9 @@ mod tests {
         let growing = std::fs::File::from(Maker::new(Area::Staging, 4 << 20).create(0).unwrap());
         growing.write_all_at(b"x", 9).unwrap();
         assert_eq!(growing.metadata().unwrap().len(), 10);
+        if pages_are_as_large_as_writes() {
+            use std::os::unix::fs::MetadataExt;
+            assert!(growing.metadata().unwrap().blocks() * 512 <= 64 << 10, "a small file takes little");
+        }
     }
 }
