@@ -167,27 +167,9 @@ impl Connection {
         &mut self,
         frames: &[u8],
         count: usize,
-        each: impl FnMut(&mut Connection, usize, &[u8]) -> std::result::Result<(), Broken>,
-    ) -> std::result::Result<(), Broken> {
-        self.exchange_while(frames, count, || (), each)
-    }
-
-    /// As [`Connection::exchange`]; `meanwhile` runs while the server works, and is not called if nothing could be sent.
-    ///
-    /// # Errors
-    /// As [`Connection::exchange`].
-    pub fn exchange_while(
-        &mut self,
-        frames: &[u8],
-        count: usize,
-        meanwhile: impl FnOnce(),
         mut each: impl FnMut(&mut Connection, usize, &[u8]) -> std::result::Result<(), Broken>,
     ) -> std::result::Result<(), Broken> {
         let mut sent = self.channel.send_until_reply(frames, self.deadline)?;
-        let began = Instant::now();
-        meanwhile();
-        // The server may have answered long ago; what it was given time for begins now.
-        self.deadline += began.elapsed();
         let mut buffer = std::mem::take(&mut self.buffer);
         for index in 0..count {
             if let Some(rest) = frames.get(sent..).filter(|rest| !rest.is_empty()) {

@@ -261,20 +261,19 @@ pub trait Store: BlobSource {
     fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>>;
 
     /// Seals blobs and creates objects over them, members before the objects that hold them; the last is the root, whose
-    /// id is returned. Each is as permanent as its content says. `meanwhile`, which is called once, may run while the store
-    /// works: it fills the blobs, whose ids nobody knows yet.
+    /// id is returned. Each is as permanent as its content says. `fill` is called once, before that: it fills the blobs.
     ///
     /// Not for a store that [shares its metadata](Self::shares_metadata).
     ///
     /// # Errors
-    /// Those of `meanwhile`, and what the store answers. Of the objects nothing stays then; the blobs may.
+    /// Those of `fill`, and what the store answers. Of the objects nothing stays then; the blobs may.
     fn create_tree(
         &self,
         blobs: &[ObjectId],
         objects: Vec<NewObject>,
-        meanwhile: &mut dyn FnMut() -> Result<()>,
+        fill: &mut dyn FnMut() -> Result<()>,
     ) -> Result<ObjectId> {
-        meanwhile()?;
+        fill()?;
         self.seal_blobs(blobs)?;
         let mut made: Vec<ObjectId> = Vec::with_capacity(objects.len());
         for NewObject { mut content, members } in objects {

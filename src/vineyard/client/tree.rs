@@ -95,7 +95,7 @@ impl Client {
         &self,
         blobs: &[ObjectId],
         objects: Vec<NewObject>,
-        meanwhile: &mut dyn FnMut() -> Result<()>,
+        fill: &mut dyn FnMut() -> Result<()>,
     ) -> Result<ObjectId> {
         let members =
             objects.len().checked_sub(1).ok_or_else(|| Error::new(Kind::Internal, "a tree without objects"))?;
@@ -104,45 +104,42 @@ impl Client {
         let tree = checked(objects, numbers, instance.id)?;
         // The journal takes the last one as made just now, and spare numbers, which come last, may be old.
         self.note(tree.numbers.iter().rev().map(|number| number.id));
+        fill()?;
+        // In this order no object ever has a blob that is not sealed: other clients' listings fail on one, and vineyardd
+        // does not free it with its object.
         let mut frames = Vec::new();
-        push_frame(&mut frames, &Request::CreateData { content: Member { tree: &tree, index: members } })?;
-        for blob in blobs.iter().filter(|blob| blob.is_stored_blob()) {
+        let sealed = || blobs.iter().filter(|blob| blob.is_stored_blob());
+        for blob in sealed() {
             push_frame(&mut frames, &Request::Seal { object_id: blob.0 })?;
         }
-        let seals = blobs.iter().filter(|blob| blob.is_stored_blob()).count();
-        let mut filled = None;
+        let seals = sealed().count();
+        push_frame(&mut frames, &Request::CreateData { content: Member { tree: &tree, index: members } })?;
         let created = self.run(Repeat::UnlessSent, |connection| {
             if connection.generation != instance.generation {
                 return Ok(Err(Error::stale("vineyardd was restarted while a dataset was stored")));
             }
             let mut created = None;
             let mut refused = None;
-            connection.exchange_while(
-                &frames,
-                1 + seals,
-                || filled = Some(meanwhile()),
-                |_, index, frame| {
-                    let refusal = if index == 0 {
-                        parse(frame, "create_data_reply")
-                            .map(|reply| reply.map(|reply: CreateDataReply| created = Some(reply)))
-                    } else {
-                        parse(frame, "seal_reply").map(|reply| reply.map(|_: crate::vineyard::request::Empty| ()))
-                    };
-                    if let Err(refusal) = refusal.map_err(|error| Broken { error, sent: true })? {
-                        refused.get_or_insert(refusal);
-                    }
-                    Ok(())
-                },
-            )?;
+            connection.exchange(&frames, seals + 1, |_, index, frame| {
+                let refusal = if index == seals {
+                    parse(frame, "create_data_reply")
+                        .map(|reply| reply.map(|reply: CreateDataReply| created = Some(reply)))
+                } else {
+                    parse(frame, "seal_reply").map(|reply| reply.map(|_: crate::vineyard::request::Empty| ()))
+                };
+                if let Err(refusal) = refusal.map_err(|error| Broken { error, sent: true })? {
+                    refused.get_or_insert(refusal);
+                }
+                Ok(())
+            })?;
             Ok(Ok((created, refused)))
         });
         let (created, refused) = created.context(|| "creating objects".into())?;
         let root = created.as_ref().map(|reply| ObjectId(reply.id));
         self.note(root);
-        let verdict = match (refused, filled) {
-            (Some(refusal), _) => Err(Error::from(refusal)).context(|| "creating objects".into()),
-            (None, Some(filled)) => filled,
-            (None, None) => Err(Error::new(Kind::Internal, "blobs that nobody filled")),
+        let verdict = match refused {
+            Some(refusal) => Err(Error::from(refusal)).context(|| "creating objects".into()),
+            None => Ok(()),
         };
         match (verdict, created) {
             (Ok(()), Some(CreateDataReply { id, signature })) => {
