@@ -10,7 +10,6 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Kind, Result};
 
@@ -29,11 +28,6 @@ const FEW_PAGES: usize = 64;
 const MOST_FAILURES: u32 = 8;
 /// Huge pages that are made with one call: each call waits once for work of every processor.
 const RUN: usize = 4;
-/// A huge page that takes longer was not worth it: its memory has to come from the host of this virtual machine, piece by
-/// piece, while small pages are still there. No test waits for a clock.
-const SLOW: Duration = if cfg!(test) { Duration::MAX } else { Duration::from_millis(1) };
-/// So many are not tried then.
-const SKIP: u32 = 256;
 /// Such runs that may be in the making at the same time.
 const MAKING: usize = 16;
 
@@ -125,8 +119,6 @@ struct WritableMapping {
     /// Held while pages are made ready, by number: whoever needs the same ones waits.
     making: [Mutex<()>; MAKING],
     failures: AtomicU32,
-    /// Huge pages that are not tried because the last ones took long.
-    skip: AtomicU32,
 }
 
 // SAFETY: an address range that stays mapped until drop; it is only written, through raw copies into ranges that the
@@ -175,14 +167,7 @@ impl WritableMapping {
             }
         }
         let ready = (0..len / HUGE).map(|_| AtomicU8::new(0)).collect();
-        Ok(WritableMapping {
-            base: base.cast(),
-            len,
-            ready,
-            making: Default::default(),
-            failures: AtomicU32::new(0),
-            skip: AtomicU32::new(0),
-        })
+        Ok(WritableMapping { base: base.cast(), len, ready, making: Default::default(), failures: AtomicU32::new(0) })
     }
 
     /// Maps the pages of a range, huge ones if they are new. False if some huge page's bytes of it do not lie in `inside`
@@ -222,9 +207,6 @@ impl WritableMapping {
         if self.failures.load(Ordering::Relaxed) >= MOST_FAILURES {
             return false;
         }
-        if self.skip.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |skip| skip.checked_sub(1)).is_ok() {
-            return false;
-        }
         let mut present = [0u8; HUGE / PAGE];
         // SAFETY: the number is one of a whole huge page inside the mapping; the answer is a byte for each of its pages.
         let known =
@@ -235,16 +217,12 @@ impl WritableMapping {
 
     /// Makes so many huge pages.
     fn collapse(&self, number: usize, run: usize) -> bool {
-        let start = Instant::now();
         // SAFETY: the range lies in the mapping; making huge pages of it changes no data.
         let done = unsafe {
             libc::madvise(self.base.as_ptr().add(number * HUGE).cast(), run * HUGE, libc::MADV_COLLAPSE) == 0
         };
         if done {
             self.failures.store(0, Ordering::Relaxed);
-            if start.elapsed() / u32::try_from(run).unwrap_or(1).max(1) > SLOW {
-                self.skip.store(SKIP, Ordering::Relaxed);
-            }
             return true;
         }
         let error = std::io::Error::last_os_error();
