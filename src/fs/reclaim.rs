@@ -47,7 +47,14 @@ impl FileSystem {
     /// What the store answers; what was not settled is looked at again by the next call.
     pub fn reclaim(&self) -> Result<usize> {
         let Some(journal) = self.store.journal() else { return Ok(0) };
+        let looked_at = self.reclaim_known(journal)?;
+        // This takes longer, and is seldom needed.
         self.reclaim_unanswered(journal)?;
+        Ok(looked_at)
+    }
+
+    /// Removes what a former server noted.
+    fn reclaim_known(&self, journal: &Journal) -> Result<usize> {
         let suspects = journal.kept();
         // Deletions that wait for readers of this server are no remains.
         let waiting = self.doomed.lock().unwrap_or_else(|e| e.into_inner()).clone();
