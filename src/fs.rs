@@ -8,7 +8,6 @@
 //! * a handle number means something to the next server too: it carries its inode.
 
 mod adopt;
-mod ahead;
 mod attributes;
 pub mod cache;
 pub mod copies;
@@ -206,7 +205,6 @@ pub struct FileSystem {
     next_handle: AtomicU64,
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
-    ahead: ahead::Ahead,
     folders: folders::Folders,
     moves: Mutex<moves::Moves>,
     /// Objects that open handles read from the blobs, with the number of handles.
@@ -260,7 +258,6 @@ impl FileSystem {
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
-            ahead: ahead::Ahead::new(store.clone()),
             folders: folders::Folders::new(host.clone()),
             moves: Mutex::default(),
             lazy_opens: Mutex::default(),

@@ -10,7 +10,6 @@ pub mod content;
 pub mod copy;
 #[doc(hidden)]
 pub mod fake;
-pub mod filling;
 pub mod id;
 pub mod journal;
 pub mod launch;

@@ -73,10 +73,7 @@ impl FileSystem {
         if !staged.is_dirty()? {
             return if staged.state().attributes_changed { self.publish_attributes_locked(staged) } else { Ok(()) };
         }
-        let result = {
-            let _pause = self.ahead.pause();
-            self.publish_now(staged, unfinished)
-        };
+        let result = self.publish_now(staged, unfinished);
         staged.state().failed = result.as_ref().err().map(|error| error.to_string());
         if let Err(error) = &result {
             let path = staged.state().target.path();

@@ -201,7 +201,6 @@ impl FileSystem {
         if write {
             // Others meet it from now on, with its writer.
             self.staging.claim(staged);
-            self.ahead.watch(staged.ino(), staged.file());
         }
         inode.state().opens += 1;
         Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
@@ -372,9 +371,6 @@ impl FileSystem {
             state.writers.swap_remove(at);
         }
         let last_writer = writer && state.writers.is_empty();
-        if last_writer {
-            self.ahead.unwatch(staged.ino());
-        }
         let detached = state.detached;
         state.settling = last_writer && !detached;
         drop(state);

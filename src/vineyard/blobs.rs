@@ -4,9 +4,8 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::filling::WritableFile;
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::memory::{Blob, Segment};
+use super::memory::{Blob, Segment, WritableFile};
 use crate::error::{Context, Result};
 
 /// Memory files that are kept mapped without any known blob in them. The store's pool is one file, to which its

@@ -1,6 +1,5 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
-mod ahead;
 mod delete;
 mod metadata;
 mod tree;
@@ -484,14 +483,6 @@ impl Store for Client {
         };
         let requests = ids.iter().filter(|&&id| id != ObjectId::EMPTY_BLOB).map(seal).collect::<Result<Vec<_>>>()?;
         self.tell(&requests, "seal_reply", |_| false)
-    }
-
-    fn prepare_memory(&self, bytes: u64, go_on: &dyn Fn() -> bool) -> Result<()> {
-        self.prepare_places(bytes, go_on)
-    }
-
-    fn can_prepare(&self) -> bool {
-        true
     }
 
     fn drop_blobs(&self, ids: &[ObjectId]) -> Result<()> {

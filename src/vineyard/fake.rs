@@ -13,9 +13,8 @@ use std::sync::{Arc, PoisonError};
 use serde_json::{Map, Value, json};
 
 use super::content::{self, BLOB_TYPE};
-use super::filling::WritableFile;
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::memory::{Blob, Segment};
+use super::memory::{Blob, Segment, WritableFile};
 use super::meta::Meta;
 use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
 use crate::error::{Error, Kind, Result};
@@ -185,7 +184,10 @@ impl FakeStore {
         if bytes.len() as u64 > blob.size {
             return Err(Error::new(Kind::Invalid, "more bytes than the blob has"));
         }
-        blob.write(0, bytes)
+        if let Some(file) = &blob.file {
+            file.write(blob.offset, bytes)?;
+        }
+        Ok(())
     }
 
     /// Creates one object, persists it and gives it a name.

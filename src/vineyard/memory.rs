@@ -4,12 +4,17 @@
 //! So bytes are *copied out* of a mapping, and a reader that needs to know whose bytes they were asks the store after
 //! the copy whether the blob still exists ([`super::BlobSource::verify`]).
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::id::BlobKey;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
+
+/// Writes below this size go through the descriptor.
+const MAPPED_WRITE: usize = 256 << 10;
+/// Bytes whose pages are mapped at a time: still in the processor's cache when they are filled after being cleared.
+const POPULATED: usize = 1 << 20;
 
 /// A read-only shared mapping of one memory file of the store. Unmapped when the last blob of it is dropped.
 #[derive(Debug)]
@@ -53,6 +58,114 @@ impl Segment {
 }
 
 impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: base and len are what mmap returned, and nobody else unmaps them.
+        let _ = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// A memory file of the store, for filling the blobs that this client has made in it.
+#[derive(Debug)]
+pub struct WritableFile {
+    file: OwnedFd,
+    mapping: OnceLock<Option<WritableMapping>>,
+}
+
+impl WritableFile {
+    /// Takes a descriptor that came from the store; it can write.
+    pub fn new(file: OwnedFd) -> Self {
+        WritableFile { file, mapping: OnceLock::new() }
+    }
+
+    /// Writes bytes at an offset of the file. The caller has made the blob there and has not sealed it.
+    ///
+    /// Large pieces are copied through a mapping that is kept: `write` calls of several threads would wait for each
+    /// other on the inode's lock. The pages are mapped by one call first, which is far cheaper than a fault for each,
+    /// and says if there is no memory for them, where a store would raise SIGBUS.
+    ///
+    /// # Errors
+    /// `Full` or the errno if there is no memory for it; `Malformed` past the end of files.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.len() < MAPPED_WRITE {
+            return self.pwrite(offset, bytes);
+        }
+        let mapping = self.mapping.get_or_init(|| WritableMapping::of(&self.file).ok());
+        for (number, part) in bytes.chunks(POPULATED).enumerate() {
+            let at = offset.saturating_add((number * POPULATED) as u64);
+            if !mapping.as_ref().is_some_and(|mapping| mapping.write(at, part)) {
+                self.pwrite(at, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pwrite(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let mut rest = bytes;
+        let mut at = offset;
+        while !rest.is_empty() {
+            let offset = i64::try_from(at).map_err(|_| Error::malformed("a blob past the end of files"))?;
+            match nix::sys::uio::pwrite(&self.file, rest, offset) {
+                Ok(0) => return Err(Error::new(Kind::Full, "the store's memory takes no more bytes")),
+                Ok(n) => {
+                    rest = &rest[n..];
+                    at += n as u64;
+                }
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context(|| format!("writing {} bytes of a blob", bytes.len())),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// All of a memory file, mapped for writing.
+#[derive(Debug)]
+struct WritableMapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: an address range that stays mapped until drop; it is only written, through raw copies into ranges that the
+// caller owns.
+unsafe impl Send for WritableMapping {}
+// SAFETY: as above.
+unsafe impl Sync for WritableMapping {}
+
+impl WritableMapping {
+    fn of(file: &OwnedFd) -> Result<WritableMapping> {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+        let size = nix::sys::stat::fstat(file).context(|| "stat of a memory segment".into())?.st_size;
+        let len = usize::try_from(size).unwrap_or_default();
+        let length = std::num::NonZeroUsize::new(len).ok_or_else(|| Error::malformed("empty segment"))?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address that the kernel chooses; the file is `len` bytes long.
+        let base = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) }
+            .context(|| format!("mapping {len} bytes of the store's memory"))?;
+        Ok(WritableMapping { base: base.cast(), len })
+    }
+
+    /// False if the range cannot be written this way.
+    fn write(&self, offset: u64, bytes: &[u8]) -> bool {
+        const PAGE: usize = 4096;
+        let Some(end) = usize::try_from(offset).ok().and_then(|at| at.checked_add(bytes.len())) else { return false };
+        if end > self.len {
+            return false;
+        }
+        let start = offset as usize;
+        let page = start & !(PAGE - 1);
+        // SAFETY: the pages lie in the mapping; populating them changes no data (`madvise(2)`, since Linux 5.14).
+        let mapped =
+            unsafe { libc::madvise(self.base.as_ptr().add(page).cast(), end - page, libc::MADV_POPULATE_WRITE) };
+        if mapped != 0 {
+            return false;
+        }
+        // SAFETY: the range lies in the mapping and its pages are there; `bytes` is other memory.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.as_ptr().add(start), bytes.len()) };
+        true
+    }
+}
+
+impl Drop for WritableMapping {
     fn drop(&mut self) {
         // SAFETY: base and len are what mmap returned, and nobody else unmaps them.
         let _ = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };

@@ -99,7 +99,7 @@ pub struct NewBlob {
     /// Size in bytes.
     pub size: u64,
     /// The memory file that holds it; `None` for size 0.
-    pub file: Option<std::sync::Arc<super::filling::WritableFile>>,
+    pub file: Option<std::sync::Arc<super::memory::WritableFile>>,
     /// Offset of the blob in `file`.
     pub offset: u64,
 }
@@ -115,9 +115,8 @@ impl NewBlob {
         }
         match &self.file {
             Some(file) => {
-                let blob = self.offset..self.offset.saturating_add(self.size);
-                file.write(blob.start.saturating_add(position), bytes, blob)
-                    .context(|| format!("writing blob {}", self.id))
+                let at = self.offset.saturating_add(position);
+                file.write(at, bytes).context(|| format!("writing blob {}", self.id))
             }
             None if bytes.is_empty() => Ok(()),
             None => Err(Error::malformed("a blob without memory")),
@@ -233,21 +232,6 @@ pub trait Store: BlobSource {
     /// # Errors
     /// `Full` if the store has no room.
     fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<NewBlob>>;
-
-    /// Gives memory to where the next blobs of so many bytes together will probably lie, as long as `go_on` holds, so
-    /// that filling them only copies. Takes nothing of the store; does nothing where that is short of room.
-    ///
-    /// # Errors
-    /// What the store answers.
-    fn prepare_memory(&self, bytes: u64, go_on: &dyn Fn() -> bool) -> Result<()> {
-        let _ = (bytes, go_on);
-        Ok(())
-    }
-
-    /// Whether [`Store::prepare_memory`] does anything.
-    fn can_prepare(&self) -> bool {
-        false
-    }
 
     /// Seals blobs (pipelined). Empty blobs are skipped.
     fn seal_blobs(&self, ids: &[ObjectId]) -> Result<()>;
