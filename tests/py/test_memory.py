@@ -191,7 +191,8 @@ def test_no_memory_is_answers_or_errors(store, folder, group, limited, make_moun
     (mount / "after.txt").write_text("after")
     assert (mount / "after.txt").read_text() == "after"
     (mount / "after.txt").unlink()
-    wait_until(lambda: store.usage() == usage, lambda: f"{store.usage()} bytes in the store, {usage} expected")
+    # What killed servers left may have filled the store for a moment: the bytes of a kept file may be given up then.
+    wait_until(lambda: store.usage() <= usage, lambda: f"{store.usage()} bytes in the store, {usage} expected")
     group.limit(before + 4096 * MIB)
     if what == "assembling":
         assert attempt() == 0, "with more memory it is there again"
