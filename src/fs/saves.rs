@@ -173,6 +173,22 @@ mod tests {
         made
     }
 
+    fn assert_nothing_hidden(store: &FakeStore) {
+        let names = store.names(&[NameQuery::Prefix { prefix: HIDDEN.into(), limit: None }]).unwrap().remove(0);
+        assert!(names.is_empty(), "{names:?}");
+    }
+
+    /// Two saves of `x` at the same time, the first of which ends before the second has put its value.
+    fn interleaved(store: &FakeStore, fs: &FileSystem) -> (ObjectId, ObjectId, Option<Saving>) {
+        let (a, b) = (object(store), object(store));
+        let first = fs.announce("x", a).unwrap();
+        let second = fs.announce("x", b).unwrap();
+        // Both have seen that there is no old value.
+        store.put_name("x", a).unwrap();
+        fs.settle_save("x", first);
+        (a, b, second)
+    }
+
     #[test]
     fn saves_at_the_same_time_leave_one_value_and_nothing_else() {
         let store = Arc::new(FakeStore::new(1 << 20));
@@ -196,29 +212,19 @@ mod tests {
     fn the_first_of_two_interleaved_saves_goes() {
         let store = Arc::new(FakeStore::new(1 << 20));
         let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
-        let (a, b) = (object(&store), object(&store));
-        let first = fs.announce("x", a).unwrap();
-        let second = fs.announce("x", b).unwrap();
-        // Both have seen that there is no old value.
-        store.put_name("x", a).unwrap();
-        fs.settle_save("x", first);
+        let (_, b, second) = interleaved(&store, &fs);
         assert_eq!(store.object_count(), 2, "the second may still fail");
         store.put_name("x", b).unwrap();
         fs.settle_save("x", second);
         assert_eq!((fs.object_of("x").unwrap(), store.object_count()), (Some(b), 1));
-        let names = store.names(&[NameQuery::Prefix { prefix: HIDDEN.into(), limit: None }]).unwrap().remove(0);
-        assert!(names.is_empty(), "{names:?}");
+        assert_nothing_hidden(&store);
     }
 
     #[test]
     fn what_was_renamed_before_the_other_save_ended_stays() {
         let store = Arc::new(FakeStore::new(1 << 20));
         let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
-        let (a, b) = (object(&store), object(&store));
-        let first = fs.announce("x", a).unwrap();
-        let second = fs.announce("x", b).unwrap();
-        store.put_name("x", a).unwrap();
-        fs.settle_save("x", first);
+        let (a, b, second) = interleaved(&store, &fs);
         // The mark of the first save waits for the second one.
         store.put_name("y", a).unwrap();
         store.drop_name("x").unwrap();
@@ -235,7 +241,6 @@ mod tests {
         fs.settle_save("z", third);
         assert_eq!((fs.object_of("z").unwrap(), fs.object_of("w").unwrap()), (Some(d), Some(c)));
         assert_eq!(store.object_count(), 4);
-        let names = store.names(&[NameQuery::Prefix { prefix: HIDDEN.into(), limit: None }]).unwrap().remove(0);
-        assert!(names.is_empty(), "{names:?}");
+        assert_nothing_hidden(&store);
     }
 }

@@ -5,6 +5,8 @@
 //! reused at once (lowest address first) without being cleared, and blob sizes are absent from metadata. In two
 //! points it is stricter, to catch mistakes: a member blob must exist and be sealed.
 
+mod state;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
 use std::path::PathBuf;
@@ -12,7 +14,8 @@ use std::sync::{Arc, PoisonError};
 
 use serde_json::{Map, Value, json};
 
-use super::content::{self, BLOB_TYPE};
+use self::state::{Place, State};
+use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::{Blob, Segment, WritableFile};
 use super::meta::Meta;
@@ -49,30 +52,6 @@ pub enum Op {
     ShallowCopy,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    offset: u64,
-    size: u64,
-    sealed: bool,
-}
-
-#[derive(Default)]
-struct State {
-    generation: u64,
-    next: u64,
-    clock_ms: u64,
-    blobs: HashMap<ObjectId, Place>,
-    /// Offset to end of the memory in use.
-    used: BTreeMap<u64, u64>,
-    /// Own keys of each object; members as `{"id", "typename"}`.
-    objects: HashMap<ObjectId, Map<String, Value>>,
-    names: BTreeMap<String, ObjectId>,
-    failures: HashMap<Op, (usize, Kind)>,
-    calls: HashMap<Op, u64>,
-    /// Steps until the caller is dead; none if it lives.
-    steps: Option<usize>,
-}
-
 /// See the [module](self).
 pub struct FakeStore {
     id: InstanceId,
@@ -81,17 +60,6 @@ pub struct FakeStore {
     file: Arc<WritableFile>,
     segment: Arc<Segment>,
     state: Mutex<State>,
-}
-
-impl State {
-    fn step(&mut self) -> bool {
-        match &mut self.steps {
-            Some(0) => return false,
-            Some(left) => *left -= 1,
-            None => {}
-        }
-        true
-    }
 }
 
 impl FakeStore {
@@ -248,88 +216,6 @@ impl FakeStore {
     fn mapped(&self, state: &State, key: BlobKey) -> Result<Blob> {
         let place = self.find(state, key)?;
         Blob::new(key, self.segment.clone(), place.offset, place.size)
-    }
-}
-
-impl State {
-    fn allocate(&mut self, size: u64, end: u64) -> Option<u64> {
-        let mut start = 0u64;
-        for (&offset, &stop) in &self.used {
-            if offset >= start + size {
-                break;
-            }
-            start = stop.next_multiple_of(ALIGN);
-        }
-        if start + size > end {
-            return None;
-        }
-        self.used.insert(start, start + size);
-        Some(start)
-    }
-
-    fn free(&mut self, id: ObjectId) {
-        if let Some(place) = self.blobs.remove(&id) {
-            self.used.remove(&place.offset);
-        }
-    }
-
-    fn usage(&self) -> u64 {
-        self.blobs.values().map(|p| p.size).sum()
-    }
-
-    fn fresh(&mut self) -> u64 {
-        self.next += 1;
-        self.next
-    }
-
-    fn members_of(&self, id: ObjectId) -> Vec<ObjectId> {
-        self.objects.get(&id).map(|c| content::members(c).filter_map(|(_, id)| id).collect()).unwrap_or_default()
-    }
-
-    fn has_parent(&self, id: ObjectId) -> bool {
-        self.objects.values().any(|c| content::members(c).any(|(_, member)| member == Some(id)))
-    }
-
-    fn delete(&mut self, id: ObjectId) {
-        if self.has_parent(id) {
-            return;
-        }
-        let members = self.members_of(id);
-        self.objects.remove(&id);
-        self.free(id);
-        members.into_iter().for_each(|member| self.delete(member));
-    }
-
-    fn delete_with_owners(&mut self, id: ObjectId) {
-        let owns = |content: &Map<String, Value>| content::members(content).any(|(_, member)| member == Some(id));
-        while let Some(owner) = self.objects.iter().find(|(_, c)| owns(c)).map(|(owner, _)| *owner) {
-            self.delete_with_owners(owner);
-        }
-        self.delete(id);
-    }
-
-    fn expand(&self, id: ObjectId, instance: InstanceId) -> Option<Value> {
-        if id.is_blob() {
-            let size = match self.blobs.get(&id) {
-                Some(place) if place.sealed => place.size,
-                _ if id == ObjectId::EMPTY_BLOB => 0,
-                _ => return None,
-            };
-            return Some(json!({"id": id.to_string(), "instance_id": instance.0, "length": size, "nbytes": size,
-                "transient": true, "typename": BLOB_TYPE}));
-        }
-        let mut tree = self.objects.get(&id)?.clone();
-        for value in tree.values_mut() {
-            let Some(member) = value.as_object().and_then(|m| m.get("id")).and_then(Value::as_str) else { continue };
-            let member: ObjectId = member.parse().ok()?;
-            *value = if member.is_blob() {
-                json!({"id": member.to_string(), "instance_id": instance.0, "length": 0, "nbytes": 0,
-                    "transient": true, "typename": BLOB_TYPE})
-            } else {
-                self.expand(member, instance)?
-            };
-        }
-        Some(Value::Object(tree))
     }
 }
 
@@ -560,7 +446,7 @@ mod tests {
     use super::*;
 
     fn blob_member(key: BlobKey) -> Value {
-        json!({"id": key.id.to_string(), "typename": BLOB_TYPE})
+        json!({"id": key.id.to_string(), "typename": content::BLOB_TYPE})
     }
 
     #[test]

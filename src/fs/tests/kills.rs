@@ -238,3 +238,15 @@ fn a_replaced_file_that_is_still_open_is_not_at_its_path_for_the_next_server() {
     let bed = next_server(bed, 21);
     assert_eq!(bed.list(""), Vec::<String>::new());
 }
+
+#[test]
+fn a_name_that_a_renamed_directory_had_makes_another_directory() {
+    let bed = bed();
+    mkdir(&bed, "d", 0o755);
+    rename(&bed, "d", "f", 0, ME).unwrap();
+    bed.fs.rmdir(ROOT, OsStr::new("f"), ME).unwrap();
+    // The kernel still knows the number of what is gone.
+    mkdir(&bed, "d", 0o755);
+    bed.save("d/a.bin", &table_file(&[0])).unwrap();
+    assert_eq!((bed.list(""), bed.list("d")), (vec!["d".to_owned()], vec!["a.bin".to_owned()]));
+}
