@@ -8,7 +8,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::FileSystem;
-use super::cache::{Assembled, MemoryFile};
+use super::cache::Assembled;
+use super::host::MemoryFile;
 use super::resolve::Target;
 use super::staging::{Place, Staged, Stamp};
 use crate::dataset::FileAttributes;

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::host::{Area, Host, HostFile};
+use super::host::{Area, Host, MemoryFile};
 use super::spare::Spare;
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Image, View};
@@ -15,52 +15,6 @@ use crate::vineyard::{BlobSource, ObjectId};
 
 /// Most images: each costs two descriptors.
 const MOST_IMAGES: usize = 4096;
-
-/// A memory file of the host's. Dropping it gives it back.
-pub struct MemoryFile {
-    file: HostFile,
-    area: Area,
-    host: Arc<dyn Host>,
-}
-
-impl MemoryFile {
-    /// Makes a memory file; `size` is its final size, 0 if that is not known.
-    ///
-    /// # Errors
-    /// `Full` if the area has no room.
-    pub fn create(host: &Arc<dyn Host>, area: Area, size: u64) -> Result<Self> {
-        Ok(MemoryFile { file: host.create_file(area, size)?, area, host: host.clone() })
-    }
-
-    /// A memory file that the host has kept for a former server.
-    pub fn adopt(host: &Arc<dyn Host>, area: Area, file: HostFile) -> Self {
-        MemoryFile { file, area, host: host.clone() }
-    }
-
-    /// Leaves a note for the next server.
-    pub fn tag(&self, text: &str) {
-        self.host.tag_file(self.file.key, text);
-    }
-}
-
-impl std::ops::Deref for MemoryFile {
-    type Target = HostFile;
-    fn deref(&self) -> &HostFile {
-        &self.file
-    }
-}
-
-impl Drop for MemoryFile {
-    fn drop(&mut self) {
-        self.host.release_file(self.file.key);
-    }
-}
-
-impl std::fmt::Debug for MemoryFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "MemoryFile({:?} {})", self.area, self.file.key)
-    }
-}
 
 /// An image in a memory file.
 #[derive(Debug)]
@@ -252,7 +206,7 @@ impl ImageCache {
         let file = Arc::new(self.spare.file(&self.host, image.size())?);
         let assembled = Assembled { file, size: image.size() };
         let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(1, 4));
-        image::assemble(image, source, &assembled.file.file.file, threads)?;
+        image::assemble(image, source, &assembled.file.file, threads)?;
         // Only now is it sure that what was copied was this object's.
         source.verify(&blobs)?;
         Ok(assembled)
@@ -346,7 +300,7 @@ impl ImageCache {
             .slots
             .iter()
             .filter_map(|(key, slot)| match slot {
-                Slot::Ready { image, used } if image.file.area == Area::Staging => Some((*used, *key, image.size())),
+                Slot::Ready { image, used } if image.file.area() == Area::Staging => Some((*used, *key, image.size())),
                 _ => None,
             })
             .collect();

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::host::Host;
-use super::moves::is_inside;
+use super::name::is_inside;
 use super::{Attr, Caller, SetAttr};
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::Result;

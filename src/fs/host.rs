@@ -89,3 +89,54 @@ pub trait Host: Send + Sync {
     /// Tells the kernel to drop what it has cached of an inode (data, attributes, listing). Returns at once.
     fn invalidate_inode(&self, ino: u64);
 }
+
+/// A memory file of the host's. Dropping it gives it back.
+pub struct MemoryFile {
+    file: HostFile,
+    area: Area,
+    host: Arc<dyn Host>,
+}
+
+impl MemoryFile {
+    /// Makes a memory file; `size` is its final size, 0 if that is not known.
+    ///
+    /// # Errors
+    /// `Full` if the area has no room.
+    pub fn create(host: &Arc<dyn Host>, area: Area, size: u64) -> Result<Self> {
+        Ok(MemoryFile { file: host.create_file(area, size)?, area, host: host.clone() })
+    }
+
+    /// A memory file that the host has kept for a former server.
+    pub fn adopt(host: &Arc<dyn Host>, area: Area, file: HostFile) -> Self {
+        MemoryFile { file, area, host: host.clone() }
+    }
+
+    /// What it is for.
+    pub fn area(&self) -> Area {
+        self.area
+    }
+
+    /// Leaves a note for the next server.
+    pub fn tag(&self, text: &str) {
+        self.host.tag_file(self.file.key, text);
+    }
+}
+
+impl std::ops::Deref for MemoryFile {
+    type Target = HostFile;
+    fn deref(&self) -> &HostFile {
+        &self.file
+    }
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        self.host.release_file(self.file.key);
+    }
+}
+
+impl std::fmt::Debug for MemoryFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MemoryFile({:?} {})", self.area, self.file.key)
+    }
+}

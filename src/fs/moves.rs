@@ -10,14 +10,14 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
-use super::cache::MemoryFile;
 use super::folders::Folder;
-use super::host::Area;
+use super::host::{Area, MemoryFile};
 use super::resolve::Target;
 use super::{Caller, FileSystem};
 use crate::error::{Error, Kind, Result};
 use crate::sync::MutexGuard;
 use crate::vineyard::ObjectId;
+use crate::vineyard::store::NamedObject;
 
 /// What the host's texts of finished moves begin with.
 const DONE: &str = "moved:";
@@ -46,11 +46,6 @@ pub(super) struct Moves {
     done: VecDeque<u64>,
     /// What a former server began and this one could not finish yet, with the files that say so.
     unfinished: Vec<(Move, MemoryFile)>,
-}
-
-/// Whether a name is a directory's or lies below it.
-pub(super) fn is_inside(name: &str, directory: &str) -> bool {
-    name.strip_prefix(directory).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 impl FileSystem {
@@ -98,10 +93,9 @@ impl FileSystem {
         for (from, to) in trees {
             plan.trees.push(((*from).to_owned(), (*to).to_owned()));
             let moved = |name: &str| format!("{to}{}", name.get(from.len()..).unwrap_or_default());
-            for (name, object) in self.names_below(&format!("{from}/"))? {
-                plan.names.push((name.clone(), moved(&name), object.0));
-            }
-            directories.extend(self.tree(from)?.into_iter().map(|name| (moved(&name), name)));
+            let names = self.names_below(&format!("{from}/"))?;
+            directories.extend(self.tree(from, &names).into_iter().map(|name| (moved(&name), name)));
+            plan.names.extend(names.into_iter().map(|(name, object)| (name.clone(), moved(&name), object.0)));
         }
         plan.folders = self.folders.plan_moves(trees);
         // The kernel keeps the numbers when it renames. It may know those of a former server, too.
@@ -110,19 +104,18 @@ impl FileSystem {
         Ok(plan)
     }
 
-    /// The names of a directory and of all below it, whether names lie under them or not.
-    fn tree(&self, top: &str) -> Result<BTreeSet<String>> {
+    /// A directory and all below it, whether objects' names lie under them or not. `names` are all of those.
+    fn tree(&self, top: &str, names: &[NamedObject]) -> BTreeSet<String> {
         let prefix = format!("{top}/");
         let mut tree = BTreeSet::from([top.to_owned()]);
-        let names = self.names_below(&prefix)?.into_iter();
-        let names = names.filter_map(|(name, _)| Some(name.rsplit_once('/')?.0.to_owned()));
+        let names = names.iter().filter_map(|(name, _)| Some(name.rsplit_once('/')?.0.to_owned()));
         let staged = self.staging.directories().into_iter().filter(|directory| directory.starts_with(&prefix));
         for directory in names.chain(staged).chain(self.folders.below(&prefix)) {
             let parts = directory.match_indices('/').map(|(at, _)| at).filter(|at| *at > top.len());
             tree.extend(parts.map(|at| directory.get(..at).unwrap_or_default().to_owned()));
             tree.insert(directory);
         }
-        Ok(tree)
+        tree
     }
 
     fn carry_out(&self, plan: &Move) -> Result<()> {

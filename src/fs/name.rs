@@ -143,6 +143,11 @@ impl BuildHasher for Identity {
     }
 }
 
+/// Whether a name is a directory's or lies below it.
+pub fn is_inside(name: &str, directory: &str) -> bool {
+    name.strip_prefix(directory).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,8 +8,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cache::MemoryFile;
-use super::host::{Area, Host};
+use super::host::{Area, Host, MemoryFile};
 use crate::error::{Error, Kind, Result};
 use crate::image;
 use crate::sync::{Mutex, MutexGuard};

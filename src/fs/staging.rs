@@ -15,8 +15,9 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 mod redirects;
 
 use self::redirects::Redirect;
-use super::cache::MemoryFile;
+use super::host::MemoryFile;
 use super::inode::STAGED;
+use super::name::is_inside;
 use super::resolve::Target;
 use super::{Attr, FileKind, Options};
 use crate::dataset::FileAttributes;
@@ -338,11 +339,10 @@ pub struct StagingStatus {
 }
 
 /// Where a staged file is found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Place {
     /// At its path.
-    #[default]
     Path,
     /// By its number only; it may still be published.
     Displaced,
@@ -530,8 +530,7 @@ impl Staging {
 
     /// Staged files anywhere below a directory.
     pub(super) fn tree(&self, directory: &str) -> Vec<Arc<Staged>> {
-        let inside = |name: &str| name == directory || name.starts_with(&format!("{directory}/"));
-        self.by_path().values().filter(|s| inside(&s.state().target.directory)).cloned().collect()
+        self.by_path().values().filter(|s| is_inside(&s.state().target.directory, directory)).cloned().collect()
     }
 
     /// Whether a staged file stands for the published dataset of this name in a listing.

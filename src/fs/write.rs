@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::attributes::apply;
-use super::cache::{Assembled, MemoryFile};
-use super::host::Area;
+use super::cache::Assembled;
+use super::host::{Area, MemoryFile};
 use super::inode::{Inode, Node, ViewNode};
 use super::open::wants_write;
 use super::publish::Unfinished;

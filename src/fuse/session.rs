@@ -39,7 +39,7 @@ const STORE_PATIENCE: Duration = Duration::from_millis(500);
 /// How often what nobody came for is let go of.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 /// How often it is looked whether memory should be made ready for the next image.
-const SPARE: Duration = Duration::from_millis(250);
+const SPARE: Duration = Duration::from_secs(1);
 
 /// Descriptors that a server inherits, by number.
 #[derive(Clone, Copy, Debug)]

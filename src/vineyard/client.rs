@@ -5,8 +5,6 @@ mod metadata;
 mod tree;
 mod unanswered;
 
-pub use self::tree::{Member, Tree};
-
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -528,9 +526,9 @@ impl Store for Client {
         &self,
         blobs: &[ObjectId],
         objects: Vec<NewObject>,
-        meanwhile: &mut dyn FnMut() -> Result<()>,
+        fill: &mut dyn FnMut() -> Result<()>,
     ) -> Result<ObjectId> {
-        self.make_tree(blobs, objects, meanwhile)
+        self.make_tree(blobs, objects, fill)
     }
 
     fn persist(&self, id: ObjectId) -> Result<()> {

@@ -169,7 +169,7 @@ impl Connection {
         count: usize,
         mut each: impl FnMut(&mut Connection, usize, &[u8]) -> std::result::Result<(), Broken>,
     ) -> std::result::Result<(), Broken> {
-        let mut sent = self.channel.send_until_reply(frames, self.deadline)?;
+        let mut sent = 0;
         let mut buffer = std::mem::take(&mut self.buffer);
         for index in 0..count {
             if let Some(rest) = frames.get(sent..).filter(|rest| !rest.is_empty()) {

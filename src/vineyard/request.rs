@@ -11,8 +11,8 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use super::client::Member;
 use super::id::ObjectId;
+use super::tree::Member;
 use crate::error::{Error, Result};
 
 /// A request, with the `type` that it is sent as.

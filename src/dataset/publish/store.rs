@@ -163,8 +163,7 @@ impl Made<'_> {
         Ok(blobs)
     }
 
-    /// Creates all blobs and all objects of a plan; the store makes the objects while the blobs are filled. Returns the
-    /// root.
+    /// Creates and fills all blobs of a plan, and creates all its objects with one request. Returns the root.
     fn tree(&self, plan: &Plan, staged: &Staged<'_>) -> Result<ObjectId> {
         let blobs = self.create(&plan.blobs)?;
         let ids: Vec<ObjectId> = blobs.iter().map(|blob| blob.id).collect();

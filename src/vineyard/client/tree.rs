@@ -1,23 +1,11 @@
-//! A tree of objects in one request.
-//!
-//! A member of a new object may be given with all its metadata instead of by its id alone; vineyardd then makes it as well
-//! if it does not exist (`diff_data_meta_tree` and `generate_put_ops`, `src/server/util/meta_tree.cc` of v6d 0.24), all
-//! members and the root in one step, or nothing. Its id and signature are the client's to choose. They must be unique, so
-//! they are numbers that this vineyardd has given out for something else: each blob has one, and no object or signature
-//! ever gets that ([`ObjectId::object_beside`]); and what it made a signature is no object's id, nor the other way round.
-
-use std::cell::RefCell;
-
-use serde::ser::{Serialize, SerializeMap, Serializer};
-use serde_json::Value;
+//! Making trees of objects: the ids of their members, and the request ([`super::super::tree`]).
 
 use super::{Client, Repeat};
 use crate::error::{Context, Error, Kind, Result};
-use crate::vineyard::content;
 use crate::vineyard::id::{InstanceId, ObjectId};
-use crate::vineyard::journal::now_ms;
 use crate::vineyard::request::{CreateDataReply, Request};
 use crate::vineyard::store::{NewObject, Store};
+use crate::vineyard::tree::{Number, Tree};
 use crate::vineyard::wire::{Broken, parse, push_frame};
 
 /// Unused numbers that are kept.
@@ -28,65 +16,6 @@ const SPARE: usize = 1024;
 pub(super) struct Numbers {
     generation: u64,
     spare: Vec<Number>,
-}
-
-/// What a new object may be called.
-#[derive(Clone, Copy, Debug)]
-struct Number {
-    /// No object has this id.
-    id: ObjectId,
-    /// Nor this signature.
-    signature: u64,
-}
-
-impl Number {
-    fn beside(blob: ObjectId, instance: InstanceId) -> Number {
-        let id = blob.object_beside(instance);
-        Number { id, signature: id.0 }
-    }
-}
-
-/// A tree of objects that is about to be made.
-#[derive(Debug)]
-pub struct Tree {
-    objects: Vec<NewObject>,
-    /// Of all but the root.
-    numbers: Vec<Number>,
-    now_ms: u64,
-    /// Objects that were written whole. A member of several objects is written once.
-    written: RefCell<Vec<bool>>,
-}
-
-/// An object of a tree with its members inside.
-#[derive(Clone, Copy, Debug)]
-pub struct Member<'a> {
-    tree: &'a Tree,
-    index: usize,
-}
-
-impl Serialize for Member<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let Member { tree, index } = *self;
-        let missing = || serde::ser::Error::custom("a member that is not in the tree");
-        let object = tree.objects.get(index).ok_or_else(missing)?;
-        let known = tree.written.borrow_mut().get_mut(index).is_some_and(|written| std::mem::replace(written, true));
-        let mut map = serializer.serialize_map(None)?;
-        if let Some(Number { id, signature }) = tree.numbers.get(index) {
-            map.serialize_entry("id", &id.to_string())?;
-            map.serialize_entry("signature", signature)?;
-            map.serialize_entry("__timestamp", &tree.now_ms)?;
-        }
-        for (key, value) in &object.content {
-            // What links to an object are made of must be there each time.
-            if !known || matches!(key.as_str(), "typename" | "instance_id" | "transient") {
-                map.serialize_entry(key, value)?;
-            }
-        }
-        for (key, index) in object.members.iter().filter(|_| !known) {
-            map.serialize_entry(key, &Member { tree, index: *index })?;
-        }
-        map.end()
-    }
 }
 
 impl Client {
@@ -101,9 +30,9 @@ impl Client {
             objects.len().checked_sub(1).ok_or_else(|| Error::new(Kind::Internal, "a tree without objects"))?;
         let instance = self.instance()?;
         let numbers = self.numbers(instance.generation, instance.id, members, blobs)?;
-        let tree = checked(objects, numbers, instance.id)?;
+        let tree = Tree::new(objects, numbers, instance.id)?;
         // The journal takes the last one as made just now, and spare numbers, which come last, may be old.
-        self.note(tree.numbers.iter().rev().map(|number| number.id));
+        self.note(tree.ids().rev());
         fill()?;
         // In this order no object ever has a blob that is not sealed: other clients' listings fail on one, and vineyardd
         // does not free it with its object.
@@ -113,7 +42,7 @@ impl Client {
             push_frame(&mut frames, &Request::Seal { object_id: blob.0 })?;
         }
         let seals = sealed().count();
-        push_frame(&mut frames, &Request::CreateData { content: Member { tree: &tree, index: members } })?;
+        push_frame(&mut frames, &Request::CreateData { content: tree.root() })?;
         let created = self.run(Repeat::UnlessSent, |connection| {
             if connection.generation != instance.generation {
                 return Ok(Err(Error::stale("vineyardd was restarted while a dataset was stored")));
@@ -190,26 +119,4 @@ impl Client {
         let room = SPARE.saturating_sub(kept.spare.len());
         kept.spare.extend(numbers.into_iter().take(room));
     }
-}
-
-/// Checks and completes all objects.
-fn checked(mut objects: Vec<NewObject>, numbers: Vec<Number>, instance: InstanceId) -> Result<Tree> {
-    for (index, object) in objects.iter_mut().enumerate() {
-        content::complete_in_place(&mut object.content, instance)?;
-        for (key, member) in &object.members {
-            content::check_key(key)?;
-            if *member >= index || object.content.contains_key(key) {
-                return Err(Error::new(Kind::Internal, format!("the member {key:.80?} is not before its object")));
-            }
-        }
-        // A member's own are chosen here.
-        if ["id", "signature", "__timestamp"].iter().any(|key| object.content.contains_key(*key)) {
-            return Err(Error::new(Kind::Invalid, "a new object that brings its own id"));
-        }
-    }
-    if let Some(root) = objects.last_mut() {
-        root.content.entry("global").or_insert(Value::Bool(false));
-    }
-    let written = RefCell::new(vec![false; objects.len()]);
-    Ok(Tree { objects, numbers, now_ms: now_ms(), written })
 }

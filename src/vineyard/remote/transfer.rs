@@ -197,7 +197,7 @@ impl Transfer {
     ) -> Option<Result<u64, E>> {
         let file = {
             let state = self.state();
-            state.file.clone().filter(|_| state.done == position && most <= self.len - position)?
+            state.file.clone().filter(|_| state.done == position && most <= self.len.saturating_sub(position))?
         };
         let offset = self.place + position;
         let most = most.min(HUGE_PAGE - offset % HUGE_PAGE);
