@@ -9,6 +9,7 @@
 
 mod adopt;
 mod attributes;
+mod buffer;
 pub mod cache;
 pub mod copies;
 mod deferred;
@@ -27,6 +28,7 @@ mod publish;
 mod reclaim;
 mod rename;
 mod resolve;
+mod retry;
 mod room;
 mod saves;
 mod spare;
@@ -205,6 +207,7 @@ pub struct FileSystem {
     next_handle: AtomicU64,
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
+    retries: retry::Retries,
     folders: folders::Folders,
     moves: Mutex<moves::Moves>,
     /// Objects that open handles read from the blobs, with the number of handles.
@@ -258,6 +261,7 @@ impl FileSystem {
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
+            retries: retry::Retries::default(),
             folders: folders::Folders::new(host.clone()),
             moves: Mutex::default(),
             lazy_opens: Mutex::default(),

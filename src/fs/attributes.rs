@@ -101,11 +101,20 @@ impl FileSystem {
     /// `ReadOnly`; `IsDirectory` for the size of one; what the store answers.
     pub fn setattr(&self, ino: u64, fh: Option<u64>, change: SetAttr, caller: Caller) -> Result<(Attr, Duration)> {
         self.writable()?;
+        let changed = self.change_attributes(ino, change, caller);
+        if change.size.is_some() && fh.is_none() {
+            self.note_try(ino, libc::O_WRONLY, caller, &changed);
+        }
+        changed?;
+        self.getattr(ino, fh)
+    }
+
+    fn change_attributes(&self, ino: u64, change: SetAttr, caller: Caller) -> Result<()> {
         let inode = self.inode(ino)?;
         match &inode.node {
             Node::Directory { name } if change.size.is_none() => self.folders.change(name, change),
             Node::Directory { .. } => return Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Node::Staged(staged) => self.setattr_staged(staged, change)?,
+            Node::Staged(staged) => self.setattr_staged(staged, change, caller)?,
             Node::View(view) if change.size.is_some() => self.truncate_view(view, &inode, change, caller)?,
             Node::View(view) => {
                 let mut attributes = view.summary.attributes.as_deref().cloned().unwrap_or_default();
@@ -113,7 +122,7 @@ impl FileSystem {
                 self.store_attributes(&inode, view, attributes)?;
             }
         }
-        self.getattr(ino, fh)
+        Ok(())
     }
 
     /// Value of an extended attribute.

@@ -310,7 +310,7 @@ impl FileSystem {
             let ino = name::stable_hash(&[target.path().as_bytes()]).max(ROOT + 1);
             return DirEntry { next, name: component.into(), ino, kind, entry: None };
         };
-        let (ino, node) = self.node_of(&target, found);
+        let (ino, node) = self.node_of(found);
         let entry = if plus { self.known_entry(ino, node) } else { None };
         DirEntry { next, name: component.into(), ino, kind, entry }
     }

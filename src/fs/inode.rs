@@ -105,8 +105,9 @@ pub struct Inodes {
     table: Mutex<HashMap<u64, Arc<Inode>, Identity>>,
     /// Numbers of directories that were renamed, and of those made anew under a name that one had before.
     directories: Mutex<HashMap<String, u64>>,
-    next_directory: std::sync::atomic::AtomicU64,
-    /// Views whose object was replaced by an equal one with other attributes keep their number.
+    next_number: std::sync::atomic::AtomicU64,
+    /// Numbers of views that were renamed, or whose object was replaced by an equal one with other attributes, by what
+    /// their numbers would be.
     kept: Mutex<HashMap<u64, u64, Identity>>,
 }
 
@@ -117,7 +118,7 @@ impl Inodes {
         let inodes = Inodes {
             table: Mutex::default(),
             directories: Mutex::default(),
-            next_directory: std::sync::atomic::AtomicU64::new((STAGED | STAGED >> 1) + start),
+            next_number: std::sync::atomic::AtomicU64::new((STAGED | STAGED >> 1) + start),
             kept: Mutex::default(),
         };
         let root = Inode { ino: ROOT, node: Node::Directory { name: root_name }, state: Mutex::default() };
@@ -143,7 +144,7 @@ impl Inodes {
     pub fn plan_directories(&self, moves: &[(String, String)]) -> Vec<(String, u64)> {
         let mut numbers: HashMap<String, u64> = HashMap::new();
         for (_, old) in moves {
-            let number = self.next_directory.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let number = self.next_number.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             numbers.insert(old.clone(), number);
         }
         numbers.extend(moves.iter().map(|(new, old)| (new.clone(), self.directory(old))));
@@ -187,7 +188,7 @@ impl Inodes {
     /// Takes over the numbers of renamed directories from a former server.
     pub fn adopt_directories(&self, numbers: Vec<(String, u64)>) {
         let last = numbers.iter().map(|(_, number)| *number).max().unwrap_or(0);
-        self.next_directory.fetch_max(last + 1, std::sync::atomic::Ordering::Relaxed);
+        self.next_number.fetch_max(last + 1, std::sync::atomic::Ordering::Relaxed);
         self.directories().extend(numbers);
     }
 
@@ -203,18 +204,44 @@ impl Inodes {
 
     /// Number of a view: of the path (directory's name and file name), the object and the format.
     pub fn view_number(&self, path: &str, object: ObjectId, view: View) -> u64 {
-        let hash = name::stable_hash(&[b"view", path.as_bytes(), &object.0.to_le_bytes(), &[view as u8]]);
-        let number = (hash & COMPUTED).max(ROOT + 1);
+        let number = Self::computed(path, object, view);
         let kept = self.kept.lock().unwrap_or_else(|e| e.into_inner());
         kept.get(&number).copied().unwrap_or(number)
     }
 
-    /// Lets the number that `view_number` computes for a new object stand for an inode that exists already.
+    fn computed(path: &str, object: ObjectId, view: View) -> u64 {
+        let hash = name::stable_hash(&[b"view", path.as_bytes(), &object.0.to_le_bytes(), &[view as u8]]);
+        (hash & COMPUTED).max(ROOT + 1)
+    }
+
+    /// Lets a path, an object and a format stand for an inode that has another number.
     pub fn keep_number(&self, path: &str, object: ObjectId, view: View, ino: u64) {
-        let number = self.view_number(path, object, view);
-        if number != ino {
-            self.kept.lock().unwrap_or_else(|e| e.into_inner()).insert(number, ino);
+        let number = Self::computed(path, object, view);
+        let mut kept = self.kept.lock().unwrap_or_else(|e| e.into_inner());
+        if number == ino {
+            kept.remove(&number)
+        } else {
+            kept.insert(number, ino)
+        };
+    }
+
+    /// Number of the inode that shows a node. An inode that was renamed took its number along: the same object under
+    /// the old path again is another inode.
+    pub fn number_of(&self, node: &ViewNode) -> u64 {
+        let path = name::join(&node.directory, &node.component);
+        let number = self.view_number(&path, node.object, node.view);
+        let moved = |inode: &Inode| match &inode.node {
+            Node::View(view) => {
+                (&view.component, &view.directory, &view.name) != (&node.component, &node.directory, &node.name)
+            }
+            _ => false,
+        };
+        if !self.get(number).is_some_and(|inode| moved(&inode)) {
+            return number;
         }
+        let fresh = self.next_number.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.keep_number(&path, node.object, node.view, fresh);
+        fresh
     }
 
     /// The inode of a number.

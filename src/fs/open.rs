@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::buffer::Buffer;
 use super::copies::is_lost;
 use super::inode::{Inode, Mode, Node, ViewNode};
 use super::objects::Loaded;
@@ -50,7 +51,7 @@ pub(super) fn wants_write(flags: i32) -> bool {
 #[derive(Debug)]
 pub enum FileBytes {
     /// A copy.
-    Copied(Vec<u8>),
+    Copied(Buffer),
     /// The memory in which they came from another instance.
     Arrived(Arrived),
 }
@@ -74,6 +75,12 @@ impl FileSystem {
     /// `ReadOnly` for a write to a read-only mount, `IsDirectory`, and why the object cannot be shown.
     pub fn open(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
         self.follow_store()?;
+        let opened = self.open_found(ino, flags, caller);
+        self.note_try(ino, flags, caller, &opened);
+        opened
+    }
+
+    fn open_found(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
         let inode = self.inode(ino)?;
         if wants_write(flags) {
             self.writable()?;
@@ -212,9 +219,8 @@ impl FileSystem {
         };
         let end = offset.saturating_add(u64::from(size)).min(image_size);
         if offset >= end {
-            return Ok(FileBytes::Copied(Vec::new()));
+            return Ok(FileBytes::Copied(Buffer::new(0)));
         }
-        let buffer = || vec![0; (end - offset) as usize];
         let out = match &mode {
             Mode::Lazy { image, loaded } => match self.read_lazily(&inode, loaded, image, offset..end) {
                 Err(error) if loaded.is_remote() && is_lost(&error) => {
@@ -223,10 +229,14 @@ impl FileSystem {
                 }
                 other => other?,
             },
-            Mode::Copied(bytes) => FileBytes::Copied(bytes[offset as usize..end as usize].to_vec()),
+            Mode::Copied(bytes) => {
+                let mut out = Buffer::new((end - offset) as usize);
+                out.copy_from_slice(&bytes[offset as usize..end as usize]);
+                FileBytes::Copied(out)
+            }
             Mode::Assembled(assembled) => {
                 use std::os::unix::fs::FileExt;
-                let mut out = buffer();
+                let mut out = Buffer::new((end - offset) as usize);
                 assembled.file().file.read_exact_at(&mut out, offset)?;
                 FileBytes::Copied(out)
             }
@@ -250,7 +260,7 @@ impl FileSystem {
         let out = match arrived {
             Some(arrived) => FileBytes::Arrived(arrived),
             None => {
-                let mut out = vec![0; (range.end - range.start) as usize];
+                let mut out = Buffer::new((range.end - range.start) as usize);
                 image.read(&*self.store, range.start, &mut out)?;
                 FileBytes::Copied(out)
             }

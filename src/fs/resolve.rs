@@ -225,7 +225,7 @@ impl FileSystem {
         let target = Target::new(&directory, name::component(name)?);
         self.end_old_redirects();
         self.note_look(&directory);
-        let mut found = self.resolve(&target, caller.pid)?;
+        let mut found = self.resolve_for(&target, caller)?;
         for _ in 0..HOLD_ATTEMPTS {
             match &found {
                 Some(Found::View(view)) if !self.hold_for_open(&target.path(), view, caller.pid)? => {
@@ -270,17 +270,17 @@ impl FileSystem {
 
     /// Makes the inode of what was found, counts a lookup, and describes it.
     pub(super) fn enter(&self, target: &Target, found: Found) -> Result<Entry> {
-        let (ino, node) = self.node_of(target, found);
+        let (ino, node) = self.node_of(found);
         tracing::trace!(name = target.component, ino, "found");
         let inode = self.inodes.look_up(ino, || node);
         self.entry(&inode)
     }
 
-    pub(super) fn node_of(&self, target: &Target, found: Found) -> (u64, Node) {
+    pub(super) fn node_of(&self, found: Found) -> (u64, Node) {
         match found {
             Found::Directory { name } if name == self.options.prefix => (super::ROOT, Node::Directory { name }),
             Found::Directory { name } => (self.inodes.directory(&name), Node::Directory { name }),
-            Found::View(view) => (self.inodes.view_number(&target.path(), view.object, view.view), Node::View(view)),
+            Found::View(view) => (self.inodes.number_of(&view), Node::View(view)),
             Found::Staged(staged) => (staged.ino(), Node::Staged(staged)),
         }
     }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 mod redirects;
 
 use self::redirects::Redirect;
+use super::buffer::Buffer;
 use super::host::MemoryFile;
 use super::inode::STAGED;
 use super::name::is_inside;
@@ -28,7 +29,7 @@ use crate::vineyard::store::{NameQuery, NamedObject};
 use crate::vineyard::{ObjectId, Store};
 
 /// How long a reader that was sent back to the published version may take to look the name up again.
-const REDIRECT: Duration = Duration::from_secs(2);
+pub(super) const REDIRECT: Duration = Duration::from_secs(2);
 /// Most files that stay here after they were published.
 const MOST_FILES: usize = 4096;
 /// The coarsest clock tick that file times may have: a change within it may not show.
@@ -273,8 +274,8 @@ impl Staged {
         })
     }
 
-    pub(super) fn read(&self, offset: u64, size: u32) -> Result<Vec<u8>> {
-        let mut out = vec![0; size as usize];
+    pub(super) fn read(&self, offset: u64, size: u32) -> Result<Buffer> {
+        let mut out = Buffer::new(size as usize);
         let mut filled = 0;
         while filled < out.len() {
             match self.file.file.read_at(&mut out[filled..], offset + filled as u64)? {

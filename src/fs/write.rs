@@ -45,7 +45,7 @@ impl FileSystem {
             Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
             // Somebody was faster, or the kernel asks a second time.
             Some(Found::Staged(staged)) if flags & libc::O_EXCL == 0 || caller.resent => {
-                let (ino, node) = self.node_of(&target, Found::Staged(staged.clone()));
+                let (ino, node) = self.node_of(Found::Staged(staged.clone()));
                 let inode = self.inodes.look_up(ino, || node);
                 let opened = self.open_staged(&inode, &staged, flags, caller)?;
                 return Ok((self.entry(&inode)?, opened));
@@ -138,23 +138,24 @@ impl FileSystem {
         let dirty = staged.is_dirty()?;
         if !dirty && !staged.is_current_version(&*self.store)? {
             self.staging.leave_path(staged);
-            return Err(self.send_on(staged, flags, caller, "somebody published another version"));
+            // A reader that was refused once gets what was there when its second lookup asked.
+            let refuse = write || !self.was_refused(caller);
+            if refuse {
+                return Err(Error::stale("somebody published another version"));
+            }
         }
         let mut state = staged.state();
         if state.detached || state.retired {
             // Removed, or all in the store, while the kernel was on its way here.
-            drop(state);
-            return Err(self.send_on(staged, flags, caller, "the path leads elsewhere now"));
+            return Err(Error::stale("the path leads elsewhere now"));
         }
         if write {
-            let others_write = state.writers.iter().any(|pid| *pid != caller.pid);
             let truncates = flags & libc::O_TRUNC != 0;
-            // Bytes that readers may have mapped never change; and who truncates does not touch another's work.
-            let settled = state.published.is_some() && (state.had_readers || state.writers.is_empty());
-            if (settled && (state.had_readers || truncates)) || (truncates && others_write) {
+            if state.refuses_writer(flags, caller) {
                 let target = state.target.clone();
                 drop(state);
-                return Err(self.restage(staged, target, truncates.then_some(caller.pid)));
+                self.replace_staged(staged, target, flags, caller)?;
+                return Err(Error::stale("written anew"));
             }
             if truncates {
                 drop(state);
@@ -176,9 +177,7 @@ impl FileSystem {
                 std::thread::sleep(std::time::Duration::from_millis(1));
                 state = staged.state();
             }
-            let has_version = state.published.is_some() || state.replaces.is_some();
-            let unsettled = !state.writers.is_empty() || (dirty && (state.settling || !state.was_opened));
-            if unsettled && has_version && !state.writers.contains(&caller.pid) {
+            if state.refuses_reader(dirty, caller) {
                 // While it is being written, others read the version that is published.
                 self.staging.redirect_reader(&state.target.path(), caller.pid);
                 return Err(Error::stale("being written: the published version is read"));
@@ -206,51 +205,29 @@ impl FileSystem {
         Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
     }
 
-    /// The answer to an open of a file that is not the path's any more: the kernel looks the name up again, once. What a
-    /// writer then needs is made here, or a second answer of this kind would reach the program.
-    fn send_on(&self, staged: &Staged, flags: i32, caller: Caller, why: &str) -> Error {
-        if !wants_write(flags) {
-            return Error::stale(why);
-        }
-        let target = staged.state().target.clone();
-        let made = match self.resolve(&target, caller.pid) {
-            Ok(Some(Found::View(view))) => self.stage_view(&target, &view, flags, caller),
-            Ok(Some(Found::Staged(other))) if flags & libc::O_TRUNC != 0 => {
-                return self.restage(&other, target, Some(caller.pid));
-            }
-            _ => Ok(()),
-        };
-        made.err().unwrap_or_else(|| Error::stale(why))
-    }
-
-    /// Replaces a staged file that must not change by a copy, or for the process `truncating` by an empty one, and sends
-    /// the writer there.
-    fn restage(&self, old: &Arc<Staged>, target: Target, truncating: Option<u32>) -> Error {
+    /// Replaces a staged file that must not change, for one who opens it with these flags: by an empty one if that
+    /// truncates, else by a copy.
+    pub(super) fn replace_staged(&self, old: &Staged, target: Target, flags: i32, caller: Caller) -> Result<()> {
         let (published, base, attributes) = {
             let state = old.state();
             (state.published.clone(), state.replaces.clone(), state.attributes.clone())
         };
+        let truncating = (flags & libc::O_TRUNC != 0).then_some(caller.pid);
         let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
-        let made = (|| {
-            let base = published.clone().or(base);
-            let staged = self.stage(target.clone(), attributes, base, truncating)?;
-            let shown = old.state().shown.unwrap_or(old.ino());
-            staged.state().shown = Some(shown);
-            if truncating.is_none() {
-                let copied = copy_file(&old.file().file, &staged.file().file, old.stamp()?.size);
-                if let Err(error) = copied {
-                    self.staging.detach(&staged);
-                    return Err(error);
-                }
-                staged.state().published = published;
-                staged.mark_clean(staged.stamp()?)?;
+        let base = published.clone().or(base);
+        let staged = self.stage(target, attributes, base, truncating)?;
+        let shown = old.state().shown.unwrap_or(old.ino());
+        staged.state().shown = Some(shown);
+        if truncating.is_none() {
+            let copied = copy_file(&old.file().file, &staged.file().file, old.stamp()?.size);
+            if let Err(error) = copied {
+                self.staging.detach(&staged);
+                return Err(error);
             }
-            Ok(())
-        })();
-        match made {
-            Ok(()) => Error::stale("written anew"),
-            Err(error) => error,
+            staged.state().published = published;
+            staged.mark_clean(staged.stamp()?)?;
         }
+        Ok(())
     }
 
     /// Writes to a file that the kernel does not write by itself.
@@ -264,7 +241,7 @@ impl FileSystem {
         }
     }
 
-    pub(super) fn setattr_staged(&self, staged: &Arc<Staged>, change: SetAttr) -> Result<()> {
+    pub(super) fn setattr_staged(&self, staged: &Arc<Staged>, change: SetAttr, caller: Caller) -> Result<()> {
         if let Some(size) = change.size {
             let (settled, target, idle) = {
                 let state = staged.state();
@@ -274,7 +251,8 @@ impl FileSystem {
             if staged.stamp()?.size != size {
                 if settled {
                     // Bytes that readers may have mapped never change: the kernel looks up the copy and cuts that.
-                    return Err(self.restage(staged, target, None));
+                    self.replace_staged(staged, target, libc::O_WRONLY, caller)?;
+                    return Err(Error::stale("looked up again to be cut"));
                 }
                 staged.truncate(size)?;
             }

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{REDIRECT, Staged, Staging};
+use super::{REDIRECT, Staged, Staging, State};
+use crate::error::Result;
+use crate::fs::Caller;
 use crate::sync::MutexGuard;
 use crate::vineyard::ObjectId;
 
@@ -13,6 +15,40 @@ pub struct Redirect {
     since: Instant,
     /// The version that its lookup found, which is kept for it until it opens it.
     held: Option<ObjectId>,
+}
+
+impl State {
+    /// Whether somebody who opens the file for writing must get another one. Bytes that readers may have mapped never
+    /// change; and who truncates does not touch another's work.
+    pub(in crate::fs) fn refuses_writer(&self, flags: i32, caller: Caller) -> bool {
+        let others_write = self.writers.iter().any(|pid| *pid != caller.pid);
+        let truncates = flags & libc::O_TRUNC != 0;
+        let settled = self.published.is_some() && (self.had_readers || self.writers.is_empty());
+        (settled && (self.had_readers || truncates)) || (truncates && others_write)
+    }
+
+    /// Whether a reader gets the version that is published instead: while somebody else writes.
+    pub(in crate::fs) fn refuses_reader(&self, dirty: bool, caller: Caller) -> bool {
+        let has_version = self.published.is_some() || self.replaces.is_some();
+        let unsettled = !self.writers.is_empty() || (dirty && (self.settling || !self.was_opened));
+        unsettled && has_version && !self.writers.contains(&caller.pid)
+    }
+}
+
+impl Staged {
+    /// As [`State::refuses_writer`].
+    pub(in crate::fs) fn refuses_writer(&self, flags: i32, caller: Caller) -> bool {
+        self.state().refuses_writer(flags, caller)
+    }
+
+    /// As [`State::refuses_reader`].
+    ///
+    /// # Errors
+    /// If the file cannot be looked at.
+    pub(in crate::fs) fn refuses_reader(&self, caller: Caller) -> Result<bool> {
+        let dirty = self.is_dirty()?;
+        Ok(self.state().refuses_reader(dirty, caller))
+    }
 }
 
 impl Staging {

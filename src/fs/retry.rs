@@ -1,0 +1,80 @@
+//! Opens that were refused with `ESTALE`. The kernel then looks the name up once more and opens what it finds; a second
+//! refusal reaches the program (`do_filp_open` and `do_sys_truncate` of Linux). So the lookup in between, which alone
+//! does not say what it is for, must find what that thread can open: what was refused is remembered until then.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use super::inode::Node;
+use super::open::wants_write;
+use super::resolve::{Found, Target};
+use super::staging::REDIRECT;
+use super::{Caller, FileSystem, name};
+use crate::error::{Error, Kind, Result};
+use crate::sync::Mutex;
+
+/// What a thread was refused.
+struct Refused {
+    flags: i32,
+    /// Where; `None` if the inode was not known.
+    path: Option<String>,
+    since: Instant,
+}
+
+/// The threads, as the kernel numbers them, that will look a name up once more.
+#[derive(Default)]
+pub struct Retries(Mutex<HashMap<u32, Refused>>);
+
+impl FileSystem {
+    /// Notes how an open, or what else the kernel tries twice, ended.
+    pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, ended: &Result<T>) {
+        let mut refused = self.retries.0.lock().unwrap_or_else(|e| e.into_inner());
+        let second = !refused.is_empty() && refused.remove(&caller.pid).is_some_and(|r| r.since.elapsed() < REDIRECT);
+        if second || !ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale) {
+            return;
+        }
+        let path = self.inodes.get(ino).and_then(|inode| match &inode.node {
+            Node::View(view) => Some(name::join(&view.directory, &view.component)),
+            Node::Staged(staged) => Some(staged.state().target.path()),
+            Node::Directory { .. } => None,
+        });
+        refused.retain(|_, former| former.since.elapsed() < REDIRECT);
+        refused.insert(caller.pid, Refused { flags, path, since: Instant::now() });
+    }
+
+    /// Whether this thread was refused before, and comes for the second time.
+    pub(super) fn was_refused(&self, caller: Caller) -> bool {
+        let refused = self.retries.0.lock().unwrap_or_else(|e| e.into_inner());
+        refused.get(&caller.pid).is_some_and(|former| former.since.elapsed() < REDIRECT)
+    }
+
+    /// Flags of the open that a lookup repeats.
+    fn repeats(&self, path: &str, caller: Caller) -> Option<i32> {
+        let refused = self.retries.0.lock().unwrap_or_else(|e| e.into_inner());
+        let former = refused.get(&caller.pid).filter(|former| former.since.elapsed() < REDIRECT)?;
+        former.path.as_deref().is_none_or(|at| at == path).then_some(former.flags)
+    }
+
+    /// What a lookup finds. If it is one that follows a refusal: what will not be refused again.
+    pub(super) fn resolve_for(&self, target: &Target, caller: Caller) -> Result<Option<Found>> {
+        let path = target.path();
+        let found = self.resolve(target, caller.pid)?;
+        let Some(flags) = self.repeats(&path, caller) else { return Ok(found) };
+        match &found {
+            Some(Found::View(view)) if wants_write(flags) => self.stage_view(target, view, flags, caller)?,
+            Some(Found::Staged(staged)) if wants_write(flags) => {
+                if !staged.refuses_writer(flags, caller) {
+                    return Ok(found);
+                }
+                self.replace_staged(staged, target.clone(), flags, caller)?;
+            }
+            Some(Found::Staged(staged)) if !staged.refuses_reader(caller)? => return Ok(found),
+            Some(Found::View(_) | Found::Staged(_)) => self.staging.redirect_reader(&path, caller.pid),
+            _ => return Ok(found),
+        }
+        match self.resolve(target, caller.pid)? {
+            None => Err(Error::stale(format!("{path:?} was removed meanwhile"))),
+            found => Ok(found),
+        }
+    }
+}

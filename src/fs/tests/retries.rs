@@ -1,0 +1,122 @@
+//! Whoever is refused once is not refused again.
+
+use super::super::*;
+use super::bed::*;
+use super::*;
+
+const WRITE: i32 = libc::O_WRONLY | libc::O_TRUNC;
+
+fn refused(bed: &Bed, ino: u64, flags: i32, caller: Caller) {
+    assert_eq!(bed.fs.open(ino, flags, caller).unwrap_err().kind(), Kind::Stale);
+}
+
+/// The second half of an open.
+fn open_again(bed: &Bed, path: &str, flags: i32, caller: Caller) -> (u64, Opened) {
+    let ino = bed.lookup(path, caller).unwrap().attr.ino;
+    // The kernel may look it up several times.
+    assert_eq!(bed.lookup(path, caller).unwrap().attr.ino, ino);
+    (ino, bed.fs.open(ino, flags, caller).unwrap())
+}
+
+#[test]
+fn a_writer_of_an_inode_that_is_not_known_any_more_gets_its_file_at_once() {
+    let bed = bed();
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    refused(&bed, 0x1234_5678, WRITE, OTHER);
+    let writer = open_again(&bed, "t.arrow", WRITE, OTHER);
+    bed.write(writer, 0, &table_file(&[2]));
+    bed.close(writer, OTHER).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+    // One that does not truncate finds the bytes that are there.
+    refused(&bed, 0x1234_5678, libc::O_RDWR, OTHER);
+    let writer = open_again(&bed, "t.arrow", libc::O_RDWR, OTHER);
+    assert_eq!(column(&bed.read_handle(writer).unwrap()), [2]);
+    bed.close(writer, OTHER).unwrap();
+    assert_eq!(bed.list(""), ["t.arrow"]);
+}
+
+#[test]
+fn a_reader_of_a_replaced_version_is_not_sent_to_a_file_that_is_being_written() {
+    let bed = bed();
+    bed.put_tensor("x", &[1.0]);
+    let stale = bed.lookup("x.npy", ME).unwrap().attr.ino;
+    bed.put_tensor("x", &[2.0]);
+    // A writer of the same thread that never came for its file.
+    let version = bed.lookup("x.npy", OTHER).unwrap().attr.ino;
+    refused(&bed, version, WRITE, OTHER);
+    refused(&bed, version, WRITE, OTHER);
+    refused(&bed, stale, libc::O_RDONLY, OTHER);
+    let reader = open_again(&bed, "x.npy", libc::O_RDONLY, OTHER);
+    let bytes = bed.read_handle(reader).unwrap();
+    assert_eq!(bytes[bytes.len() - 8..], 2.0f64.to_le_bytes());
+    bed.close(reader, OTHER).unwrap();
+}
+
+#[test]
+fn a_reader_of_a_replaced_version_keeps_the_next_one_until_it_opens_it() {
+    let bed = bed();
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    // As a second mount sees it, nothing of it is staged.
+    let host = Arc::new(LocalHost { passthrough: true, next: AtomicU64::new(1), ..LocalHost::default() });
+    let fs = FileSystem::new(bed.store.clone(), host.clone(), Options::default());
+    let second = Bed::of(fs, bed.store.clone(), host);
+    let stale = second.lookup("t.arrow", ME).unwrap().attr.ino;
+    second.save("t.arrow", &table_file(&[2])).unwrap();
+    second.fs.staging.retire_old();
+    refused(&second, stale, libc::O_RDONLY, OTHER);
+    let found = second.lookup("t.arrow", OTHER).unwrap().attr.ino;
+    second.save("t.arrow", &table_file(&[3])).unwrap();
+    let opened = second.fs.open(found, libc::O_RDONLY, OTHER).unwrap();
+    assert_eq!(column(&second.read_handle((found, opened)).unwrap()), [2]);
+    second.close((found, opened), OTHER).unwrap();
+    assert_eq!(column(&second.load("t.arrow").unwrap()), [3]);
+}
+
+#[test]
+fn who_cuts_an_inode_that_is_not_known_any_more_cuts_the_file() {
+    let bed = bed();
+    bed.save("text", b"0123456789").unwrap();
+    let cut = SetAttr { size: Some(4), ..SetAttr::default() };
+    assert_eq!(bed.fs.setattr(0x1234_5678, None, cut, OTHER).unwrap_err().kind(), Kind::Stale);
+    let ino = bed.lookup("text", OTHER).unwrap().attr.ino;
+    bed.fs.setattr(ino, None, cut, OTHER).unwrap();
+    assert_eq!(bed.load("text").unwrap(), b"0123");
+}
+
+#[test]
+fn a_second_refusal_ends_it() {
+    let bed = bed();
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    refused(&bed, 0x1234_5678, WRITE, OTHER);
+    refused(&bed, 0x1234_5678, WRITE, OTHER);
+    // The program was told, and does something else.
+    let ino = bed.lookup("t.arrow", OTHER).unwrap().attr.ino;
+    assert_eq!(bed.fs.getattr(ino, None).unwrap().0.size, table_file(&[1]).len() as u64);
+    assert_eq!(column(&bed.load_as("t.arrow", OTHER).unwrap()), [1]);
+}
+
+#[test]
+fn a_file_that_was_renamed_here_and_back_elsewhere_can_be_opened() {
+    let bed = bed();
+    let object = bed.put_tensor("a", &[1.0]);
+    let elsewhere = |from: &str, to: &str| {
+        bed.store.put_name(to, object).unwrap();
+        bed.store.drop_name(from).unwrap();
+    };
+    let here = |from: &str, to: &str| bed.fs.rename(ROOT, OsStr::new(from), ROOT, OsStr::new(to), 0, ME).unwrap();
+    let renamed = bed.lookup("a.npy", ME).unwrap().attr.ino;
+    here("a.npy", "b.npy");
+    assert_eq!(bed.lookup("b.npy", ME).unwrap().attr.ino, renamed, "as the kernel has it");
+    elsewhere("b", "a");
+    let again = bed.lookup("a.npy", ME).unwrap().attr.ino;
+    assert_eq!(bed.lookup("a.npy", ME).unwrap().attr.ino, again);
+    assert!(bed.load("a.npy").is_ok());
+    // What the kernel may still know as the other path leads nowhere.
+    refused(&bed, renamed, libc::O_RDONLY, OTHER);
+    here("a.npy", "b.npy");
+    assert!(bed.load("b.npy").is_ok());
+    here("b.npy", "a.npy");
+    elsewhere("a", "b");
+    assert!(bed.load("b.npy").is_ok());
+    assert_eq!(bed.load("a.npy").unwrap_err().kind(), Kind::NotFound);
+}
