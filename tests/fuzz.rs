@@ -13,6 +13,7 @@ mod mutate;
 
 use std::collections::HashMap;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -57,14 +58,19 @@ fn fuzz(name: &str, corpus: &[Vec<u8>], text: bool, run: impl Fn(&[u8])) {
     let seed = number("VINEYARD_FS_FUZZ_SEED", day);
     let mut random = Random::new(seed);
     let said: Mutex<String> = Mutex::default();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fuzz");
+    std::fs::create_dir_all(&folder).unwrap();
+    // What ends the whole process shows here what it was.
+    let current = folder.join(format!("{name}-under-way"));
+    let under_way = std::fs::File::create(&current).unwrap();
     let attempt = |input: &[u8]| {
+        under_way.set_len(input.len() as u64).unwrap();
+        under_way.write_all_at(input, 0).unwrap();
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| run(input)));
         let slow = start.elapsed() > PATIENCE;
         if result.is_err() || slow {
-            let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fuzz");
-            std::fs::create_dir_all(&target).unwrap();
-            let path = target.join(format!("{name}-{:016x}", Random::new(input.len() as u64 ^ seed).next()));
+            let path = folder.join(format!("{name}-{:016x}", Random::new(input.len() as u64 ^ seed).next()));
             std::fs::write(&path, input).unwrap();
             let what = if slow { "takes too long" } else { "panics" };
             *said.lock().unwrap() = format!("{name} {what} (seed {seed}): {}", path.display());
@@ -81,6 +87,7 @@ fn fuzz(name: &str, corpus: &[Vec<u8>], text: bool, run: impl Fn(&[u8])) {
         good = attempt(&input);
         executions += 1;
     }
+    std::fs::remove_file(&current).unwrap();
     println!(
         "fuzz {name}: {executions} executions in {:?}, {} files in the corpus, at most {} MiB held by all targets",
         start.elapsed(),

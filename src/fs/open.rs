@@ -118,9 +118,6 @@ impl FileSystem {
         if matches!(mode, Mode::Lazy { .. }) {
             *self.lazy_opens().entry(view.object).or_default() += 1;
         }
-        if let Some(object) = self.staging.end_redirect(&path, caller.pid) {
-            self.end_lazy_open(object);
-        }
         let serve = match &mode {
             Mode::Assembled(file) => file.file().backing.map_or(Serve::Cached, Serve::Passthrough),
             Mode::Lazy { loaded, image } if read_once(view.view, loaded, image, bytes_read) => Serve::Direct,

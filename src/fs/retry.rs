@@ -29,17 +29,36 @@ impl FileSystem {
     /// Notes how an open, or what else the kernel tries twice, ended.
     pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, ended: &Result<T>) {
         let mut refused = self.retries.0.lock().unwrap_or_else(|e| e.into_inner());
-        let second = !refused.is_empty() && refused.remove(&caller.pid).is_some_and(|r| r.since.elapsed() < REDIRECT);
-        if second || !ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale) {
+        let former = if refused.is_empty() { None } else { refused.remove(&caller.pid) };
+        let second = former.is_some_and(|former| former.since.elapsed() < REDIRECT);
+        let again = !second && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale);
+        if again {
+            refused.retain(|_, former| former.since.elapsed() < REDIRECT);
+            refused.insert(caller.pid, Refused { flags, path: self.path_of(ino), since: Instant::now() });
             return;
         }
-        let path = self.inodes.get(ino).and_then(|inode| match &inode.node {
+        drop(refused);
+        // Whatever this thread asks for next, it shall be what is there then.
+        if self.staging.has_redirects()
+            && let Some(path) = self.path_of(ino)
+        {
+            self.end_redirect(&path, caller);
+        }
+    }
+
+    fn path_of(&self, ino: u64) -> Option<String> {
+        self.inodes.get(ino).and_then(|inode| match &inode.node {
             Node::View(view) => Some(name::join(&view.directory, &view.component)),
             Node::Staged(staged) => Some(staged.state().target.path()),
             Node::Directory { .. } => None,
-        });
-        refused.retain(|_, former| former.since.elapsed() < REDIRECT);
-        refused.insert(caller.pid, Refused { flags, path, since: Instant::now() });
+        })
+    }
+
+    /// A thread is not on its way to the published version any more; what was kept for it may go.
+    fn end_redirect(&self, path: &str, caller: Caller) {
+        if let Some(object) = self.staging.end_redirect(path, caller.pid) {
+            self.end_lazy_open(object);
+        }
     }
 
     /// Whether this thread was refused before, and comes for the second time.
@@ -60,6 +79,10 @@ impl FileSystem {
         let path = target.path();
         let found = self.resolve(target, caller.pid)?;
         let Some(flags) = self.repeats(&path, caller) else { return Ok(found) };
+        if wants_write(flags) {
+            // Its own file, and not the version that it may have been sent to as a reader.
+            self.end_redirect(&path, caller);
+        }
         match &found {
             Some(Found::View(view)) if wants_write(flags) => self.stage_view(target, view, flags, caller)?,
             Some(Found::Staged(staged)) if wants_write(flags) => {

@@ -12,12 +12,12 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 pub struct Counting;
 
 fn take(size: usize) -> bool {
-    let held = HELD.fetch_add(size, Ordering::Relaxed) + size;
-    PEAK.fetch_max(held, Ordering::Relaxed);
-    if held > MOST {
-        HELD.fetch_sub(size, Ordering::Relaxed);
-        return false;
-    }
+    // What is refused never counts, or another thread would be refused for it.
+    let within = |held: usize| held.checked_add(size).filter(|held| *held <= MOST);
+    match HELD.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within) {
+        Ok(before) => PEAK.fetch_max(before + size, Ordering::Relaxed),
+        Err(_) => return false,
+    };
     true
 }
 

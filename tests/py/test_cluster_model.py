@@ -113,8 +113,9 @@ class Model:
         os.rename(mount / f"{name}.arrow", mount / f"{other}.arrow")
         self.versions[name], self.versions[other] = {ABSENT}, before - {ABSENT}
         if (mount, name) in self.unsaved:
-            # Renaming publishes it.
+            # Renaming publishes it. What others saved under the old name meanwhile was never what this mount showed.
             self.versions[other] = self.versions[other] | {self.unsaved.pop((mount, name))}
+            self.versions[name] = before | {ABSENT}
         return other
 
     def pin(self, mount, name):

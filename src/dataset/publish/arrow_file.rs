@@ -20,12 +20,17 @@ pub(super) fn read(staged: &[u8], budget: u64) -> Result<Batches> {
     let layout = Layout::new(footer.schema().ok_or_else(|| Error::malformed("a footer without schema"))?)?;
     let mut reader = Reader::new(staged, &layout, budget);
     let mut plain = true;
+    let mut messages = Vec::new();
     for block in footer.dictionaries().iter().flatten() {
         let (message, body) = message(staged, block, end)?;
-        plain &= reader.dictionary(message, body)?;
+        plain &= reader.dictionary(message, body.clone())?;
+        messages.push((message, body));
     }
     if !plain {
-        return super::decode::file(staged, budget);
+        for block in footer.recordBatches().iter().flatten() {
+            messages.push(message(staged, block, end)?);
+        }
+        return super::decode::file(staged, &messages, budget);
     }
     let mut batches = Vec::new();
     for block in footer.recordBatches().iter().flatten() {

@@ -76,6 +76,18 @@ fn next(staged: &[u8], position: usize) -> Result<Option<(arrow_ipc::Message<'_>
     Ok(Some((message, start..body)))
 }
 
+/// All messages of a stream.
+fn all(staged: &[u8]) -> Result<super::decode::Messages<'_>> {
+    let (mut messages, mut position) = (Vec::new(), 0);
+    while position < staged.len()
+        && let Some((message, body)) = next(staged, position)?
+    {
+        position = body.end as usize;
+        messages.push((message, body));
+    }
+    Ok(messages)
+}
+
 /// Reads the columns of a stream.
 ///
 /// # Errors
@@ -93,7 +105,7 @@ pub(super) fn read(staged: &[u8], budget: u64) -> Result<Batches> {
         match message.header_type() {
             MessageHeader::DictionaryBatch => {
                 if !reader.dictionary(message, body)? {
-                    return super::decode::stream(staged, budget);
+                    return super::decode::stream(staged, &all(staged)?, budget);
                 }
             }
             MessageHeader::RecordBatch => batches.push(reader.batch(message, body)?),

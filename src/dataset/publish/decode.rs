@@ -3,6 +3,8 @@
 //! The Arrow crates read the batches and join the dictionaries; the result is read like a file again.
 
 use std::io::Cursor;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use arrow_array::{RecordBatch, RecordBatchReader};
@@ -15,16 +17,62 @@ use super::column::Column;
 use super::ipc::arrow;
 use super::plan::Part;
 use super::table::Batches;
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+/// The messages of a file or a stream, with where their bodies lie.
+pub(super) type Messages<'a> = Vec<(arrow_ipc::Message<'a>, Range<u64>)>;
+
+/// Checks what the Arrow crates believe: that buffers lie in their bodies, and how long they say that they will be when
+/// they are decompressed.
+fn check(staged: &[u8], messages: &Messages<'_>, budget: u64) -> Result<()> {
+    let outside = || Error::malformed("a buffer outside its body");
+    let mut inflated = 0u64;
+    for (message, body) in messages {
+        let dictionary = message.header_as_dictionary_batch().and_then(|batch| batch.data());
+        let Some(batch) = message.header_as_record_batch().or(dictionary) else { continue };
+        for buffer in batch.buffers().iter().flatten() {
+            let (offset, length) = (u64::try_from(buffer.offset()), u64::try_from(buffer.length()));
+            let (offset, length) = (offset.map_err(|_| outside())?, length.map_err(|_| outside())?);
+            let start = body.start.checked_add(offset).ok_or_else(outside)?;
+            let end = start.checked_add(length).filter(|end| *end <= body.end).ok_or_else(outside)?;
+            if batch.compression().is_some() && length > 0 {
+                // The length comes first; -1 says that the bytes are as they are (Arrow's Message.fbs, BodyCompression).
+                let bytes = staged.get(start as usize..end as usize).and_then(<[u8]>::first_chunk::<8>);
+                let says = i64::from_le_bytes(*bytes.ok_or_else(outside)?);
+                let says = if says == -1 { length } else { u64::try_from(says).map_err(|_| outside())? };
+                inflated = inflated.saturating_add(says);
+            }
+        }
+    }
+    if inflated > budget {
+        return Err(Error::malformed("batches that decode to more than the store holds"));
+    }
+    Ok(())
+}
+
+/// Runs a piece of the Arrow and Parquet crates, which may panic where a file lies.
+pub(super) fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(Error::malformed("a file that lies")))
+}
 
 /// Decodes a file.
-pub(super) fn file(staged: &[u8], budget: u64) -> Result<Batches> {
+pub(super) fn file(staged: &[u8], messages: &Messages<'_>, budget: u64) -> Result<Batches> {
+    check(staged, messages, budget)?;
+    guarded(|| decode_file(staged, budget))
+}
+
+fn decode_file(staged: &[u8], budget: u64) -> Result<Batches> {
     let reader = FileReader::try_new(Cursor::new(staged), None).map_err(arrow)?;
     unify(reader.schema(), reader, budget)
 }
 
 /// Decodes a stream.
-pub(super) fn stream(staged: &[u8], budget: u64) -> Result<Batches> {
+pub(super) fn stream(staged: &[u8], messages: &Messages<'_>, budget: u64) -> Result<Batches> {
+    check(staged, messages, budget)?;
+    guarded(|| decode_stream(staged, budget))
+}
+
+fn decode_stream(staged: &[u8], budget: u64) -> Result<Batches> {
     let reader = StreamReader::try_new(Cursor::new(staged), None).map_err(arrow)?;
     unify(RecordBatchReader::schema(&reader), reader, budget)
 }
@@ -40,7 +88,7 @@ fn unify(
         let batch = batch.map_err(arrow)?;
         size = size.saturating_add(batch.get_array_memory_size() as u64);
         if size > budget {
-            return Err(crate::error::Error::malformed("batches that decode to more than the store holds"));
+            return Err(Error::malformed("batches that decode to more than the store holds"));
         }
         all.push(batch);
     }

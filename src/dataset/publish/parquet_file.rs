@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -104,11 +103,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs a piece of the parquet crate, which may panic where a file lies.
-fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(Error::malformed("a Parquet file that lies")))
-}
-
 fn broken(error: ParquetError) -> Error {
     Error::malformed("not a valid Parquet file").with_source(error)
 }
@@ -121,7 +115,7 @@ impl Decode {
     pub(super) fn open(file: &File, size: u64, budget: u64) -> Result<Decode> {
         let file = file.try_clone()?;
         let at = At { file: file.try_clone()?, len: size };
-        guarded(|| {
+        decode::guarded(|| {
             let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
             let metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
             let said = said_schema(&metadata);
@@ -177,7 +171,7 @@ impl Decode {
                     keep(partition, unit.column, column)
                 };
                 let name = || format!("column {:?}", self.schema.field(unit.column).name());
-                if let Err(e) = guarded(|| self.unit(unit, &keep)).context(name) {
+                if let Err(e) = decode::guarded(|| self.unit(unit, &keep)).context(name) {
                     failed.store(true, Ordering::Relaxed);
                     lock(&error).get_or_insert(e);
                 }

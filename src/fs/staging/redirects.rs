@@ -86,6 +86,11 @@ impl Staging {
         redirects.insert((path.to_owned(), pid), redirect(held));
     }
 
+    /// Whether any process was sent to a published version.
+    pub(in crate::fs) fn has_redirects(&self) -> bool {
+        !self.redirects().is_empty()
+    }
+
     /// Whether a process was sent to the published version. The kernel may look the name up several times before it
     /// opens what it found.
     pub(in crate::fs) fn is_redirected(&self, path: &str, pid: u32) -> bool {

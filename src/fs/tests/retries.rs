@@ -73,6 +73,33 @@ fn a_reader_of_a_replaced_version_keeps_the_next_one_until_it_opens_it() {
 }
 
 #[test]
+fn who_was_sent_to_a_version_as_a_reader_may_write_at_once_and_reads_what_is_there_then() {
+    let bed = bed();
+    bed.put_tensor("x", &[1.0]);
+    let first = bed.lookup("x.npy", OTHER).unwrap().attr.ino;
+    bed.put_tensor("x", &[2.0]);
+    refused(&bed, first, libc::O_RDONLY, OTHER);
+    let second = bed.lookup("x.npy", OTHER).unwrap().attr.ino;
+    // It does not come for that, but for something else.
+    refused(&bed, 0x1234_5678, libc::O_RDONLY, OTHER);
+    refused(&bed, second, WRITE, OTHER);
+    let writer = open_again(&bed, "x.npy", WRITE, OTHER);
+    bed.write(writer, 0, b"written");
+    bed.close(writer, OTHER).unwrap();
+    assert_eq!(bed.load_as("x.npy", OTHER).unwrap(), b"written");
+
+    bed.put_tensor("y", &[2.0]);
+    let first = bed.lookup("y.npy", OTHER).unwrap().attr.ino;
+    bed.put_tensor("y", &[3.0]);
+    refused(&bed, first, libc::O_RDONLY, OTHER);
+    let third = open_again(&bed, "y.npy", libc::O_RDONLY, OTHER);
+    bed.put_tensor("y", &[4.0]);
+    // The kernel does not look a name up that it knows.
+    refused(&bed, third.0, libc::O_RDONLY, OTHER);
+    bed.close(third, OTHER).unwrap();
+}
+
+#[test]
 fn who_cuts_an_inode_that_is_not_known_any_more_cuts_the_file() {
     let bed = bed();
     bed.save("text", b"0123456789").unwrap();
