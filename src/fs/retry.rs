@@ -10,7 +10,7 @@ use super::open::wants_write;
 use super::resolve::{Found, Target};
 use super::staging::REDIRECT;
 use super::{Caller, FileSystem, name};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Kind, Result};
 use crate::sync::Mutex;
 
 /// What a thread was refused.
@@ -91,13 +91,16 @@ impl FileSystem {
                 }
                 self.replace_staged(staged, target.clone(), flags, caller)?;
             }
-            Some(Found::Staged(staged)) if !staged.refuses_reader(caller)? => return Ok(found),
-            Some(Found::View(_) | Found::Staged(_)) => self.staging.redirect_reader(&path, caller.pid),
+            Some(Found::Staged(staged)) if staged.refuses_reader(caller)? => {
+                self.staging.redirect_reader(&path, caller.pid)
+            }
+            Some(Found::View(_)) => {
+                // It is kept until it is opened.
+                self.staging.redirect_reader(&path, caller.pid);
+                return Ok(found);
+            }
             _ => return Ok(found),
         }
-        match self.resolve(target, caller.pid)? {
-            None => Err(Error::stale(format!("{path:?} was removed meanwhile"))),
-            found => Ok(found),
-        }
+        self.resolve(target, caller.pid)
     }
 }
