@@ -118,9 +118,8 @@ impl FileSystem {
         found
     }
 
-    /// `Stale` if an object went because its name was given another one: whoever replaces a dataset never leaves a moment
-    /// without it, and none is to be seen.
-    fn resolve_once(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
+    /// What this mount alone knows to be at a path: files that were written here, and directories that were made.
+    pub(super) fn resolve_here(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
         let path = target.path();
         let staged = self.staging.reserved_for(&path, pid).or_else(|| self.staging.at(&path));
         if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&path, pid)) {
@@ -132,9 +131,16 @@ impl FileSystem {
         if self.folders.exists(&target.plain) {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
-        if let Some((hash, rest)) = name::split_hash(&target.component)
-            && let Some(found) = self.resolve_hashed(target, hash, rest)?
-        {
+        if let Some((hash, rest)) = name::split_hash(&target.component) {
+            return self.resolve_hashed(target, hash, rest);
+        }
+        Ok(None)
+    }
+
+    /// `Stale` if an object went because its name was given another one: whoever replaces a dataset never leaves a moment
+    /// without it, and none is to be seen.
+    fn resolve_once(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
+        if let Some(found) = self.resolve_here(target, pid)? {
             return Ok(Some(found));
         }
         let mut answers = self.store.names(&target.queries())?.into_iter();
@@ -236,7 +242,10 @@ impl FileSystem {
         }
         match found {
             Some(found) => self.enter(&target, found),
-            None => Err(Error::not_found(format!("no dataset behind {:?}", target.path()))),
+            None => {
+                self.retries.note_absent(target.path(), caller);
+                Err(Error::not_found(format!("no dataset behind {:?}", target.path())))
+            }
         }
     }
 

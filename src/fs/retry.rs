@@ -1,9 +1,11 @@
-//! Opens that were refused with `ESTALE`. The kernel then looks the name up once more and opens what it finds; a second
+//! What a thread was answered, where its next request depends on it.
+//!
+//! Opens that were refused with `ESTALE`: the kernel then looks the name up once more and opens what it finds; a second
 //! refusal reaches the program (`do_filp_open` and `do_sys_truncate` of Linux). So the lookup in between, which alone
 //! does not say what it is for, must find what that thread can open: what was refused is remembered until then.
 
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::inode::Node;
 use super::open::wants_write;
@@ -11,7 +13,7 @@ use super::resolve::{Found, Target};
 use super::staging::REDIRECT;
 use super::{Caller, FileSystem, name};
 use crate::error::{Kind, Result};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 
 /// What a thread was refused.
 struct Refused {
@@ -21,14 +23,46 @@ struct Refused {
     since: Instant,
 }
 
-/// The threads, as the kernel numbers them, that will look a name up once more.
+/// How long it is believed that there is nothing at a path: a CREATE follows its LOOKUP at once.
+const ABSENT: Duration = Duration::from_millis(10);
+/// Threads of which that is noted, at most.
+const MOST_ABSENT: usize = 64;
+
+/// Threads, as the kernel numbers them, and what they were answered.
 #[derive(Default)]
-pub struct Retries(Mutex<HashMap<u32, Refused>>);
+pub struct Retries {
+    /// Those that will look a name up once more.
+    refused: Mutex<HashMap<u32, Refused>>,
+    /// Those that were told that there is no such file, which the kernel may now create.
+    absent: Mutex<HashMap<u32, (String, Instant)>>,
+}
+
+impl Retries {
+    fn refused(&self) -> MutexGuard<'_, HashMap<u32, Refused>> {
+        self.refused.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Notes that a thread was told that nothing is at a path.
+    pub(super) fn note_absent(&self, path: String, caller: Caller) {
+        let mut absent = self.absent.lock().unwrap_or_else(|e| e.into_inner());
+        if absent.len() >= MOST_ABSENT {
+            absent.clear();
+        }
+        absent.insert(caller.pid, (path, Instant::now()));
+    }
+
+    /// Whether the store was just asked by a thread what is at a path, and had nothing. The names need not be asked for
+    /// again: what another client saves in between is replaced like what it saves before this file is closed.
+    pub(super) fn is_absent(&self, path: &str, caller: Caller) -> bool {
+        let mut absent = self.absent.lock().unwrap_or_else(|e| e.into_inner());
+        absent.remove(&caller.pid).is_some_and(|(at, since)| at == path && since.elapsed() < ABSENT)
+    }
+}
 
 impl FileSystem {
     /// Notes how an open, or what else the kernel tries twice, ended.
     pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, ended: &Result<T>) {
-        let mut refused = self.retries.0.lock().unwrap_or_else(|e| e.into_inner());
+        let mut refused = self.retries.refused();
         let former = if refused.is_empty() { None } else { refused.remove(&caller.pid) };
         let second = former.is_some_and(|former| former.since.elapsed() < REDIRECT);
         let again = !second && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale);
@@ -63,13 +97,13 @@ impl FileSystem {
 
     /// Whether this thread was refused before, and comes for the second time.
     pub(super) fn was_refused(&self, caller: Caller) -> bool {
-        let refused = self.retries.0.lock().unwrap_or_else(|e| e.into_inner());
+        let refused = self.retries.refused();
         refused.get(&caller.pid).is_some_and(|former| former.since.elapsed() < REDIRECT)
     }
 
     /// Flags of the open that a lookup repeats.
     fn repeats(&self, path: &str, caller: Caller) -> Option<i32> {
-        let refused = self.retries.0.lock().unwrap_or_else(|e| e.into_inner());
+        let refused = self.retries.refused();
         let former = refused.get(&caller.pid).filter(|former| former.since.elapsed() < REDIRECT)?;
         former.path.as_deref().is_none_or(|at| at == path).then_some(former.flags)
     }

@@ -41,7 +41,9 @@ impl FileSystem {
         self.follow_store()?;
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
-        match self.resolve(&target, caller.pid)? {
+        let absent = self.retries.is_absent(&target.path(), caller) && flags & libc::O_EXCL == 0;
+        let found = if absent { self.resolve_here(&target, caller.pid)? } else { self.resolve(&target, caller.pid)? };
+        match found {
             Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
             // Somebody was faster, or the kernel asks a second time.
             Some(Found::Staged(staged)) if flags & libc::O_EXCL == 0 || caller.resent => {

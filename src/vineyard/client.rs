@@ -2,6 +2,7 @@
 
 mod delete;
 mod metadata;
+mod names;
 mod tree;
 mod unanswered;
 
@@ -24,8 +25,7 @@ use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
 use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
-    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, ListNameReply, Request, ShallowCopyReply,
-    StatusReply, checked_id, name_pattern,
+    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, Request, ShallowCopyReply, StatusReply, checked_id,
 };
 use super::store::{
     BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, NewObject, Store, StoreStatus,
@@ -321,35 +321,7 @@ impl Store for Client {
     }
 
     fn names(&self, queries: &[NameQuery]) -> Result<Vec<Vec<NamedObject>>> {
-        // The server's match ends at a NUL, so a limit would count names that are sorted out here.
-        let limit = |text: &str, limit: Option<u64>| limit.filter(|_| !text.contains('\0')).unwrap_or(u64::MAX);
-        let request = |query: &NameQuery| {
-            let (pattern, limit) = match query {
-                NameQuery::Exact(name) => (name_pattern(name, true), limit(name, Some(1))),
-                NameQuery::Prefix { prefix, limit: most } => (name_pattern(prefix, false), limit(prefix, *most)),
-            };
-            Request::ListName { pattern, regex: false, limit }
-        };
-        let requests: Vec<Request> = queries.iter().map(request).collect();
-        let answers = self.run(Repeat::Safe, |connection| {
-            connection.calls(&requests, "list_name_reply", |_, reply: ListNameReply| Ok(reply.names.0))
-        })?;
-        let mut selected = Vec::with_capacity(queries.len());
-        for (query, answer) in queries.iter().zip(answers) {
-            let mut names: Vec<NamedObject> = answer?.into_iter().map(|(name, id)| (name, ObjectId(id))).collect();
-            match query {
-                NameQuery::Exact(name) => names.retain(|(found, _)| found == name),
-                NameQuery::Prefix { prefix, limit } => {
-                    names.retain(|(found, _)| found.starts_with(prefix.as_str()));
-                    if !names.is_sorted_by(|a, b| a.0 <= b.0) {
-                        names.sort_unstable();
-                    }
-                    names.truncate(limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)));
-                }
-            }
-            selected.push(names);
-        }
-        Ok(selected)
+        self.ask_names(queries)
     }
 
     fn metas(&self, ids: &[ObjectId], sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>> {
