@@ -78,7 +78,10 @@ fn common_stem(queries: &[NameQuery]) -> Option<&str> {
         let alike = first.bytes().zip(text_of(other)?.bytes()).take_while(|(a, b)| a == b).count();
         shared = shared.min(alike);
     }
-    let stem = &first[..first.floor_char_boundary(shared)];
+    while !first.is_char_boundary(shared) {
+        shared -= 1;
+    }
+    let stem = &first[..shared];
     let cut = queries.iter().any(|query| text_of(query).is_some_and(|text| text.contains('\0')));
     (!others.is_empty() && !stem.is_empty() && !cut).then_some(stem)
 }
