@@ -186,17 +186,23 @@ impl Files {
         }
     }
 
-    /// Counts and sizes.
+    /// Counts, and the memory that the files take: those that are written grow.
     pub fn report(&self) -> Value {
         let area = |area: Area, limit: u64| {
             let files = self.kept.values().filter(|kept| kept.what.area == area);
-            json!({"count": files.clone().count(), "bytes": files.map(|f| f.what.size).sum::<u64>(), "limit": limit})
+            json!({"count": files.clone().count(), "bytes": files.map(memory_of).sum::<u64>(), "limit": limit})
         };
         json!({
             "images": area(Area::Image, self.images.limit()),
             "staging": area(Area::Staging, self.staging.limit()),
         })
     }
+}
+
+/// Bytes of memory that a file takes.
+fn memory_of(kept: &Kept) -> u64 {
+    // In blocks of 512 bytes, see stat(2).
+    nix::sys::stat::fstat(&kept.file).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
 }
 
 /// The first items, at least one, that together fit one message.
@@ -269,6 +275,11 @@ mod tests {
         assert_eq!(files.get(2).unwrap_err().kind(), Kind::NotFound);
         assert_eq!(files.get(3).unwrap().0.size, 2);
         assert_eq!(files.report()["images"]["count"], 4);
+        let (_, file) = files.create(Area::Staging, 0, None).unwrap();
+        let before = files.report()["staging"].clone();
+        std::os::unix::fs::FileExt::write_all_at(&std::fs::File::from(file), &[1; 5000], 0).unwrap();
+        assert_eq!((before["count"].as_u64(), before["bytes"].as_u64()), (Some(1), Some(0)));
+        assert!(files.report()["staging"]["bytes"].as_u64().unwrap() >= 5000);
         let (again, _) = files.create(Area::Staging, 0, None).unwrap();
         assert_eq!(again.key, 6, "keys are not used twice");
     }
