@@ -281,7 +281,7 @@ mod tests {
         assert_eq!((before["count"].as_u64(), before["bytes"].as_u64()), (Some(1), Some(0)));
         assert!(files.report()["staging"]["bytes"].as_u64().unwrap() >= 5000);
         let (again, _) = files.create(Area::Staging, 0, None).unwrap();
-        assert_eq!(again.key, 6, "keys are not used twice");
+        assert_eq!(again.key, 7, "keys are not used twice");
     }
 
     #[test]
