@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use super::inode::Node;
 use super::open::wants_write;
 use super::resolve::{Found, Target};
-use super::staging::REDIRECT;
 use super::{Caller, FileSystem, name};
 use crate::error::{Kind, Result};
 use crate::sync::{Mutex, MutexGuard};
@@ -23,6 +22,8 @@ struct Refused {
     since: Instant,
 }
 
+/// How long a thread may take to look a name up once more.
+const REFUSED: Duration = Duration::from_secs(5);
 /// How long it is believed that there is nothing at a path: a CREATE follows its LOOKUP at once.
 const ABSENT: Duration = Duration::from_millis(10);
 /// Threads of which that is noted, at most.
@@ -42,8 +43,9 @@ impl Retries {
         self.refused.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Notes that a thread was told that nothing is at a path.
+    /// Notes that a thread was told that nothing is at a path; it opens nothing there.
     pub(super) fn note_absent(&self, path: String, caller: Caller) {
+        self.refused().remove(&caller.pid);
         let mut absent = self.absent.lock().unwrap_or_else(|e| e.into_inner());
         if absent.len() >= MOST_ABSENT {
             absent.clear();
@@ -64,10 +66,10 @@ impl FileSystem {
     pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, ended: &Result<T>) {
         let mut refused = self.retries.refused();
         let former = if refused.is_empty() { None } else { refused.remove(&caller.pid) };
-        let second = former.is_some_and(|former| former.since.elapsed() < REDIRECT);
+        let second = former.is_some_and(|former| former.since.elapsed() < REFUSED);
         let again = !second && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale);
         if again {
-            refused.retain(|_, former| former.since.elapsed() < REDIRECT);
+            refused.retain(|_, former| former.since.elapsed() < REFUSED);
             refused.insert(caller.pid, Refused { flags, path: self.path_of(ino), since: Instant::now() });
             return;
         }
@@ -98,13 +100,13 @@ impl FileSystem {
     /// Whether this thread was refused before, and comes for the second time.
     pub(super) fn was_refused(&self, caller: Caller) -> bool {
         let refused = self.retries.refused();
-        refused.get(&caller.pid).is_some_and(|former| former.since.elapsed() < REDIRECT)
+        refused.get(&caller.pid).is_some_and(|former| former.since.elapsed() < REFUSED)
     }
 
     /// Flags of the open that a lookup repeats.
     fn repeats(&self, path: &str, caller: Caller) -> Option<i32> {
         let refused = self.retries.refused();
-        let former = refused.get(&caller.pid).filter(|former| former.since.elapsed() < REDIRECT)?;
+        let former = refused.get(&caller.pid).filter(|former| former.since.elapsed() < REFUSED)?;
         former.path.as_deref().is_none_or(|at| at == path).then_some(former.flags)
     }
 

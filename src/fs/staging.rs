@@ -28,8 +28,9 @@ use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::store::{NameQuery, NamedObject};
 use crate::vineyard::{ObjectId, Store};
 
-/// How long a reader that was sent back to the published version may take to look the name up again.
-pub(super) const REDIRECT: Duration = Duration::from_secs(2);
+/// How long a thread that was sent elsewhere may take to look the name up again and come there: on a machine that is busy
+/// far beyond its means, seconds pass between two steps. Only for threads that died meanwhile is it ever waited for.
+pub(super) const REDIRECT: Duration = Duration::from_secs(30);
 /// Most files that stay here after they were published.
 const MOST_FILES: usize = 4096;
 /// The coarsest clock tick that file times may have: a change within it may not show.

@@ -147,3 +147,37 @@ fn a_file_that_was_renamed_here_and_back_elsewhere_can_be_opened() {
     assert!(bed.load("b.npy").is_ok());
     assert_eq!(bed.load("a.npy").unwrap_err().kind(), Kind::NotFound);
 }
+
+#[test]
+fn a_thread_that_gets_no_processor_for_seconds_still_finds_what_it_was_sent_to() {
+    let bed = bed();
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    let pause = || {
+        std::thread::sleep(Duration::from_millis(2_100));
+        // Others go on, and time is called.
+        assert_eq!(column(&bed.load_as("t.arrow", ME).unwrap()), [1]);
+        bed.fs.end_old_redirects();
+    };
+    let first = bed.lookup("t.arrow", OTHER).unwrap().attr.ino;
+    refused(&bed, first, WRITE, OTHER);
+    pause();
+    let ino = bed.lookup("t.arrow", OTHER).unwrap().attr.ino;
+    pause();
+    let writer = (ino, bed.fs.open(ino, WRITE, OTHER).unwrap());
+    bed.write(writer, 0, &table_file(&[2]));
+    bed.close(writer, OTHER).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+}
+
+#[test]
+fn who_was_refused_and_then_finds_nothing_has_no_file_made_elsewhere() {
+    let bed = bed();
+    for name in ["t.arrow", "u.arrow"] {
+        bed.save(name, &table_file(&[1])).unwrap();
+    }
+    refused(&bed, 0x1234_5678, WRITE, OTHER);
+    bed.fs.unlink(ROOT, OsStr::new("t.arrow"), ME).unwrap();
+    assert_eq!(bed.lookup("t.arrow", OTHER).unwrap_err().kind(), Kind::NotFound);
+    let other = bed.lookup("u.arrow", OTHER).unwrap();
+    assert_eq!(other.attr.size, table_file(&[1]).len() as u64);
+}
