@@ -38,14 +38,29 @@ pub struct Retries {
     absent: Mutex<HashMap<u32, (String, Instant)>>,
 }
 
+/// Processes that the mount's pid namespace does not see, such as those of other pods, all have the number 0 (Linux,
+/// `fuse_req_init_context`): which of them comes back is not known.
+fn is_known(caller: Caller) -> bool {
+    caller.pid != 0
+}
+
 impl Retries {
     fn refused(&self) -> MutexGuard<'_, HashMap<u32, Refused>> {
         self.refused.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// A thread came for the second time, or will not come. Whether it was refused before.
+    fn end(&self, caller: Caller) -> bool {
+        let mut refused = self.refused();
+        !refused.is_empty() && refused.remove(&caller.pid).is_some_and(|former| former.since.elapsed() < REFUSED)
+    }
+
     /// Notes that a thread was told that nothing is at a path; it opens nothing there.
     pub(super) fn note_absent(&self, path: String, caller: Caller) {
-        self.refused().remove(&caller.pid);
+        self.end(caller);
+        if !is_known(caller) {
+            return;
+        }
         let mut absent = self.absent.lock().unwrap_or_else(|e| e.into_inner());
         if absent.len() >= MOST_ABSENT {
             absent.clear();
@@ -64,16 +79,14 @@ impl Retries {
 impl FileSystem {
     /// Notes how an open, or what else the kernel tries twice, ended.
     pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, ended: &Result<T>) {
-        let mut refused = self.retries.refused();
-        let former = if refused.is_empty() { None } else { refused.remove(&caller.pid) };
-        let second = former.is_some_and(|former| former.since.elapsed() < REFUSED);
-        let again = !second && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale);
-        if again {
+        let second = self.retries.end(caller);
+        if !second && is_known(caller) && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale) {
+            let path = self.path_of(ino);
+            let mut refused = self.retries.refused();
             refused.retain(|_, former| former.since.elapsed() < REFUSED);
-            refused.insert(caller.pid, Refused { flags, path: self.path_of(ino), since: Instant::now() });
+            refused.insert(caller.pid, Refused { flags, path, since: Instant::now() });
             return;
         }
-        drop(refused);
         // Whatever this thread asks for next, it shall be what is there then.
         if self.staging.has_redirects()
             && let Some(path) = self.path_of(ino)

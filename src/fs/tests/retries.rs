@@ -10,6 +10,14 @@ fn refused(bed: &Bed, ino: u64, flags: i32, caller: Caller) {
     assert_eq!(bed.fs.open(ino, flags, caller).unwrap_err().kind(), Kind::Stale);
 }
 
+/// An array that another client replaces; the number under which the former one was looked up.
+fn replaced(bed: &Bed, name: &str, values: [f64; 2]) -> u64 {
+    bed.put_tensor(name, &values[..1]);
+    let former = bed.lookup(&format!("{name}.npy"), OTHER).unwrap().attr.ino;
+    bed.put_tensor(name, &values[1..]);
+    former
+}
+
 /// The second half of an open.
 fn open_again(bed: &Bed, path: &str, flags: i32, caller: Caller) -> (u64, Opened) {
     let ino = bed.lookup(path, caller).unwrap().attr.ino;
@@ -38,9 +46,7 @@ fn a_writer_of_an_inode_that_is_not_known_any_more_gets_its_file_at_once() {
 #[test]
 fn a_reader_of_a_replaced_version_is_not_sent_to_a_file_that_is_being_written() {
     let bed = bed();
-    bed.put_tensor("x", &[1.0]);
-    let stale = bed.lookup("x.npy", ME).unwrap().attr.ino;
-    bed.put_tensor("x", &[2.0]);
+    let stale = replaced(&bed, "x", [1.0, 2.0]);
     // A writer of the same thread that never came for its file.
     let version = bed.lookup("x.npy", OTHER).unwrap().attr.ino;
     refused(&bed, version, WRITE, OTHER);
@@ -75,9 +81,7 @@ fn a_reader_of_a_replaced_version_keeps_the_next_one_until_it_opens_it() {
 #[test]
 fn who_was_sent_to_a_version_as_a_reader_may_write_at_once_and_reads_what_is_there_then() {
     let bed = bed();
-    bed.put_tensor("x", &[1.0]);
-    let first = bed.lookup("x.npy", OTHER).unwrap().attr.ino;
-    bed.put_tensor("x", &[2.0]);
+    let first = replaced(&bed, "x", [1.0, 2.0]);
     refused(&bed, first, libc::O_RDONLY, OTHER);
     let second = bed.lookup("x.npy", OTHER).unwrap().attr.ino;
     // It does not come for that, but for something else.
@@ -88,9 +92,7 @@ fn who_was_sent_to_a_version_as_a_reader_may_write_at_once_and_reads_what_is_the
     bed.close(writer, OTHER).unwrap();
     assert_eq!(bed.load_as("x.npy", OTHER).unwrap(), b"written");
 
-    bed.put_tensor("y", &[2.0]);
-    let first = bed.lookup("y.npy", OTHER).unwrap().attr.ino;
-    bed.put_tensor("y", &[3.0]);
+    let first = replaced(&bed, "y", [2.0, 3.0]);
     refused(&bed, first, libc::O_RDONLY, OTHER);
     let third = open_again(&bed, "y.npy", libc::O_RDONLY, OTHER);
     bed.put_tensor("y", &[4.0]);
@@ -180,4 +182,16 @@ fn who_was_refused_and_then_finds_nothing_has_no_file_made_elsewhere() {
     assert_eq!(bed.lookup("t.arrow", OTHER).unwrap_err().kind(), Kind::NotFound);
     let other = bed.lookup("u.arrow", OTHER).unwrap();
     assert_eq!(other.attr.size, table_file(&[1]).len() as u64);
+}
+
+#[test]
+fn what_a_process_of_another_pid_namespace_was_refused_is_nobody_elses_business() {
+    let bed = bed();
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    let stranger = Caller { pid: 0, ..ME };
+    refused(&bed, 0x1234_5678, WRITE, stranger);
+    // Another one with the same number looks at a file.
+    let seen = bed.lookup("t.arrow", stranger).unwrap();
+    assert_eq!(seen.attr.size, table_file(&[1]).len() as u64);
+    assert_eq!(column(&bed.load_as("t.arrow", stranger).unwrap()), [1]);
 }
