@@ -15,6 +15,7 @@
 //! | [`vineyard`] | the client: frames, descriptors, ids, metadata, memory |
 #![warn(missing_docs)]
 
+pub mod cgroup;
 pub mod cli;
 pub mod csi;
 pub mod dataset;

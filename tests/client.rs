@@ -440,6 +440,49 @@ fn ask_and_die(server: &Vineyardd, requests: &[Value]) {
 }
 
 #[test]
+fn blobs_that_a_stuck_vineyardd_makes_after_all_are_found_by_who_asked() {
+    let server = Vineyardd::start("64Mi");
+    let file = tempfile::tempfile().unwrap();
+    let options = ClientOptions::socket(server.socket()).deadline(Duration::from_secs(1));
+    let client = Client::connect(options.journal(Some(Journal::open(file.try_clone().unwrap()).unwrap()))).unwrap();
+    let journal = client.journal().unwrap();
+    let unit = journal.enter();
+    let own = client.create_blobs(&[700]).unwrap().remove(0);
+    let usage = client.status().unwrap().memory_usage;
+    let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(server.pid() as i32), signal).unwrap();
+    signal(nix::sys::signal::Signal::SIGSTOP);
+    let state = || std::fs::read_to_string(format!("/proc/{}/stat", server.pid())).unwrap();
+    while !state().contains(") T ") {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let refused = client.create_blobs(&[700, 0, 900, 100_000]).unwrap_err();
+    assert_eq!(refused.kind(), Kind::Timeout, "{refused}");
+    // Longer than one that is not stuck is believed to take.
+    std::thread::sleep(Duration::from_millis(1500));
+    let wishes = journal.unanswered();
+    assert_eq!(wishes.values().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [[700, 900, 100_000]]);
+    let found = std::thread::scope(|scope| {
+        let looking = scope.spawn(|| client.unanswered(&wishes[&0]));
+        std::thread::sleep(Duration::from_millis(500));
+        signal(nix::sys::signal::Signal::SIGCONT);
+        looking.join().unwrap().unwrap()
+    });
+    // It notices after the first that nobody is there any more.
+    assert!(!found.is_empty() && !found.contains(&own.id), "{found:?}");
+    let made: u64 = [700, 900, 100_000].iter().take(found.len()).sum();
+    assert_eq!(client.status().unwrap().memory_usage, usage + made);
+    let unsealed = client.unsealed(&[found.clone(), vec![own.id]].concat()).unwrap();
+    assert_eq!(unsealed.len(), found.len() + 1);
+    client.seal_blobs(&[own.id]).unwrap();
+    client.drop_blobs(&found).unwrap();
+    assert_eq!(client.status().unwrap().memory_usage, usage);
+    assert!(client.unsealed(&[own.id]).unwrap().is_empty());
+    journal.settle_unanswered(wishes.into_keys());
+    assert!(journal.unanswered().is_empty());
+    drop(unit);
+}
+
+#[test]
 fn blobs_whose_ids_died_with_the_process_that_asked_are_found() {
     let server = Vineyardd::start("64Mi");
     let file = tempfile::tempfile().unwrap();
@@ -453,17 +496,17 @@ fn blobs_whose_ids_died_with_the_process_that_asked_are_found() {
     let unit = former.journal().unwrap().enter();
     let sealed = put_blob(&former, &[1; 900]);
     let usage = former.status().unwrap().memory_usage;
-    let _asked = former.journal().unwrap().ask(&[700, 0, 900, 100_000]);
+    let _asked = former.journal().unwrap().ask(&[700, 0, 900, 100_000]).unwrap();
     // Somebody else fills a blob meanwhile, one of another size and one that comes too late to be ours.
     ask_and_die(&server, &[create(700), create(5000), create(900), create(100_000), create(900)]);
     let next = open();
     let wishes = next.journal().unwrap().unanswered();
     assert_eq!(wishes.len(), 1);
-    let found = next.unanswered(&wishes[0]).unwrap();
+    let found = next.unanswered(&wishes[&0]).unwrap();
     assert_eq!(found.len(), 3);
     next.drop_blobs(&found).unwrap();
     assert_eq!(next.status().unwrap().memory_usage, usage + 5000 + 900);
-    assert!(next.unanswered(&wishes[0]).unwrap().is_empty(), "the other 900 bytes are not what came first");
+    assert!(next.unanswered(&wishes[&0]).unwrap().is_empty(), "the other 900 bytes are not what came first");
     assert_eq!(get(&next, sealed), [1; 900]);
     drop(unit);
 }

@@ -166,7 +166,7 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         None => usual_log(&mountpoint)?,
     };
     let (socket, launch) = choose_store(&arguments, runtime, beside.with_extension("vineyardd.log"))?;
-    let memory = launch::whole_memory().unwrap_or(8 << 30);
+    let memory = crate::cgroup::whole_memory().unwrap_or(8 << 30);
     Ok(MountConfig {
         mountpoint,
         socket,

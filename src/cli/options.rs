@@ -26,7 +26,7 @@ pub fn size(text: &str) -> Result<u64, String> {
         "m" | "mi" | "mb" | "mib" => 1024f64.powi(2),
         "g" | "gi" | "gb" | "gib" => 1024f64.powi(3),
         "t" | "ti" | "tb" | "tib" => 1024f64.powi(4),
-        "%" => crate::vineyard::launch::whole_memory().map_err(|error| error.to_string())? as f64 / 100.0,
+        "%" => crate::cgroup::whole_memory().map_err(|error| error.to_string())? as f64 / 100.0,
         _ => return Err(wrong()),
     };
     let bytes = number * factor;
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(size("4096"), Ok(4096));
         assert_eq!(size("1.5GiB"), Ok(3 << 29));
         assert_eq!(size("2m"), Ok(2 << 20));
-        assert!(size("50%").unwrap() < crate::vineyard::launch::whole_memory().unwrap());
+        assert!(size("50%").unwrap() < crate::cgroup::whole_memory().unwrap());
         for wrong in ["", "G", "-1G", "1X", "1e3", "0", "99999999999T", "1..2"] {
             assert!(size(wrong).is_err(), "{wrong}");
         }

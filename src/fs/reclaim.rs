@@ -40,8 +40,8 @@ impl FileSystem {
         }
     }
 
-    /// Removes what a former server made or meant to remove and no name leads to. Returns how many objects and blobs
-    /// were looked at.
+    /// Removes what was made or meant to be removed and no name leads to: by a former server, or by this one when the
+    /// store did not answer. Returns how many objects and blobs were looked at.
     ///
     /// # Errors
     /// What the store answers; what was not settled is looked at again by the next call.
@@ -53,7 +53,12 @@ impl FileSystem {
         Ok(looked_at)
     }
 
-    /// Removes what a former server noted.
+    /// Whether there is something that only [`FileSystem::reclaim`] will remove, as soon as the store answers.
+    pub fn has_unanswered(&self) -> bool {
+        self.store.journal().is_some_and(|journal| !journal.unanswered().is_empty())
+    }
+
+    /// Removes what a former server noted, and what this one could not remove.
     fn reclaim_known(&self, journal: &Journal) -> Result<usize> {
         let suspects = journal.kept();
         // Deletions that wait for readers of this server are no remains.
@@ -89,26 +94,27 @@ impl FileSystem {
         Ok(suspects.len())
     }
 
-    /// Removes blobs that were made for a former server and whose ids it never learned.
+    /// Removes blobs whose ids no server learned, because it was killed or the answer did not come in time.
     fn reclaim_unanswered(&self, journal: &Journal) -> Result<()> {
         let wishes = journal.unanswered();
         if wishes.is_empty() {
             return Ok(());
         }
-        let look = || -> Result<HashSet<ObjectId>> {
-            let found = wishes.iter().map(|wish| self.store.unanswered(wish)).collect::<Result<Vec<_>>>()?;
-            Ok(found.into_iter().flatten().collect())
-        };
-        let first = look()?;
-        if !first.is_empty() {
+        let found = wishes.values().map(|wish| self.store.unanswered(wish)).collect::<Result<Vec<_>>>()?;
+        let found: Vec<ObjectId> = found.into_iter().flatten().collect();
+        if !found.is_empty() {
+            // Whose answers come now may be among them, and are known to be this server's own after that.
+            let under_way = journal.under_way();
             std::thread::sleep(SECOND_LOOK);
-            // Times alone do not tell this server's own blobs: the clock may have been set back.
-            let lost = look()?.into_iter().filter(|id| first.contains(id) && !journal.is_own(*id));
-            let lost: Vec<ObjectId> = lost.collect();
+            while journal.any_under_way(&under_way) {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            let mut lost = self.store.unsealed(&found)?;
+            lost.retain(|id| !journal.is_own(*id));
             self.store.drop_blobs(&lost)?;
-            tracing::info!(blobs = lost.len(), "dropped what was made for a former server, which never learned of it");
+            tracing::info!(blobs = lost.len(), "dropped what the store had made without its maker hearing of it");
         }
-        journal.settle_unanswered();
+        journal.settle_unanswered(wishes.into_keys());
         Ok(())
     }
 }

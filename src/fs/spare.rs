@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::host::{Area, Host, MemoryFile};
+use crate::cgroup;
 use crate::error::{Error, Kind, Result};
 use crate::image;
 use crate::sync::{Mutex, MutexGuard};
@@ -86,7 +87,10 @@ impl Spare {
                 _ => return,
             }
         };
-        let made = match wanted <= available().unwrap_or(0) / SHARE && has_room(wanted) {
+        let made = match wanted <= cgroup::available_memory().unwrap_or(0) / SHARE
+            && cgroup::room_for(wanted).is_ok()
+            && has_room(wanted)
+        {
             true => make(host, wanted),
             false => Err(Error::new(Kind::Full, "there is no room for it")),
         };
@@ -110,14 +114,6 @@ fn make(host: &Arc<dyn Host>, size: u64) -> Result<MemoryFile> {
     let file = MemoryFile::create(host, Area::Image, size)?;
     image::assemble::give_pages(&file.file, size)?;
     Ok(file)
-}
-
-/// `MemAvailable` of `/proc/meminfo` (`proc(5)`), in bytes.
-fn available() -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.map(|kib| kib << 10).ok_or_else(|| Error::new(Kind::Unsupported, "the kernel does not tell MemAvailable"))
 }
 
 #[cfg(test)]

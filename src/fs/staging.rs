@@ -21,6 +21,7 @@ use super::inode::STAGED;
 use super::name::is_inside;
 use super::resolve::Target;
 use super::{Attr, FileKind, Options};
+use crate::cgroup;
 use crate::dataset::FileAttributes;
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::{Context, Error, Kind, Result};
@@ -289,6 +290,7 @@ impl Staged {
     }
 
     pub(super) fn write(&self, offset: u64, data: &[u8]) -> Result<u32> {
+        cgroup::room_for(data.len() as u64)?;
         self.state().clean = None;
         self.file.file.write_all_at(data, offset).map_err(full)?;
         Ok(data.len() as u32)

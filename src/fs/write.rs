@@ -419,8 +419,8 @@ impl FileSystem {
         }
         opens.remove(&object);
         drop(opens);
-        if self.doomed.lock().unwrap_or_else(|e| e.into_inner()).remove(&object) {
-            self.delete_now(object);
+        let is_doomed = self.doomed.lock().unwrap_or_else(|e| e.into_inner()).remove(&object);
+        if is_doomed && self.delete_now(object) {
             self.forget_suspects(&[object]);
         }
     }
@@ -434,17 +434,21 @@ impl FileSystem {
             self.suspect_for_long(object);
         } else {
             drop(opens);
-            self.delete_now(object);
+            let _noted_if_not = self.delete_now(object);
         }
     }
 
-    fn delete_now(&self, object: ObjectId) {
+    /// False if the object is still there, and is noted as one that is to go.
+    fn delete_now(&self, object: ObjectId) -> bool {
         self.cache.forget(object);
         self.objects.forget(object);
-        if let Err(error) = self.store.delete(&[object]) {
-            self.warn(format!("object {object} was replaced or removed and could not be deleted: {error}"));
+        let deleted = self.store.delete(&[object]);
+        if let Err(error) = &deleted {
+            self.warn(format!("object {object} was replaced or removed and is deleted later: {error}"));
+            self.suspect_for_long(object);
         }
         self.drop_copies(object);
+        deleted.is_ok()
     }
 
     /// A time for attributes.
@@ -460,6 +464,7 @@ fn copy_file(from: &std::fs::File, to: &std::fs::File, size: u64) -> Result<()> 
     let mut at = 0;
     while at < size {
         let n = chunk.len().min((size - at) as usize);
+        crate::cgroup::room_for(n as u64)?;
         from.read_exact_at(&mut chunk[..n], at)?;
         to.write_all_at(&chunk[..n], at).map_err(super::staging::full)?;
         at += n as u64;

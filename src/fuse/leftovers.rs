@@ -8,8 +8,11 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use super::{mountinfo, runtime};
 use crate::error::{Context, Error, Kind, Result};
+use crate::vineyard::journal::LEAST_LEN;
 
 /// Most bytes that are taken over of one journal.
 const MOST: u64 = 64 << 20;
@@ -48,9 +51,17 @@ impl Leftovers {
             if std::fs::rename(&left, &claimed).is_ok() {
                 let mut text = Vec::new();
                 File::open(&claimed)?.take(MOST).read_to_end(&mut text)?;
+                // A line that was cut is none, and zeros stand where there is no text.
+                text.truncate(text.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1));
                 file.write_all(&text)?;
                 std::fs::remove_file(&claimed)?;
             }
+        }
+        // Notes must find room where memory has ended.
+        let len = file.metadata()?.len();
+        if let Some(rest) = LEAST_LEN.checked_sub(len).filter(|rest| *rest > 0) {
+            fallocate(&file, FallocateFlags::empty(), len as i64, rest as i64)
+                .context(|| format!("no room for {path:?}"))?;
         }
         Ok(Leftovers { path })
     }
@@ -65,7 +76,7 @@ impl Leftovers {
 
     /// The mount has ended: an empty journal goes, and any where the store has ended as well.
     pub fn end(&self, with_store: bool) {
-        let empty = std::fs::metadata(&self.path).is_ok_and(|meta| meta.len() == 0);
+        let empty = std::fs::read(&self.path).is_ok_and(|text| text.iter().all(|&byte| byte == 0));
         if (empty || with_store)
             && let Err(error) = std::fs::remove_file(&self.path)
         {

@@ -130,6 +130,7 @@ fn filter() -> Result<BpfProgram> {
         libc::SYS_munmap,
         libc::SYS_mremap,
         libc::SYS_madvise,
+        libc::SYS_mincore,
         libc::SYS_brk,
         // Threads and signals.
         libc::SYS_futex,

@@ -102,6 +102,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let listener = UnixListener::from(take(inherited.status)?);
     // Found out while the limits of the process's group can be read.
     let loops = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4));
+    crate::cgroup::watch();
     let mut journal = link.journal()?;
     let unanswered = journal.begin();
     let journal = Arc::new(journal);
@@ -165,22 +166,21 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     session.run().context(|| "the connection to the kernel".into())
 }
 
-/// Removes what a former server left over in the store, once, and now and then what readers did not come for.
+/// Removes what a former server, or a request that failed, left over in the store, and what readers did not come for.
 fn keep_house(fs: &FileSystem) {
     // What the former server had sent is carried out by then.
     let mut pause = Duration::from_millis(500);
-    let mut reclaimed = false;
     loop {
         std::thread::sleep(pause);
         fs.end_old_redirects();
-        if reclaimed {
-            continue;
-        }
         match fs.reclaim() {
-            Ok(_) => (reclaimed, pause) = (true, HOUSEKEEPING),
+            Ok(_) => pause = HOUSEKEEPING,
             Err(error) => {
-                tracing::info!("what a former server left is looked through later: {error}");
-                pause = (pause * 2).min(Duration::from_secs(60));
+                tracing::info!("what is left over in the store is looked through later: {error}");
+                // A store that was stuck carries out what it was asked for as soon as it goes on, and is best looked at
+                // right then.
+                let longest = if fs.has_unanswered() { HOUSEKEEPING } else { Duration::from_secs(60) };
+                pause = (pause * 2).min(longest);
             }
         }
     }

@@ -16,6 +16,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::extent::Image;
+use crate::cgroup;
 use crate::dataset::Span;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::BlobSource;
@@ -48,6 +49,8 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
         return Ok(());
     }
     source.prepare(&image.blobs(0..image.size()))?;
+    // The whole of it at once, so that no other process has to end for what would not fit.
+    cgroup::room_for(image.size()).context(|| "memory for a file".into())?;
     if threads <= 1 || image.size() <= SLICE {
         allocate(target, 0, image.size())?;
         return write(image, source, target);

@@ -19,7 +19,7 @@ use super::blobs::Memories;
 use super::connection::{Answer, Connection};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::journal::{Journal, Wish};
+use super::journal::{Journal, Wish, now_ms};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
@@ -235,11 +235,14 @@ impl Client {
         }
     }
 
-    /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back is lost to the store.
+    /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back now is noted.
     fn give_back(&self, made: &[NewBlob]) {
         let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
         if let Err(error) = self.drop_blobs(&ids) {
-            tracing::warn!(%error, blobs = ids.len(), "blobs of an abandoned write could not be given back");
+            tracing::warn!(%error, blobs = ids.len(), "blobs of an abandoned write are given back later");
+            if let Some(journal) = &self.journal {
+                journal.keep(ids);
+            }
         }
     }
 }
@@ -395,9 +398,12 @@ impl Store for Client {
         let requests: Vec<Request> =
             sizes.iter().filter(|&&size| size > 0).map(|&size| Request::CreateBuffer { size }).collect();
         let mut made: Vec<NewBlob> = Vec::with_capacity(requests.len());
-        let asked = self.journal.as_ref().filter(|_| !requests.is_empty()).map(|journal| (journal, journal.ask(sizes)));
+        let journal = self.journal.as_ref().filter(|_| !requests.is_empty());
+        let asked = journal.map(|journal| Ok::<_, Error>((journal, journal.ask(sizes)?))).transpose()?;
+        let mut sent = None;
         let answers = self.run(Repeat::UnlessSent, |connection| {
-            connection.calls(&requests, "create_buffer_reply", |connection, reply: CreateBufferReply| {
+            let begun = now_ms();
+            let answers = connection.calls(&requests, "create_buffer_reply", |connection, reply: CreateBufferReply| {
                 let payload = reply.created;
                 let fds: &[i64] = if reply.fd >= 0 { &[reply.fd] } else { &[] };
                 connection.accept_files(&self.memories, fds, &[payload])?;
@@ -408,14 +414,16 @@ impl Store for Client {
                 let offset = payload.data_offset;
                 made.push(NewBlob { id: blob.key().id, size: blob.len(), file: Some(file.file.clone()), offset });
                 Ok(())
-            })
+            });
+            sent = answers.as_ref().is_err_and(|broken| broken.sent).then_some(begun);
+            answers
         });
         if let Some((journal, asked)) = asked {
-            let ids = made.iter().map(|blob| blob.id);
-            match &answers {
-                Ok(_) => journal.answered(asked, ids),
-                // vineyardd may have made more of them.
-                Err(_) => journal.note(ids),
+            let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
+            match sent {
+                // vineyardd may have made more of them, or may still do so.
+                Some(sent) => journal.failed(asked, &ids, sent),
+                None => journal.answered(asked, ids),
             }
         }
         let refusal = answers.and_then(|answers| match answers.into_iter().find_map(|answer| answer.err()) {
@@ -550,6 +558,11 @@ impl Store for Client {
 
     fn unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {
         self.find_unanswered(wish)
+    }
+
+    fn unsealed(&self, ids: &[ObjectId]) -> Result<Vec<ObjectId>> {
+        let found = self.run(Repeat::Safe, |connection| connection.unsealed(&self.memories, ids))?;
+        Ok(found.into_iter().map(|(id, _)| id).collect())
     }
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {

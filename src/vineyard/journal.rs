@@ -8,7 +8,10 @@
 //! Blobs get their ids from vineyardd, so a process that is killed before it reads the reply knows none to note. What it
 //! asks for is noted ahead, as `? NUMBER MS LAST SIZE SIZE ...`: the time, the last id that was known then, and the sizes;
 //! `! NUMBER` follows when the answer is noted. An id tells when and in which order it was made, so
-//! [`Store::unanswered`](super::Store::unanswered) finds such blobs.
+//! [`Store::unanswered`](super::Store::unanswered) finds such blobs. The same holds for a process that lives on after an
+//! answer did not come in time.
+//!
+//! Notes matter most where memory ends, so a file that has [`LEAST_LEN`] bytes keeps them: what is no note is zeros.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -20,6 +23,8 @@ use super::id::ObjectId;
 use crate::error::{Context, Result};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 
+/// Bytes that a file keeps, if it has them, so that notes need no new memory.
+pub const LEAST_LEN: u64 = 64 << 10;
 /// Most bytes before work waits until all work under way has ended, so that the journal can begin anew.
 const MAX_LEN: u64 = 16 << 20;
 /// Most bytes that are read of a journal that others may have written to.
@@ -54,7 +59,10 @@ pub struct Journal {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Bytes of text.
     len: u64,
+    /// Bytes of the file that hold text or zeros for sure, at least `len`.
+    file_len: u64,
     /// Pieces of work under way.
     units: usize,
     /// What outlives the work it came from: what a former process left, and deletions that wait for readers.
@@ -63,15 +71,17 @@ struct State {
     wishes: BTreeMap<u64, Wish>,
     /// The first number of this process's own wishes.
     own: u64,
+    /// This process's own wishes whose answers are lost.
+    failed: BTreeSet<u64>,
     /// The last id that was noted.
     last: Option<ObjectId>,
-    /// What this process made while it does not know yet what a former one's wishes made.
+    /// What this process made since nothing was under way and every wish was answered.
     made: BTreeSet<ObjectId>,
 }
 
 impl State {
-    fn has_former_wishes(&self) -> bool {
-        self.wishes.range(..self.own).next().is_some()
+    fn has_unanswered(&self) -> bool {
+        !self.failed.is_empty() || self.wishes.range(..self.own).next().is_some()
     }
 }
 
@@ -89,10 +99,12 @@ impl Journal {
         let mut text = vec![0; len.min(MAX_READ) as usize];
         file.read_exact_at(&mut text, 0).context(|| "reading the journal".into())?;
         let (kept, mut wishes) = parse(&text);
+        // A line that was cut is written over.
+        let end = text.iter().rposition(|&b| b == b'\n').map_or(0, |end| end as u64 + 1);
         let now = now_ms();
         wishes.values_mut().for_each(|wish| wish.until = if now < wish.since { u64::MAX } else { now });
         let own = wishes.keys().next_back().map_or(0, |last| last + 1);
-        let state = State { len, kept, wishes, own, ..State::default() };
+        let state = State { len: end, file_len: len, kept, wishes, own, ..State::default() };
         Ok(Journal { file, state: Mutex::new(state), idle: Condvar::new() })
     }
 
@@ -122,14 +134,17 @@ impl Journal {
     }
 
     /// Notes that blobs of these sizes are about to be asked for. What is never [answered](Self::answered) is kept.
-    pub fn ask(&self, sizes: &[u64]) -> Asked {
+    ///
+    /// # Errors
+    /// If there is no room for the note.
+    pub fn ask(&self, sizes: &[u64]) -> Result<Asked> {
         let mut state = self.state();
         let number = state.wishes.keys().next_back().map_or(state.own, |last| (last + 1).max(state.own));
         let sizes = sizes.iter().copied().filter(|&size| size > 0).collect();
         let wish = Wish { since: now_ms(), until: u64::MAX, after: state.last.unwrap_or(ObjectId::INVALID), sizes };
-        self.append(&mut state, &wish_line(number, &wish));
+        self.try_append(&mut state, &wish_line(number, &wish)).context(|| "noting what is to be stored".into())?;
         state.wishes.insert(number, wish);
-        Asked(number)
+        Ok(Asked(number))
     }
 
     /// Notes the blobs that were made of those that were asked for.
@@ -141,9 +156,41 @@ impl Journal {
         state.wishes.remove(&asked.0);
         state.last = made.last().copied().or(state.last);
         self.append(&mut state, &text);
-        if state.has_former_wishes() {
-            state.made.extend(made);
+        state.made.extend(made);
+    }
+
+    /// Notes the blobs of whose making this process learned before the answer was lost; the others are
+    /// [unanswered](Self::unanswered) from now on. They were asked for at `sent`, in milliseconds since 1970.
+    pub fn failed(&self, asked: Asked, made: &[ObjectId], sent: u64) {
+        let mut state = self.state();
+        let mut text = line(made.iter().copied());
+        if let Some(mut wish) = state.wishes.remove(&asked.0) {
+            wish.sizes.drain(..made.len().min(wish.sizes.len()));
+            wish.after = made.last().copied().unwrap_or(wish.after);
+            wish.since = wish.since.max(sent);
+            // The later line counts.
+            text.push_str(&format!("! {}\n", asked.0));
+            if !wish.sizes.is_empty() {
+                text.push_str(&wish_line(asked.0, &wish));
+                state.wishes.insert(asked.0, wish);
+                state.failed.insert(asked.0);
+            }
         }
+        state.last = made.last().copied().or(state.last);
+        self.append(&mut state, &text);
+        state.made.extend(made);
+    }
+
+    /// The wishes that still wait for their answers.
+    pub fn under_way(&self) -> Vec<u64> {
+        let state = self.state();
+        state.wishes.range(state.own..).map(|(number, _)| *number).filter(|n| !state.failed.contains(n)).collect()
+    }
+
+    /// Whether one of these wishes still waits for its answer.
+    pub fn any_under_way(&self, wishes: &[u64]) -> bool {
+        let state = self.state();
+        wishes.iter().any(|number| state.wishes.contains_key(number) && !state.failed.contains(number))
     }
 
     /// Whether this process made a blob, and no former one; known as long as wishes are [unanswered](Self::unanswered).
@@ -151,28 +198,36 @@ impl Journal {
         self.state().made.contains(&id)
     }
 
-    /// What a former process asked for and saw no answer to.
-    pub fn unanswered(&self) -> Vec<Wish> {
+    /// What was asked for and never answered: of a former process, or of this one. By number.
+    pub fn unanswered(&self) -> BTreeMap<u64, Wish> {
         let state = self.state();
-        state.wishes.range(..state.own).map(|(_, wish)| wish.clone()).collect()
+        let lost = |number: u64| number < state.own || state.failed.contains(&number);
+        state.wishes.iter().filter(|(number, _)| lost(**number)).map(|(number, wish)| (*number, wish.clone())).collect()
     }
 
-    /// Nothing is left of what a former process asked for.
-    pub fn settle_unanswered(&self) {
+    /// Nothing is left of what these wishes asked for.
+    pub fn settle_unanswered(&self, wishes: impl IntoIterator<Item = u64>) {
         let mut state = self.state();
-        let own = state.own;
-        state.wishes.retain(|&number, _| number >= own);
-        state.made.clear();
+        for number in wishes {
+            state.wishes.remove(&number);
+            state.failed.remove(&number);
+        }
         if state.units == 0 {
-            self.renew(&mut state);
+            self.tidy(&mut state);
         }
     }
 
     fn append(&self, state: &mut State, text: &str) {
-        match self.file.write_all_at(text.as_bytes(), state.len) {
-            Ok(()) => state.len += text.len() as u64,
-            Err(error) => tracing::warn!("no note in the journal: {error}"),
+        if let Err(error) = self.try_append(state, text) {
+            tracing::warn!("no note in the journal: {error}");
         }
+    }
+
+    fn try_append(&self, state: &mut State, text: &str) -> std::io::Result<()> {
+        self.file.write_all_at(text.as_bytes(), state.len)?;
+        state.len += text.len() as u64;
+        state.file_len = state.file_len.max(state.len);
+        Ok(())
     }
 
     /// Notes what outlives the work under way.
@@ -195,7 +250,17 @@ impl Journal {
             state.kept.remove(id);
         }
         if state.units == 0 {
-            self.renew(&mut state);
+            self.tidy(&mut state);
+        }
+    }
+
+    /// Nothing is under way.
+    fn tidy(&self, state: &mut State) {
+        if !state.has_unanswered() {
+            state.made.clear();
+        }
+        if state.len > 0 {
+            self.renew(state);
         }
     }
 
@@ -203,11 +268,19 @@ impl Journal {
     fn renew(&self, state: &mut State) {
         let mut text = line(state.kept.iter().copied());
         text.extend(state.wishes.iter().map(|(number, wish)| wish_line(*number, wish)));
-        if let Err(error) = self.file.write_all_at(text.as_bytes(), 0) {
-            return tracing::warn!("the journal cannot be shortened: {error}");
+        let len = text.len() as u64;
+        let mut bytes = text.into_bytes();
+        let keeps = state.file_len >= LEAST_LEN;
+        if keeps {
+            bytes.resize(bytes.len().max(state.len.min(LEAST_LEN) as usize), 0);
         }
-        match self.file.set_len(text.len() as u64) {
-            Ok(()) => state.len = text.len() as u64,
+        let file_len = if keeps { len.max(LEAST_LEN) } else { len };
+        let shortened = self.file.write_all_at(&bytes, 0).and_then(|()| match file_len == state.file_len {
+            true => Ok(()),
+            false => self.file.set_len(file_len),
+        });
+        match shortened {
+            Ok(()) => (state.len, state.file_len) = (len, file_len),
             Err(error) => tracing::warn!("the journal cannot be shortened: {error}"),
         }
     }
@@ -218,9 +291,7 @@ impl Drop for Unit<'_> {
         let mut state = self.0.state();
         state.units = state.units.saturating_sub(1);
         if state.units == 0 {
-            if state.len > 0 {
-                self.0.renew(&mut state);
-            }
+            self.0.tidy(&mut state);
             self.0.idle.notify_all();
         }
     }
@@ -338,17 +409,79 @@ mod tests {
         let later = now_ms() + 86_400_000;
         file.write_all_at(format!("? 0 {later} o8000000000000007 5\n").as_bytes(), 0).unwrap();
         let journal = Journal::open(file).unwrap();
-        let wish = journal.unanswered().pop().unwrap();
+        let wish = journal.unanswered().remove(&0).unwrap();
         assert_eq!((wish.since, wish.until), (later, u64::MAX));
         // Times tell no more which blobs are this process's own.
-        let asked = journal.ask(&[5]);
+        let asked = journal.ask(&[5]).unwrap();
         journal.answered(asked, ids(8..9));
         assert!(journal.is_own(ObjectId(8)) && !journal.is_own(ObjectId(9)));
-        journal.settle_unanswered();
+        journal.settle_unanswered([0]);
         assert!(!journal.is_own(ObjectId(8)));
-        let asked = journal.ask(&[5]);
+        let asked = journal.ask(&[5]).unwrap();
         journal.answered(asked, ids(9..10));
+        drop(journal.enter());
         assert!(!journal.is_own(ObjectId(9)), "nothing is kept once nothing is open");
+    }
+
+    #[test]
+    fn an_answer_that_is_lost_leaves_the_rest_of_the_wish_open_here_and_after_a_kill() {
+        let file = tempfile::tempfile().unwrap();
+        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
+        let unit = journal.enter();
+        let (lost, other) = (journal.ask(&[10, 20, 30]).unwrap(), journal.ask(&[20]).unwrap());
+        assert_eq!(journal.under_way(), [0, 1]);
+        let sent = now_ms() + 7;
+        journal.failed(lost, &ids(8..9), sent);
+        assert_eq!(journal.under_way(), [1]);
+        assert!(journal.any_under_way(&[0, 1]) && !journal.any_under_way(&[0]));
+        let open = Wish { since: sent, until: u64::MAX, after: ObjectId(8), sizes: vec![20, 30] };
+        assert_eq!(journal.unanswered(), [(0, open.clone())].into());
+        let next = Journal::open(file.try_clone().unwrap()).unwrap();
+        let known: Vec<Wish> = next.unanswered().into_values().collect();
+        assert_eq!(known.iter().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [vec![20, 30], vec![20]]);
+        assert_eq!((known[0].after, next.kept()), (ObjectId(8), ids(8..9)));
+        // What came before is known to be this process's own, too.
+        journal.answered(other, ids(9..10));
+        drop(unit);
+        assert!(journal.is_own(ObjectId(8)) && journal.is_own(ObjectId(9)));
+        let wholly = journal.ask(&[40]).unwrap();
+        journal.failed(wholly, &ids(11..12), sent);
+        assert_eq!(journal.unanswered().len(), 1, "all of it was made");
+        journal.settle_unanswered([0]);
+        assert!(journal.unanswered().is_empty() && !journal.is_own(ObjectId(8)));
+        assert_eq!(file.metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_file_with_room_keeps_it_and_needs_no_more() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(LEAST_LEN).unwrap();
+        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
+        let text = || {
+            let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            String::from_utf8(bytes).unwrap()
+        };
+        let unit = journal.enter();
+        journal.keep(ids(1..3));
+        journal.note(ids(3..900));
+        drop(unit);
+        assert_eq!(text().trim_end_matches('\0'), "+ o0000000000000001 o0000000000000002\n");
+        assert_eq!(file.metadata().unwrap().len(), LEAST_LEN);
+        let next = Journal::open(file.try_clone().unwrap()).unwrap();
+        assert_eq!(next.kept(), ids(1..3));
+        let unit = next.enter();
+        next.note(ids(3..9000));
+        assert!(file.metadata().unwrap().len() > LEAST_LEN);
+        drop(unit);
+        assert_eq!(file.metadata().unwrap().len(), LEAST_LEN);
+        next.settle(&ids(1..3));
+        assert_eq!(text().trim_end_matches('\0'), "");
+        // A line that a kill has cut is written over.
+        file.write_all_at(b"+ o0000000000000001\n? 7 12", 0).unwrap();
+        let next = Journal::open(file.try_clone().unwrap()).unwrap();
+        next.note(ids(2..3));
+        assert_eq!(Journal::open(file.try_clone().unwrap()).unwrap().kept(), ids(1..3));
     }
 
     #[test]
@@ -357,23 +490,23 @@ mod tests {
         let journal = Journal::open(file.try_clone().unwrap()).unwrap();
         let unit = journal.enter();
         journal.note(ids(5..7));
-        let first = journal.ask(&[10, 0, 20]);
-        let second = journal.ask(&[30]);
+        let first = journal.ask(&[10, 0, 20]).unwrap();
+        let second = journal.ask(&[30]).unwrap();
         let reopen = || Journal::open(file.try_clone().unwrap()).unwrap();
-        let found = reopen().unanswered();
+        let found: Vec<Wish> = reopen().unanswered().into_values().collect();
         assert_eq!(found.iter().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [vec![10, 20], vec![30]]);
         assert!(found.iter().all(|wish| wish.after == ObjectId(6) && wish.since > 1_700_000_000_000));
         assert!(journal.unanswered().is_empty(), "it may still see the answers");
         journal.answered(first, ids(7..8));
-        let sizes = |journal: &Journal| journal.unanswered().into_iter().map(|wish| wish.sizes).collect::<Vec<_>>();
+        let sizes = |journal: &Journal| journal.unanswered().into_values().map(|wish| wish.sizes).collect::<Vec<_>>();
         assert_eq!(sizes(&reopen()), [[30]]);
         assert!(found.iter().all(|wish| wish.since <= wish.until && wish.until <= now_ms()));
         // It outlives the work under way.
         drop(unit);
         let next = reopen();
-        let third = next.ask(&[40]);
+        let third = next.ask(&[40]).unwrap();
         assert_eq!(sizes(&next), [[30]]);
-        next.settle_unanswered();
+        next.settle_unanswered(next.unanswered().into_keys());
         assert_eq!(reopen().unanswered().len(), 1);
         next.answered(third, []);
         next.settle(&[]);
@@ -404,8 +537,8 @@ mod schedules {
                         for round in 0..2 {
                             let unit = journal.enter();
                             let id = ObjectId(100 * worker + round + 1);
-                            let asked = journal.ask(&[1000 + id.0]);
-                            assert!(next().unanswered().iter().any(|wish| wish.sizes == [1000 + id.0]));
+                            let asked = journal.ask(&[1000 + id.0]).unwrap();
+                            assert!(next().unanswered().values().any(|wish| wish.sizes == [1000 + id.0]));
                             journal.answered(asked, [id]);
                             assert!(next().kept().contains(&id));
                             if round == 1 {

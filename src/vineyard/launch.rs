@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::connection::{Connection, connect_path};
 use super::pool::{Backoff, Pool};
 use super::store::Instance;
+use crate::cgroup;
 use crate::error::{Context, Error, Kind, Result};
 
 /// How long a vineyardd may take to answer before it counts as absent.
@@ -307,60 +308,11 @@ pub fn parse_size(text: &str) -> Result<u64> {
 /// # Errors
 /// If the kernel does not tell, or if that is less than the smallest store.
 pub fn default_size() -> Result<u64> {
-    let available = available_memory(Path::new("/proc"), Path::new("/sys/fs/cgroup"))?;
+    let available = cgroup::available_memory()?;
     match available / 2 / MIB * MIB {
         size if size < SMALLEST => Err(Error::new(Kind::Full, "too little memory for a store; see --size")),
         size => Ok(size),
     }
-}
-
-/// Bytes of memory of this machine, or the limit of the control groups that this process is in, if that is less.
-///
-/// # Errors
-/// If the kernel does not tell.
-pub fn whole_memory() -> Result<u64> {
-    whole_memory_of(Path::new("/proc"), Path::new("/sys/fs/cgroup"))
-}
-
-fn whole_memory_of(proc: &Path, cgroups: &Path) -> Result<u64> {
-    let total = meminfo(proc, "MemTotal:")?;
-    Ok(group_limits(proc, cgroups).into_iter().map(|(most, _)| most).fold(total, u64::min))
-}
-
-/// Bytes that are available: to the machine, and to each control group that this process is in.
-fn available_memory(proc: &Path, cgroups: &Path) -> Result<u64> {
-    let available = meminfo(proc, "MemAvailable:")?;
-    Ok(group_limits(proc, cgroups).into_iter().map(|(most, now)| most.saturating_sub(now)).fold(available, u64::min))
-}
-
-fn meminfo(proc: &Path, field: &str) -> Result<u64> {
-    let text = std::fs::read_to_string(proc.join("meminfo")).context(|| "reading the machine's memory".into())?;
-    let kib = text.lines().find_map(|line| line.strip_prefix(field)).and_then(|rest| rest.trim().strip_suffix("kB"));
-    let kib = kib.and_then(|number| number.trim().parse::<u64>().ok());
-    Ok(kib.ok_or_else(|| Error::malformed(format!("the kernel tells no {field}")))?.saturating_mul(1024))
-}
-
-/// Most bytes and bytes in use of each control group that this process is in and that has a limit.
-fn group_limits(proc: &Path, cgroups: &Path) -> Vec<(u64, u64)> {
-    let number = |path: PathBuf| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-    let mut limits = Vec::new();
-    for line in std::fs::read_to_string(proc.join("self/cgroup")).unwrap_or_default().lines() {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
-        let (root, most, now) = match controllers {
-            "" => (cgroups.to_path_buf(), "memory.max", "memory.current"),
-            list if list.split(',').any(|c| c == "memory") => {
-                (cgroups.join("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")
-            }
-            _ => continue,
-        };
-        // In a container the path may be the host's while only the root is visible; then the root's limit holds.
-        let group = root.join(path.trim_start_matches('/'));
-        for folder in group.ancestors().take_while(|folder| folder.starts_with(&root)) {
-            limits.extend(number(folder.join(most)).map(|most| (most, number(folder.join(now)).unwrap_or(0))));
-        }
-    }
-    limits
 }
 
 #[cfg(test)]
@@ -390,26 +342,6 @@ mod tests {
         for text in ["", "-1", "1X", "Gi", "1.2.3M", "99999999999999G", "i", "1e3", "nan"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn memory_honours_every_control_group() {
-        let root = tempfile::tempdir().unwrap();
-        let (proc, cgroups) = (root.path().join("proc"), root.path().join("cgroup"));
-        std::fs::create_dir_all(proc.join("self")).unwrap();
-        std::fs::create_dir_all(cgroups.join("a/b")).unwrap();
-        assert!(available_memory(&proc, &cgroups).is_err());
-        std::fs::write(proc.join("meminfo"), "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n").unwrap();
-        assert_eq!(available_memory(&proc, &cgroups).unwrap(), 8000 << 10);
-        std::fs::write(proc.join("self/cgroup"), "0::/a/b\n").unwrap();
-        std::fs::write(cgroups.join("a/b/memory.max"), "max\n").unwrap();
-        assert_eq!(available_memory(&proc, &cgroups).unwrap(), 8000 << 10);
-        std::fs::write(cgroups.join("a/memory.max"), "1000000\n").unwrap();
-        std::fs::write(cgroups.join("a/memory.current"), "400000\n").unwrap();
-        assert_eq!(available_memory(&proc, &cgroups).unwrap(), 600_000);
-        assert_eq!(whole_memory_of(&proc, &cgroups).unwrap(), 1_000_000);
-        std::fs::write(cgroups.join("a/memory.max"), "90000000\n").unwrap();
-        assert_eq!(whole_memory_of(&proc, &cgroups).unwrap(), 9000 << 10);
     }
 
     #[test]

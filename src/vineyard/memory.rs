@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
 use super::id::BlobKey;
+use crate::cgroup;
 use crate::error::{Context, Error, Kind, Result};
 
 /// Writes below this size go through the descriptor.
@@ -84,14 +85,21 @@ impl WritableFile {
     /// and says if there is no memory for them, where a store would raise SIGBUS.
     ///
     /// # Errors
-    /// `Full` or the errno if there is no memory for it; `Malformed` past the end of files.
+    /// `Full` or the errno if there is no memory for it, also if this process may not use so much more; `Malformed` past
+    /// the end of files.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         if bytes.len() < MAPPED_WRITE {
             return self.pwrite(offset, bytes);
         }
         let mapping = self.mapping.get_or_init(|| WritableMapping::of(&self.file).ok());
+        let is_tight = cgroup::room_for(bytes.len() as u64).is_err();
         for (number, part) in bytes.chunks(POPULATED).enumerate() {
             let at = offset.saturating_add((number * POPULATED) as u64);
+            if is_tight {
+                // Pages that are there already need no room.
+                let absent = mapping.as_ref().and_then(|mapping| mapping.absent(at, part.len()));
+                cgroup::room_for(absent.unwrap_or(part.len() as u64)).context(|| "filling a blob".into())?;
+            }
             if !mapping.as_ref().is_some_and(|mapping| mapping.write(at, part)) {
                 self.pwrite(at, part)?;
             }
@@ -142,6 +150,18 @@ impl WritableMapping {
         let base = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) }
             .context(|| format!("mapping {len} bytes of the store's memory"))?;
         Ok(WritableMapping { base: base.cast(), len })
+    }
+
+    /// Bytes of a range whose pages nobody has used yet; `None` if that is not known. Whoever uses a page first has it
+    /// counted as its own.
+    fn absent(&self, offset: u64, len: usize) -> Option<u64> {
+        const PAGE: usize = 4096;
+        let end = usize::try_from(offset).ok()?.checked_add(len).filter(|&end| end <= self.len)?;
+        let start = offset as usize & !(PAGE - 1);
+        let mut present = vec![0u8; (end - start).div_ceil(PAGE)];
+        // SAFETY: the pages lie in the mapping, and `present` has a byte for each (`mincore(2)`).
+        let asked = unsafe { libc::mincore(self.base.as_ptr().add(start).cast(), end - start, present.as_mut_ptr()) };
+        (asked == 0).then(|| present.iter().filter(|&&page| page & 1 == 0).count() as u64 * PAGE as u64)
     }
 
     /// False if the range cannot be written this way.

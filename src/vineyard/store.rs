@@ -307,6 +307,15 @@ pub trait Store: BlobSource {
         Ok(Vec::new())
     }
 
+    /// Those of these blobs that are not sealed yet.
+    ///
+    /// # Errors
+    /// What the store answers.
+    fn unsealed(&self, ids: &[ObjectId]) -> Result<Vec<ObjectId>> {
+        let _ = ids;
+        Ok(Vec::new())
+    }
+
     /// A copy of the metadata under a new id with some plain values replaced; members are shared, the signature stays.
     /// Of an object on another instance the copy is made there, and is permanent.
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId>;

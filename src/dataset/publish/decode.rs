@@ -17,7 +17,8 @@ use super::column::Column;
 use super::ipc::arrow;
 use super::plan::Part;
 use super::table::Batches;
-use crate::error::{Error, Result};
+use crate::cgroup;
+use crate::error::{Context, Error, Result};
 
 /// The messages of a file or a stream, with where their bodies lie.
 pub(super) type Messages<'a> = Vec<(arrow_ipc::Message<'a>, Range<u64>)>;
@@ -26,8 +27,9 @@ pub(super) type Messages<'a> = Vec<(arrow_ipc::Message<'a>, Range<u64>)>;
 /// they are decompressed.
 fn check(staged: &[u8], messages: &Messages<'_>, budget: u64) -> Result<()> {
     let outside = || Error::malformed("a buffer outside its body");
-    let mut inflated = 0u64;
+    let (mut inflated, mut held) = (0u64, 0u64);
     for (message, body) in messages {
+        held = held.saturating_add(body.end.saturating_sub(body.start));
         let dictionary = message.header_as_dictionary_batch().and_then(|batch| batch.data());
         let Some(batch) = message.header_as_record_batch().or(dictionary) else { continue };
         for buffer in batch.buffers().iter().flatten() {
@@ -47,7 +49,8 @@ fn check(staged: &[u8], messages: &Messages<'_>, budget: u64) -> Result<()> {
     if inflated > budget {
         return Err(Error::malformed("batches that decode to more than the store holds"));
     }
-    Ok(())
+    // As they are, and joined.
+    cgroup::room_for(inflated.max(held).saturating_mul(2)).context(|| "memory for decoding".into())
 }
 
 /// Runs a piece of the Arrow and Parquet crates, which may panic where a file lies.

@@ -30,6 +30,7 @@ use super::join::buffer_bytes;
 use super::plan::{Draft, Field, Part, PlannedObject};
 use super::table::Batches;
 use super::{decode, native, table};
+use crate::cgroup;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::ObjectId;
 
@@ -292,7 +293,10 @@ impl Decode {
         let mut next = unit.partitions.start;
         for chunk in self.partitions[unit.partitions.clone()].chunk_by(|a, b| a.0 == b.0) {
             let mut batches = self.reader(unit.column, chunk)?;
-            for (_, rows) in chunk {
+            for (group, rows) in chunk {
+                // As an array, as it grows, and as the bytes of a message.
+                let size = self.piece_size(unit.column, *group, *rows).saturating_mul(3);
+                cgroup::room_for(size).context(|| "memory for decoding".into())?;
                 let array = batches.next().ok_or_else(|| Error::malformed("a row group ends early"))?;
                 let array = array.map_err(arrow)?.columns().first().cloned();
                 let array = array.filter(|a| a.len() as u64 == *rows);
@@ -320,6 +324,21 @@ impl Decode {
             start += rows;
         }
         Ok(())
+    }
+
+    /// About how many bytes so many rows of a column of a row group take when they are decoded.
+    fn piece_size(&self, column: usize, group: usize, rows: u64) -> u64 {
+        let field = self.schema.field(column);
+        if let Some(width) = field.data_type().primitive_width() {
+            return rows.saturating_mul(width as u64);
+        }
+        let Some(group) = self.metadata.metadata().row_groups().get(group) else { return 0 };
+        let leaves = self.metadata.parquet_schema();
+        let of_column = (0..group.num_columns()).filter(|&leaf| leaves.get_column_root_idx(leaf) == column);
+        let size = |leaf| group.column(leaf).uncompressed_size();
+        let whole = u64::try_from(of_column.map(size).fold(0, i64::saturating_add)).unwrap_or(0);
+        let all = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
+        (u128::from(whole) * u128::from(rows.min(all)) / u128::from(all)) as u64
     }
 
     /// A column of a row group, in the pieces of `chunk`.

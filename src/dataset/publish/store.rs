@@ -220,7 +220,10 @@ impl Drop for Made<'_> {
         let deleted = if objects.is_empty() { Ok(()) } else { self.store.delete(&objects) };
         let dropped = if blobs.is_empty() { Ok(()) } else { self.store.drop_blobs(&blobs) };
         for error in [deleted, dropped].into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, blobs = blobs.len(), "what a failed publish made could not be removed");
+            tracing::warn!(%error, blobs = blobs.len(), "what a failed publish made is removed later");
+            if let Some(journal) = self.store.journal() {
+                journal.keep(blobs.iter().chain(&objects).copied());
+            }
         }
     }
 }

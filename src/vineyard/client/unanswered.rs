@@ -1,6 +1,6 @@
-//! Blobs that vineyardd made for a process that was killed before it could read their ids.
+//! Blobs that vineyardd made for a process that was killed before it could read their ids, or that heard nothing in time.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Client, Repeat};
 use crate::error::Result;
@@ -19,14 +19,18 @@ const PAUSE: Duration = Duration::from_millis(25);
 /// Most milliseconds after a wish that its blobs are looked for. vineyardd makes them as soon as it reads the request; the
 /// longer this is, the more blobs of others come into question.
 const LATEST: u64 = 1_000;
+/// A vineyardd that takes so long to answer was stuck. It has then just carried out what else it was asked for meanwhile.
+const STUCK: Duration = Duration::from_millis(300);
 
 impl Client {
     /// As [`Store::unanswered`].
     pub(super) fn find_unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {
         // An id of now ends the numbers that may have been given to them.
+        let asked = Instant::now();
         let Some(probe) = self.create_blobs(&[1])?.pop() else { return Ok(Vec::new()) };
+        let was_stuck = asked.elapsed() > STUCK;
         self.drop_blobs(&[probe.id])?;
-        let mut candidates = candidates(wish, probe.id).peekable();
+        let mut candidates = candidates(wish, probe.id, was_stuck).peekable();
         let mut unsealed = Vec::new();
         loop {
             // The likeliest come first: vineyardd is seldom late.
@@ -43,8 +47,9 @@ impl Client {
     }
 }
 
-/// The ids that blobs of a wish can have, if `end` was made after them, by their times.
-fn candidates(wish: &Wish, end: ObjectId) -> impl Iterator<Item = ObjectId> + use<> {
+/// The ids that blobs of a wish can have, if `end` was made after them, by their times. `was_stuck`: vineyardd was,
+/// until just before it made `end`.
+fn candidates(wish: &Wish, end: ObjectId, was_stuck: bool) -> impl Iterator<Item = ObjectId> + use<> {
     let (first, count) = match wish.after {
         ObjectId::INVALID => (end.sequence(), SEQUENCES),
         // Where the numbers went all around, or may have because the clock was set back, none is known to be out.
@@ -56,10 +61,13 @@ fn candidates(wish: &Wish, end: ObjectId) -> impl Iterator<Item = ObjectId> + us
     // The clock may have been read just before a millisecond ended.
     let since = wish.since.saturating_sub(1);
     // An end before the beginning is one of a clock that was set back.
-    let end = Some(end.made_ms()).filter(|&end| end >= since).unwrap_or(u64::MAX);
+    let made = end.made_ms();
+    let end = Some(made).filter(|&end| end >= since).unwrap_or(u64::MAX);
     let until = end.min(wish.until).min(since.saturating_add(LATEST));
+    let late = made.saturating_sub(LATEST).max(until.saturating_add(1))..=made;
     let numbers = move |ms| (first..first + count).map(move |number| ObjectId::blob_made(ms, number % SEQUENCES));
-    (since..=until).flat_map(numbers)
+    let late = late.filter(move |_| was_stuck).rev();
+    late.chain(since..=until).flat_map(numbers)
 }
 
 /// Those of unsealed blobs that are the wish's: they were made one after the other, with its sizes.
@@ -85,7 +93,7 @@ mod tests {
     #[test]
     fn candidates_lie_between_what_was_known_and_now() {
         let known = ObjectId::blob_made(990, 4094);
-        let candidates = |wish: &Wish, end| super::candidates(wish, end).collect::<Vec<_>>();
+        let candidates = |wish: &Wish, end| super::candidates(wish, end, false).collect::<Vec<_>>();
         let found = candidates(&wish(known, &[5]), ObjectId::blob_made(1001, 2));
         let expected = |ms| [4095, 0, 1].map(|number| ObjectId::blob_made(ms, number));
         assert_eq!(found, [expected(999), expected(1000), expected(1001)].concat());
@@ -99,6 +107,12 @@ mod tests {
             (back.first(), back.len()),
             (Some(&ObjectId::blob_made(999, 2)), (LATEST + 1) as usize * SEQUENCES as usize)
         );
+        // It was stuck: what it was asked for it made at once when it went on.
+        let late = super::candidates(&wish(known, &[5]), ObjectId::blob_made(9000, 0), true).collect::<Vec<_>>();
+        assert_eq!(late.len(), 2 * (LATEST + 1) as usize, "one number, in two seconds");
+        assert_eq!(late.first(), Some(&ObjectId::blob_made(9000, 4095)));
+        let soon = super::candidates(&wish(known, &[5]), ObjectId::blob_made(1001, 2), true).collect::<Vec<_>>();
+        assert_eq!(soon.len(), 9, "none comes twice");
         let all = candidates(&wish(ObjectId::INVALID, &[5]), ObjectId::blob_made(1 << 30, 9));
         assert_eq!((all.len() as u64 / SEQUENCES, all.len() as u64 % SEQUENCES), (LATEST + 1, 0));
     }
