@@ -128,16 +128,16 @@ impl FileSystem {
     /// Value of an extended attribute.
     ///
     /// # Errors
-    /// `NoAttribute`.
+    /// `NoAttribute`; `Unsupported` outside `user.`.
     pub fn getxattr(&self, ino: u64, name: &OsStr) -> Result<Vec<u8>> {
         let absent = || Error::new(Kind::NoAttribute, "no such attribute");
         let name = name.to_str().ok_or_else(absent)?;
         if !name.starts_with("user.") {
-            // `ls -l` asks for access lists of every file.
+            // `ls -l` asks for an access list and a security context, and after this answer for no other file's.
             if let Some(Node::View(view)) = self.inodes.get(ino).as_deref().map(|inode| &inode.node) {
-                self.note_look(&view.directory);
+                self.note_looks(&view.directory);
             }
-            return Err(absent());
+            return Err(Error::new(Kind::Unsupported, "only user.* attributes are kept"));
         }
         let inode = self.inode(ino)?;
         if let Some(key) = name.strip_prefix(OWN) {

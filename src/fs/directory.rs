@@ -96,6 +96,13 @@ impl FileSystem {
         }
     }
 
+    /// Somebody is about to look at all files of a directory.
+    pub(super) fn note_looks(&self, directory: &str) {
+        if let Some(listing) = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory) {
+            listing.attention().since = Some(Instant::now());
+        }
+    }
+
     /// The listing of a directory, and whether it is the one that was made last.
     fn list(&self, directory: &str) -> Result<(Arc<Listing>, bool)> {
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };

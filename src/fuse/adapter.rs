@@ -107,7 +107,7 @@ impl Shared {
     /// Logs an error: what programs expect to happen quietly, a broken object or store aloud.
     fn report(&self, op: Op, what: &str, error: &Error) {
         match error.errno() {
-            libc::EIO | libc::ENOSPC | libc::EREMOTEIO | libc::EHOSTUNREACH => {
+            libc::EIO | libc::ENOSPC | libc::ENOMEM | libc::EREMOTEIO | libc::EHOSTUNREACH => {
                 tracing::warn!(what, error = %error, "request failed");
                 self.stats.remember(op, &format!("{what}: {error}"));
             }
@@ -116,10 +116,10 @@ impl Shared {
     }
 }
 
-/// Whether an error is one that `status` counts: a name or attribute that does not exist, or a name that leads
-/// elsewhere by now, is a usual answer.
+/// Whether an error is one that `status` counts: a name or attribute that does not exist or is not kept, or a
+/// name that leads elsewhere by now, is a usual answer.
 fn is_failure(error: &Error) -> bool {
-    !matches!(error.errno(), libc::ENOENT | libc::ENODATA | libc::ESTALE)
+    !matches!(error.errno(), libc::ENOENT | libc::ENODATA | libc::EOPNOTSUPP | libc::ESTALE)
 }
 
 fn caller(request: &Request) -> Caller {

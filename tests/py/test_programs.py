@@ -36,6 +36,23 @@ def same_tree(left, right):
     subprocess.run(["diff", "-r", left, right], check=True, timeout=60)
 
 
+def test_a_long_listing_asks_once_for_what_is_not_kept(make_mount):
+    """`ls -l` believes the first file that there are no access lists, and gets the rest with the listing, again and again."""
+    mount = make_mount()
+    for i in range(200):
+        mount.store.put(f"d{i}", pd.Series(np.arange(i + 1)))
+    lines = [run("ls", "-l", mount.path, folder=mount.store.folder)]
+    asked = lambda: {name: entry["count"] for name, entry in mount.status()["operations"].items()}
+    before = asked()
+    for _ in range(3):
+        lines.append(run("ls", "-l", mount.path, folder=mount.store.folder))
+    assert len(set(lines)) == 1 and lines[0].count(".arrow\n") == 200
+    more = {name: count - before.get(name, 0) for name, count in asked().items()}
+    assert more.get("lookup", 0) + more.get("getattr", 0) + more["getxattr"] < 30, more
+    size = (mount / "d7.arrow").stat().st_size
+    assert any(line.split()[4] == str(size) for line in lines[0].splitlines() if line.endswith(" d7.arrow"))
+
+
 @needs("git")
 def test_git(make_mount, serving):
     mount = make_mount(*serving)

@@ -268,6 +268,9 @@ def _(m):
     assert os.getxattr(m / "x.arrow", "user.note") == b"hello"
     os.removexattr(m / "x.arrow", "user.note")
     refused(errno.ENODATA, os.getxattr, m / "x.arrow", "user.note")
+    for other in ("system.posix_acl_access", "security.selinux", "trusted.x"):
+        refused(errno.EOPNOTSUPP, os.getxattr, m / "x.arrow", other)
+    refused(errno.EOPNOTSUPP, os.setxattr, m / "x.arrow", "trusted.x", b"x")
     for i in range(2):
         value = b"x" * 40_000
         if i == 0:
