@@ -159,15 +159,15 @@ fn text_of(file: &File) -> Option<String> {
     String::from_utf8(text).ok()
 }
 
-/// Bytes of files in memory that are written back or need not be, from `memory.stat`. In version 1 the lines that begin
-/// with `total_` count the groups below, too; those of version 2 always do.
+/// Bytes that the kernel takes back by itself: of files on disk, and (version 2 tells) of what it knows of them. From
+/// `memory.stat`; in version 1 the lines that begin with `total_` count the groups below, too, those of version 2 always do.
 fn cached(stat: &str) -> u64 {
     let field = |name: &str| {
         let line =
             |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').and_then(number));
         line(&format!("total_{name}")).or_else(|| line(name)).unwrap_or(0)
     };
-    field("active_file").saturating_add(field("inactive_file"))
+    ["active_file", "inactive_file", "slab_reclaimable"].into_iter().map(field).fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]
@@ -219,6 +219,6 @@ mod tests {
         assert!(refuse(&groups, 35_003_001).is_err());
         write("memory.usage_in_bytes", "200000000\n");
         assert!(refuse(&groups, 0).is_err());
-        assert_eq!(cached("active_file 7\ninactive_file_x 9\ninactive_file 1\n"), 8);
+        assert_eq!(cached("active_file 7\ninactive_file_x 9\ninactive_file 1\nslab_reclaimable 30\n"), 38);
     }
 }

@@ -415,14 +415,14 @@ impl Store for Client {
                 made.push(NewBlob { id: blob.key().id, size: blob.len(), file: Some(file.file.clone()), offset });
                 Ok(())
             });
-            sent = answers.as_ref().is_err_and(|broken| broken.sent).then_some(begun);
+            sent = answers.as_ref().is_err_and(|broken| broken.sent).then_some((begun, connection.generation));
             answers
         });
         if let Some((journal, asked)) = asked {
             let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
             match sent {
                 // vineyardd may have made more of them, or may still do so.
-                Some(sent) => journal.failed(asked, &ids, sent),
+                Some((sent, generation)) => journal.failed(asked, &ids, sent, generation),
                 None => journal.answered(asked, ids),
             }
         }

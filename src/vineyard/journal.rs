@@ -42,6 +42,8 @@ pub struct Wish {
     pub after: ObjectId,
     /// Their sizes in bytes, none 0, in the order in which they are made.
     pub sizes: Vec<u64>,
+    /// Which vineyardd was asked, by the number that this process has for it; `None` if another process has asked.
+    pub generation: Option<u64>,
 }
 
 /// The number of a [`Wish`] in its journal.
@@ -141,7 +143,13 @@ impl Journal {
         let mut state = self.state();
         let number = state.wishes.keys().next_back().map_or(state.own, |last| (last + 1).max(state.own));
         let sizes = sizes.iter().copied().filter(|&size| size > 0).collect();
-        let wish = Wish { since: now_ms(), until: u64::MAX, after: state.last.unwrap_or(ObjectId::INVALID), sizes };
+        let wish = Wish {
+            since: now_ms(),
+            until: u64::MAX,
+            after: state.last.unwrap_or(ObjectId::INVALID),
+            sizes,
+            generation: None,
+        };
         self.try_append(&mut state, &wish_line(number, &wish)).context(|| "noting what is to be stored".into())?;
         state.wishes.insert(number, wish);
         Ok(Asked(number))
@@ -160,14 +168,16 @@ impl Journal {
     }
 
     /// Notes the blobs of whose making this process learned before the answer was lost; the others are
-    /// [unanswered](Self::unanswered) from now on. They were asked for at `sent`, in milliseconds since 1970.
-    pub fn failed(&self, asked: Asked, made: &[ObjectId], sent: u64) {
+    /// [unanswered](Self::unanswered) from now on. They were asked for at `sent`, in milliseconds since 1970, of the
+    /// vineyardd of this generation.
+    pub fn failed(&self, asked: Asked, made: &[ObjectId], sent: u64, generation: u64) {
         let mut state = self.state();
         let mut text = line(made.iter().copied());
         if let Some(mut wish) = state.wishes.remove(&asked.0) {
             wish.sizes.drain(..made.len().min(wish.sizes.len()));
             wish.after = made.last().copied().unwrap_or(wish.after);
             wish.since = wish.since.max(sent);
+            wish.generation = Some(generation);
             // The later line counts.
             text.push_str(&format!("! {}\n", asked.0));
             if !wish.sizes.is_empty() {
@@ -329,7 +339,7 @@ fn parse_wish(text: &str) -> Option<(u64, Wish)> {
     let since = words.next()?.parse().ok()?;
     let after = words.next()?.parse().ok()?;
     let sizes = words.map(|word| word.parse().ok()).collect::<Option<Vec<u64>>>()?;
-    Some((number, Wish { since, until: u64::MAX, after, sizes }))
+    Some((number, Wish { since, until: u64::MAX, after, sizes, generation: None }))
 }
 
 /// The ids and wishes of all lines that are one. A line that a kill cut short, and what a shorter text was written over,
@@ -431,10 +441,10 @@ mod tests {
         let (lost, other) = (journal.ask(&[10, 20, 30]).unwrap(), journal.ask(&[20]).unwrap());
         assert_eq!(journal.under_way(), [0, 1]);
         let sent = now_ms() + 7;
-        journal.failed(lost, &ids(8..9), sent);
+        journal.failed(lost, &ids(8..9), sent, 3);
         assert_eq!(journal.under_way(), [1]);
         assert!(journal.any_under_way(&[0, 1]) && !journal.any_under_way(&[0]));
-        let open = Wish { since: sent, until: u64::MAX, after: ObjectId(8), sizes: vec![20, 30] };
+        let open = Wish { since: sent, until: u64::MAX, after: ObjectId(8), sizes: vec![20, 30], generation: Some(3) };
         assert_eq!(journal.unanswered(), [(0, open.clone())].into());
         let next = Journal::open(file.try_clone().unwrap()).unwrap();
         let known: Vec<Wish> = next.unanswered().into_values().collect();
@@ -445,7 +455,7 @@ mod tests {
         drop(unit);
         assert!(journal.is_own(ObjectId(8)) && journal.is_own(ObjectId(9)));
         let wholly = journal.ask(&[40]).unwrap();
-        journal.failed(wholly, &ids(11..12), sent);
+        journal.failed(wholly, &ids(11..12), sent, 3);
         assert_eq!(journal.unanswered().len(), 1, "all of it was made");
         journal.settle_unanswered([0]);
         assert!(journal.unanswered().is_empty() && !journal.is_own(ObjectId(8)));

@@ -30,6 +30,12 @@ impl Client {
         let Some(probe) = self.create_blobs(&[1])?.pop() else { return Ok(Vec::new()) };
         let was_stuck = asked.elapsed() > STUCK;
         self.drop_blobs(&[probe.id])?;
+        if let Some(generation) = wish.generation
+            && self.instance()?.generation != generation
+        {
+            // What the former vineyardd made is gone with it.
+            return Ok(Vec::new());
+        }
         let mut candidates = candidates(wish, probe.id, was_stuck).peekable();
         let mut unsealed = Vec::new();
         loop {
@@ -87,7 +93,7 @@ mod tests {
     use super::*;
 
     fn wish(after: ObjectId, sizes: &[u64]) -> Wish {
-        Wish { since: 1000, until: u64::MAX, after, sizes: sizes.to_vec() }
+        Wish { since: 1000, until: u64::MAX, after, sizes: sizes.to_vec(), generation: None }
     }
 
     #[test]
