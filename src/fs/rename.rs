@@ -297,9 +297,10 @@ impl FileSystem {
         if !(plain_to_plain || same_view) {
             // Bytes move as they are; what they become is decided by the new name.
             let attributes = view.summary.attributes.as_deref().cloned().unwrap_or_default();
-            let staged = self.stage(to.clone(), attributes, None, None)?;
-            let moved = self.copy_view(view, &staged).and_then(|()| self.publish_changed(&staged, Unfinished::Publish));
-            if let Err(error) = moved {
+            let staged = self.prepare_staged(to.clone(), attributes, None)?;
+            self.copy_view(view, &staged)?;
+            self.staging.show(&staged, None);
+            if let Err(error) = self.publish_changed(&staged, Unfinished::Publish) {
                 self.staging.detach(&staged);
                 return Err(error);
             }

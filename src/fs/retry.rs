@@ -22,6 +22,8 @@ struct Refused {
     since: Instant,
 }
 
+/// How many files are made for a writer whose path changes under it.
+const COPIES: usize = 4;
 /// How long a thread may take to look a name up once more.
 const REFUSED: Duration = Duration::from_secs(5);
 /// How long it is believed that there is nothing at a path: a CREATE follows its LOOKUP at once.
@@ -126,20 +128,25 @@ impl FileSystem {
     /// What a lookup finds. If it is one that follows a refusal: what will not be refused again.
     pub(super) fn resolve_for(&self, target: &Target, caller: Caller) -> Result<Option<Found>> {
         let path = target.path();
-        let found = self.resolve(target, caller.pid)?;
+        let mut found = self.resolve(target, caller.pid)?;
         let Some(flags) = self.repeats(&path, caller) else { return Ok(found) };
         if wants_write(flags) {
             // Its own file, and not the version that it may have been sent to as a reader.
             self.end_redirect(&path, caller);
+            // Again if somebody else's file came to the path while this one's was being copied.
+            for _ in 0..COPIES {
+                match &found {
+                    Some(Found::View(view)) => self.stage_view(target, view, flags, caller)?,
+                    Some(Found::Staged(staged)) if staged.refuses_writer(flags, caller) => {
+                        self.replace_staged(staged, target.clone(), flags, caller)?;
+                    }
+                    _ => break,
+                }
+                found = self.resolve(target, caller.pid)?;
+            }
+            return Ok(found);
         }
         match &found {
-            Some(Found::View(view)) if wants_write(flags) => self.stage_view(target, view, flags, caller)?,
-            Some(Found::Staged(staged)) if wants_write(flags) => {
-                if !staged.refuses_writer(flags, caller) {
-                    return Ok(found);
-                }
-                self.replace_staged(staged, target.clone(), flags, caller)?;
-            }
             Some(Found::Staged(staged)) if staged.refuses_reader(caller)? => {
                 self.staging.redirect_reader(&path, caller.pid)
             }

@@ -387,25 +387,29 @@ impl Staging {
         self.by_path().get(path).cloned()
     }
 
-    /// Puts a new staged file at its path, where a former one goes on without it; with `writer` not before that process
-    /// opens it for writing.
-    pub(super) fn add(
+    /// A new staged file of an empty memory file, that nobody meets and the next server does not hear of before it is
+    /// [shown](Self::show): until then its bytes may be put together.
+    pub(super) fn prepare(
         &self,
         file: MemoryFile,
         target: Target,
         attributes: FileAttributes,
         replaces: Option<(String, ObjectId)>,
-        writer: Option<u32>,
     ) -> Arc<Staged> {
         FINE_TIMES.get_or_init(|| try_times(&file.file).unwrap_or(false));
         let ino = STAGED | (self.next.fetch_add(1, Ordering::Relaxed) & (STAGED - 1));
-        let path = target.path();
-        let staged = self.make(ino, Arc::new(file), target, attributes, replaces, |_| {});
+        self.make(ino, Arc::new(file), target, attributes, replaces, |_| {})
+    }
+
+    /// Puts a new staged file at its path, where a former one goes on without it; with `writer` not before that process
+    /// opens it for writing.
+    pub(super) fn show(&self, staged: &Arc<Staged>, writer: Option<u32>) {
+        let path = staged.state().target.path();
+        super::adopt::note_staged(staged);
         match writer {
             Some(pid) => self.reserved().push((path, pid, staged.clone())),
-            None => self.place(path, &staged),
+            None => self.place(path, staged),
         }
-        staged
     }
 
     /// Puts a staged file at a path. The former one is the path's no more, for the next server, too.
@@ -436,6 +440,7 @@ impl Staging {
             (state.was_opened, state.had_readers) = (true, true);
             (state.detached, state.displaced) = (place == Place::Gone, place == Place::Displaced);
         });
+        super::adopt::note_staged(&staged);
         match place {
             Place::Path => self.place(path, &staged),
             _ => drop(self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(ino, staged)),
@@ -474,10 +479,7 @@ impl Staging {
             displaced: false,
         };
         change(&mut state);
-        let staged =
-            Arc::new(Staged { made: Instant::now(), ino, file, state: Mutex::new(state), publishing: Mutex::new(()) });
-        super::adopt::note_staged(&staged);
-        staged
+        Arc::new(Staged { made: Instant::now(), ino, file, state: Mutex::new(state), publishing: Mutex::new(()) })
     }
 
     /// Lets go of a file of a former server that only its number led to.

@@ -71,24 +71,45 @@ impl FileSystem {
         Ok((self.entry(&inode)?, opened))
     }
 
-    /// A new, empty staged file at a path; as [`Staging::add`](super::staging::Staging::add) has it.
-    pub(super) fn stage(
+    /// A new, empty staged file at a path; as [`Staging::show`](super::staging::Staging::show) has it.
+    fn stage(
         &self,
         target: Target,
         attributes: FileAttributes,
         replaces: Option<(String, ObjectId)>,
         writer: Option<u32>,
     ) -> Result<Arc<Staged>> {
+        let staged = self.prepare_staged(target, attributes, replaces)?;
+        self.staging.show(&staged, writer);
+        Ok(staged)
+    }
+
+    /// A new, empty staged file; as [`Staging::prepare`](super::staging::Staging::prepare) has it.
+    pub(super) fn prepare_staged(
+        &self,
+        target: Target,
+        attributes: FileAttributes,
+        replaces: Option<(String, ObjectId)>,
+    ) -> Result<Arc<Staged>> {
         // Images that were written here stay until room is needed for what is written next.
         self.cache.shrink_staged(self.options.staging_size / 2);
         self.staging.retire_old();
         let file = MemoryFile::create(&self.host, Area::Staging, 0)?;
-        Ok(self.staging.add(file, target, attributes, replaces, writer))
+        Ok(self.staging.prepare(file, target, attributes, replaces))
+    }
+
+    /// Shows a copy that was made of what a path led to, unless somebody else's file is there by now: that one counts.
+    fn show_copy(&self, staged: &Arc<Staged>, instead_of: Option<&Arc<Staged>>) {
+        let now = self.staging.at(&staged.state().target.path());
+        if now.as_ref().map(Arc::as_ptr) == instead_of.map(Arc::as_ptr) {
+            self.staging.show(staged, None);
+        }
     }
 
     /// Makes the staged file on which a writer of a published view works: empty if it truncates, else a copy.
     pub(super) fn stage_view(&self, target: &Target, view: &ViewNode, flags: i32, caller: Caller) -> Result<()> {
-        if let Some(there) = self.staging.at(&target.path()) {
+        let there = self.staging.at(&target.path());
+        if let Some(there) = &there {
             // A writer that does not truncate joins those who have the file open.
             let state = there.state();
             if flags & libc::O_TRUNC == 0 && !state.detached && !state.writers.is_empty() {
@@ -101,20 +122,18 @@ impl FileSystem {
             ..Default::default()
         });
         let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
-        let writer = (flags & libc::O_TRUNC != 0).then_some(caller.pid);
-        let staged = self.stage(target.clone(), attributes, Some((view.name.clone(), view.object)), writer)?;
+        let version = (view.name.clone(), view.object);
+        let staged = self.prepare_staged(target.clone(), attributes, Some(version.clone()))?;
         staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
-        if flags & libc::O_TRUNC == 0 {
-            if let Err(error) = self.copy_view(view, &staged) {
-                self.staging.detach(&staged);
-                return Err(error);
-            }
-            // The same bytes are published already: nothing to do unless they change.
-            let mut state = staged.state();
-            state.published = Some((view.name.clone(), view.object));
-            drop(state);
-            staged.mark_clean(staged.stamp()?)?;
+        if flags & libc::O_TRUNC != 0 {
+            self.staging.show(&staged, Some(caller.pid));
+            return Ok(());
         }
+        self.copy_view(view, &staged)?;
+        // The same bytes are published already: nothing to do unless they change.
+        staged.state().published = Some(version);
+        staged.mark_clean(staged.stamp()?)?;
+        self.show_copy(&staged, there.as_ref());
         Ok(())
     }
 
@@ -210,25 +229,24 @@ impl FileSystem {
     /// Replaces a staged file that must not change, for one who opens it with these flags: by an empty one if that
     /// truncates, else by a copy.
     pub(super) fn replace_staged(&self, old: &Staged, target: Target, flags: i32, caller: Caller) -> Result<()> {
+        let there = self.staging.at(&target.path());
         let (published, base, attributes) = {
             let state = old.state();
             (state.published.clone(), state.replaces.clone(), state.attributes.clone())
         };
-        let truncating = (flags & libc::O_TRUNC != 0).then_some(caller.pid);
         let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
         let base = published.clone().or(base);
-        let staged = self.stage(target, attributes, base, truncating)?;
+        let staged = self.prepare_staged(target, attributes, base)?;
         let shown = old.state().shown.unwrap_or(old.ino());
         staged.state().shown = Some(shown);
-        if truncating.is_none() {
-            let copied = copy_file(&old.file().file, &staged.file().file, old.stamp()?.size);
-            if let Err(error) = copied {
-                self.staging.detach(&staged);
-                return Err(error);
-            }
-            staged.state().published = published;
-            staged.mark_clean(staged.stamp()?)?;
+        if flags & libc::O_TRUNC != 0 {
+            self.staging.show(&staged, Some(caller.pid));
+            return Ok(());
         }
+        copy_file(&old.file().file, &staged.file().file, old.stamp()?.size)?;
+        staged.state().published = published;
+        staged.mark_clean(staged.stamp()?)?;
+        self.show_copy(&staged, there.as_ref());
         Ok(())
     }
 
