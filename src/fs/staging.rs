@@ -68,7 +68,8 @@ pub(super) struct State {
     pub closed_by: Option<u32>,
     /// Someone had it open for reading and writing: a shared mapping may still change it, unseen.
     pub shared_writable: bool,
-    /// Someone opened it for reading: its bytes must not change any more once it is published.
+    /// Someone opened it for reading, or may do so because it serves as the image of what it was published as: its bytes
+    /// must not change any more once it is published.
     pub had_readers: bool,
     /// The inode number that `stat` tells, that of the version before; its own if `None`.
     pub shown: Option<u64>,
@@ -97,7 +98,7 @@ pub struct Staged {
     made: Instant,
     file: Arc<MemoryFile>,
     state: Mutex<State>,
-    /// Held while publishing: the same file is published by one thread at a time, and not cut meanwhile.
+    /// Held while publishing or copying: the same file is published by one thread at a time, and not cut meanwhile.
     pub(super) publishing: Mutex<()>,
 }
 

@@ -578,3 +578,24 @@ fn an_object_that_another_name_leads_to_outlives_its_own() {
         assert!(!store.metas(&[first], true).unwrap().contains_key(&first));
     }
 }
+
+#[test]
+fn what_is_published_does_not_change_while_the_file_is_written_in_place() {
+    for cut in [false, true] {
+        let bed = bed();
+        bed.save("a.txt", b"first").unwrap();
+        // Nobody has read it yet, so the writer goes on with the very file.
+        let writer = bed.open("a.txt", libc::O_RDWR, ME).unwrap();
+        if cut {
+            bed.fs.setattr(writer.0, Some(writer.1.fh), SetAttr { size: Some(2), ..Default::default() }, ME).unwrap();
+        } else {
+            bed.write(writer, 0, b"other");
+        }
+        let reader = bed.open("a.txt", libc::O_RDONLY, OTHER).unwrap();
+        assert_eq!(bed.read_handle(reader).unwrap(), b"first", "cut: {cut}");
+        bed.close(writer, ME).unwrap();
+        assert_eq!(bed.read_handle(reader).unwrap(), b"first");
+        bed.close(reader, OTHER).unwrap();
+        assert_eq!(bed.load("a.txt").unwrap(), if cut { &b"fi"[..] } else { b"other" });
+    }
+}

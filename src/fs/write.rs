@@ -243,7 +243,11 @@ impl FileSystem {
             self.staging.show(&staged, Some(caller.pid));
             return Ok(());
         }
-        copy_file(&old.file().file, &staged.file().file, old.stamp()?.size)?;
+        {
+            // It is not cut meanwhile.
+            let _publishing = old.publishing.lock().unwrap_or_else(|e| e.into_inner());
+            copy_file(&old.file().file, &staged.file().file, old.stamp()?.size)?;
+        }
         staged.state().published = published;
         staged.mark_clean(staged.stamp()?)?;
         self.show_copy(&staged, there.as_ref());
@@ -406,6 +410,8 @@ impl FileSystem {
             // Nothing was written, or it is unfinished: the version before stays. Or a mapping may outlive every
             // handle: what is served from now on is made from the store.
             state.retired = has_version && (unfinished || state.shared_writable);
+            // Whoever opens the published version gets this memory file: a later writer works on a copy.
+            state.had_readers |= !state.retired && state.published.is_some();
             let view = state.target.view.as_ref().map_or(image::View::Raw, |(_, view)| *view);
             (state.published.clone().filter(|_| !state.retired), (state.written_view, view))
         };
