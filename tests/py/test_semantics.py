@@ -166,6 +166,21 @@ def _(m):
     assert (m / "f.bin").read_bytes() == b"begin"
     os.truncate(m / "f.bin", 8)
     assert (m / "f.bin").read_bytes() == b"begin\0\0\0"
+    # Of what nobody has read since it was written, and of what somebody has. The reader runs before the file is open: a
+    # process that is started later inherits it for a moment, and closes it.
+    code = "import sys\nfor line in sys.stdin: print(open(line.strip()).read(), flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        def others_see():
+            print(m / "g.txt", file=reader.stdin, flush=True)
+            return reader.stdout.readline().strip()
+
+        (m / "g.txt").write_text("published")
+        for old, new in (("published", "PUBLished"), ("PUBLished", "PUBLISHED")):
+            with open(m / "g.txt", "r+b", buffering=0) as file:
+                file.write(new.encode())
+                assert others_see() == old
+            assert others_see() == new
+        reader.stdin.close()
 
 
 @check("fallocate")
