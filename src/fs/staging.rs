@@ -298,10 +298,18 @@ impl Staged {
     }
 
     /// Waits for a publish under way: it has the file mapped, and what reads a mapping past the end of its file dies.
-    pub(super) fn truncate(&self, size: u64) -> Result<()> {
+    /// False, and nothing is done, if the bytes must not change any more.
+    pub(super) fn truncate(&self, size: u64) -> Result<bool> {
         let _publishing = self.publishing.lock().unwrap_or_else(|e| e.into_inner());
-        self.state().clean = None;
-        self.file.file.set_len(size).map_err(full)
+        {
+            let mut state = self.state();
+            if state.is_final() {
+                return Ok(false);
+            }
+            state.clean = None;
+        }
+        self.file.file.set_len(size).map_err(full)?;
+        Ok(true)
     }
 }
 

@@ -180,7 +180,9 @@ impl FileSystem {
             }
             if truncates {
                 drop(state);
-                staged.truncate(0)?;
+                if !staged.truncate(0)? {
+                    return Err(Error::stale("it is being read by now"));
+                }
                 state = staged.state();
             }
             state.writers.push(caller.pid);
@@ -267,18 +269,14 @@ impl FileSystem {
 
     pub(super) fn setattr_staged(&self, staged: &Arc<Staged>, change: SetAttr, caller: Caller) -> Result<()> {
         if let Some(size) = change.size {
-            let (settled, target, idle) = {
+            let (target, idle) = {
                 let state = staged.state();
-                let settled = state.had_readers && state.published.is_some() && state.writers.is_empty();
-                (settled, state.target.clone(), state.writers.is_empty())
+                (state.target.clone(), state.writers.is_empty())
             };
-            if staged.stamp()?.size != size {
-                if settled {
-                    // Bytes that readers may have mapped never change: the kernel looks up the copy and cuts that.
-                    self.replace_staged(staged, target, libc::O_WRONLY, caller)?;
-                    return Err(Error::stale("looked up again to be cut"));
-                }
-                staged.truncate(size)?;
+            if staged.stamp()?.size != size && !staged.truncate(size)? {
+                // Bytes that readers may have mapped never change: the kernel looks up the copy and cuts that.
+                self.replace_staged(staged, target, libc::O_WRONLY, caller)?;
+                return Err(Error::stale("looked up again to be cut"));
             }
             if idle {
                 // No close will follow that could publish it.
@@ -398,6 +396,8 @@ impl FileSystem {
             self.warn(format!("{path:?} was closed and could not be published: {error}; its bytes stay readable"));
             return;
         }
+        // It is not cut until it is settled whether it serves as an image.
+        let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
         let Ok(stamp) = staged.stamp() else { return };
         let (published, view) = {
             let mut state = staged.state();

@@ -27,6 +27,11 @@ impl State {
         (settled && (self.had_readers || truncates)) || (truncates && others_write)
     }
 
+    /// Whether its bytes are what others may have open, or may open as the published version.
+    pub(in crate::fs) fn is_final(&self) -> bool {
+        self.had_readers && self.published.is_some() && self.writers.is_empty()
+    }
+
     /// Whether a reader gets the version that is published instead: while somebody else writes.
     pub(in crate::fs) fn refuses_reader(&self, dirty: bool, caller: Caller) -> bool {
         let has_version = self.published.is_some() || self.replaces.is_some();
