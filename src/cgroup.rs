@@ -175,12 +175,18 @@ fn cached(stat: &str) -> u64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn memory_honours_every_control_group() {
+    /// Where a test writes what the kernel does, and the folders there that are `/proc` and `/sys/fs/cgroup`.
+    fn kernel(group: &str) -> (tempfile::TempDir, PathBuf, PathBuf) {
         let root = tempfile::tempdir().unwrap();
         let (proc, cgroups) = (root.path().join("proc"), root.path().join("cgroup"));
         std::fs::create_dir_all(proc.join("self")).unwrap();
-        std::fs::create_dir_all(cgroups.join("a/b")).unwrap();
+        std::fs::create_dir_all(cgroups.join(group)).unwrap();
+        (root, proc, cgroups)
+    }
+
+    #[test]
+    fn memory_honours_every_control_group() {
+        let (_root, proc, cgroups) = kernel("a/b");
         assert!(available_memory_of(&proc, &cgroups).is_err());
         std::fs::write(proc.join("meminfo"), "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n").unwrap();
         assert_eq!(available_memory_of(&proc, &cgroups).unwrap(), 8000 << 10);
@@ -197,10 +203,7 @@ mod tests {
 
     #[test]
     fn room_is_what_limit_and_reserve_leave_and_follows_them() {
-        let root = tempfile::tempdir().unwrap();
-        let (proc, cgroups) = (root.path().join("proc"), root.path().join("cgroup"));
-        std::fs::create_dir_all(proc.join("self")).unwrap();
-        std::fs::create_dir_all(cgroups.join("memory/a")).unwrap();
+        let (_root, proc, cgroups) = kernel("memory/a");
         std::fs::write(proc.join("self/cgroup"), "7:cpu:/x\n5:memory:/a\n").unwrap();
         let write = |name: &str, text: &str| std::fs::write(cgroups.join("memory/a").join(name), text).unwrap();
         write("memory.limit_in_bytes", "9223372036854771712\n");

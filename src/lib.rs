@@ -13,6 +13,8 @@
 //! | [`image`] | the bytes of a file, as extents over shared memory |
 //! | [`dataset`] | what a vineyard object means, and how a table becomes objects |
 //! | [`vineyard`] | the client: frames, descriptors, ids, metadata, memory |
+//!
+//! Beside them stand [`error`], [`telemetry`], [`sync`], and [`cgroup`]: how much memory there is.
 #![warn(missing_docs)]
 
 pub mod cgroup;

@@ -238,12 +238,7 @@ impl Client {
     /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back now is noted.
     fn give_back(&self, made: &[NewBlob]) {
         let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
-        if let Err(error) = self.drop_blobs(&ids) {
-            tracing::warn!(%error, blobs = ids.len(), "blobs of an abandoned write are given back later");
-            if let Some(journal) = &self.journal {
-                journal.keep(ids);
-            }
-        }
+        self.take_back(&[], &ids);
     }
 }
 

@@ -31,14 +31,7 @@ struct Made<'a> {
 
 impl Drop for Made<'_> {
     fn drop(&mut self) {
-        let objects = if self.objects.is_empty() { Ok(()) } else { self.store.delete(&self.objects) };
-        let blobs = if self.blobs.is_empty() { Ok(()) } else { self.store.drop_blobs(&self.blobs) };
-        if let Err(error) = objects.and(blobs) {
-            tracing::warn!("parts of an unfinished copy are removed later: {error}");
-            if let Some(journal) = self.store.journal() {
-                journal.keep(self.blobs.iter().chain(&self.objects).copied());
-            }
-        }
+        self.store.take_back(&self.objects, &self.blobs);
     }
 }
 

@@ -292,6 +292,19 @@ pub trait Store: BlobSource {
     /// Deletes what [`Store::delete`] deletes, and every object that has one of these as a member, in turn.
     fn delete_with_owners(&self, ids: &[ObjectId]) -> Result<()>;
 
+    /// Removes what an unfinished piece of work has made, owners first. What cannot be removed now is noted, and removed
+    /// later.
+    fn take_back(&self, objects: &[ObjectId], blobs: &[ObjectId]) {
+        let deleted = if objects.is_empty() { Ok(()) } else { self.delete(objects) };
+        let dropped = if blobs.is_empty() { Ok(()) } else { self.drop_blobs(blobs) };
+        if let Err(error) = deleted.and(dropped) {
+            tracing::warn!(%error, objects = objects.len(), blobs = blobs.len(), "unfinished work is removed later");
+            if let Some(journal) = self.journal() {
+                journal.keep(blobs.iter().chain(objects).copied());
+            }
+        }
+    }
+
     /// The journal of what no name reaches yet; `None` for a client that keeps none.
     fn journal(&self) -> Option<&super::journal::Journal> {
         None

@@ -217,14 +217,7 @@ impl Drop for Made<'_> {
         let (mut objects, blobs) = (std::mem::take(&mut *lock(&self.objects)), std::mem::take(&mut *lock(&self.blobs)));
         // Parents were made last: deleting them first frees their members.
         objects.reverse();
-        let deleted = if objects.is_empty() { Ok(()) } else { self.store.delete(&objects) };
-        let dropped = if blobs.is_empty() { Ok(()) } else { self.store.drop_blobs(&blobs) };
-        for error in [deleted, dropped].into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, blobs = blobs.len(), "what a failed publish made is removed later");
-            if let Some(journal) = self.store.journal() {
-                journal.keep(blobs.iter().chain(&objects).copied());
-            }
-        }
+        self.store.take_back(&objects, &blobs);
     }
 }
 

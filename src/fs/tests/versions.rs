@@ -1,0 +1,102 @@
+//! Which version of a file readers and writers see.
+
+use super::super::*;
+use super::bed::*;
+use super::*;
+
+#[test]
+fn readers_keep_their_version_and_the_old_object_goes() {
+    for passthrough in [true, false] {
+        let bed = bed_with(passthrough, Options::default());
+        bed.save("t.arrow", &table_file(&[1])).unwrap();
+        let objects = bed.store.object_count();
+        let blobs = bed.store.blob_count();
+        let reader = bed.open("t.arrow", libc::O_RDONLY, OTHER).unwrap();
+        let writer = bed.create("t.arrow", ME).unwrap();
+        assert_ne!(reader.0, writer.0, "a writer gets an inode of its own");
+        bed.write(writer, 0, &table_file(&[2])[..100]);
+        // Half written: others still read the published version.
+        assert_eq!(column(&bed.load("t.arrow").unwrap()), [1]);
+        bed.write(writer, 0, &table_file(&[2]));
+        bed.close(writer, ME).unwrap();
+        assert_eq!(column(&bed.read_handle(reader).unwrap()), [1]);
+        assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+        bed.close(reader, OTHER).unwrap();
+        assert_eq!((bed.store.object_count(), bed.store.blob_count()), (objects, blobs));
+    }
+}
+
+#[test]
+fn two_writers_of_one_name_end_with_one_whole_value() {
+    let bed = bed();
+    let first = bed.create("t.arrow", ME).unwrap();
+    bed.write(first, 0, &table_file(&[1, 1, 1])[..64]);
+    let second = bed.create("t.arrow", OTHER).unwrap();
+    bed.write(second, 0, &table_file(&[2, 2]));
+    bed.write(first, 0, &table_file(&[1, 1, 1]));
+    bed.close(second, OTHER).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [2, 2]);
+    bed.close(first, ME).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [1, 1, 1]);
+    bed.fs.unlink(ROOT, OsStr::new("t.arrow"), ME).unwrap();
+    assert_eq!((bed.store.object_count(), bed.store.blob_count()), (0, 0));
+}
+
+#[test]
+fn a_reader_that_was_sent_to_a_version_gets_it_even_if_the_next_is_published_meanwhile() {
+    for passthrough in [true, false] {
+        let bed = bed_with(passthrough, Options::default());
+        bed.save("t.arrow", &table_file(&[1])).unwrap();
+        let (objects, blobs) = (bed.store.object_count(), bed.store.blob_count());
+        let writer = bed.create("t.arrow", ME).unwrap();
+        bed.write(writer, 0, &table_file(&[2])[..100]);
+        let staged = bed.lookup("t.arrow", OTHER).unwrap().attr.ino;
+        assert_eq!(bed.fs.open(staged, libc::O_RDONLY, OTHER).unwrap_err().kind(), Kind::Stale);
+        let version = bed.lookup("t.arrow", OTHER).unwrap().attr.ino;
+        bed.write(writer, 0, &table_file(&[2]));
+        bed.close(writer, ME).unwrap();
+        let opened = bed.fs.open(version, libc::O_RDONLY, OTHER).unwrap();
+        assert_eq!(column(&bed.read_handle((version, opened)).unwrap()), [1]);
+        bed.close((version, opened), OTHER).unwrap();
+        assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+        assert_eq!((bed.store.object_count(), bed.store.blob_count()), (objects, blobs));
+    }
+}
+
+#[test]
+fn what_may_be_mapped_writably_is_looked_up_in_the_store_as_soon_as_it_is_closed() {
+    let bed = bed();
+    let (entry, opened) =
+        bed.fs.create(ROOT, OsStr::new("tmp"), 0o600, 0, libc::O_RDWR | libc::O_CREAT | libc::O_EXCL, ME).unwrap();
+    let writer = (entry.attr.ino, opened);
+    bed.write(writer, 0, b"text");
+    bed.fs.flush(writer.0, writer.1.fh, ME).unwrap();
+    bed.fs.rename(ROOT, OsStr::new("tmp"), ROOT, OsStr::new("a.txt"), 0, ME).unwrap();
+    // The moment between the decision and its effect.
+    bed.fs.staging.at("a.txt").unwrap().state().retired = true;
+    assert_ne!(bed.lookup("a.txt", OTHER).unwrap().attr.ino, writer.0);
+    assert_eq!(bed.load("a.txt").unwrap(), b"text");
+    bed.fs.release(writer.0, writer.1.fh);
+    assert_eq!(bed.load("a.txt").unwrap(), b"text");
+}
+
+#[test]
+fn what_is_published_does_not_change_while_the_file_is_written_in_place() {
+    for cut in [false, true] {
+        let bed = bed();
+        bed.save("a.txt", b"first").unwrap();
+        // Nobody has read it yet, so the writer goes on with the very file.
+        let writer = bed.open("a.txt", libc::O_RDWR, ME).unwrap();
+        if cut {
+            bed.fs.setattr(writer.0, Some(writer.1.fh), SetAttr { size: Some(2), ..Default::default() }, ME).unwrap();
+        } else {
+            bed.write(writer, 0, b"other");
+        }
+        let reader = bed.open("a.txt", libc::O_RDONLY, OTHER).unwrap();
+        assert_eq!(bed.read_handle(reader).unwrap(), b"first", "cut: {cut}");
+        bed.close(writer, ME).unwrap();
+        assert_eq!(bed.read_handle(reader).unwrap(), b"first");
+        bed.close(reader, OTHER).unwrap();
+        assert_eq!(bed.load("a.txt").unwrap(), if cut { &b"fi"[..] } else { b"other" });
+    }
+}
