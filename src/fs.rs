@@ -234,8 +234,10 @@ enum Handle {
     Staged {
         /// Opened for writing.
         writer: bool,
-        /// By which process.
+        /// By which thread.
         pid: u32,
+        /// Its process has closed one of its descriptors.
+        closed: bool,
     },
     /// A directory, with the listing that it had when it was opened.
     Directory(Arc<Listing>),

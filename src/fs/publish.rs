@@ -32,7 +32,7 @@ const MANY_NAMES_FOR: u32 = 64;
 pub(super) enum Unfinished {
     /// Its writer says that this is it: it is stored as a plain file.
     Publish,
-    /// Its writer may have died: it replaces nothing.
+    /// Its writer may have died, or goes on: it replaces nothing.
     Keep,
 }
 
@@ -46,8 +46,13 @@ impl FileSystem {
         match (handle, &self.inode(ino)?.node) {
             (Some(Handle::Staged { writer: false, .. }), _) => Ok(()),
             (_, Node::Staged(staged)) => {
-                // Who closes a file means what is in it; of a process that ends, nobody knows whether it was done.
-                let unfinished = if is_exiting(caller.pid) { Unfinished::Keep } else { Unfinished::Publish };
+                // Who closes a file means what is in it; of a process that ends, nobody knows whether it was done. A
+                // child that has inherited a descriptor closes it to run a program, and means nothing by it.
+                let unfinished = if is_exiting(caller.pid) || self.opener_goes_on(fh, caller.pid) {
+                    Unfinished::Keep
+                } else {
+                    Unfinished::Publish
+                };
                 let published = self.publish_changed(staged, unfinished);
                 staged.state().closed_by = Some(caller.pid);
                 published
@@ -56,12 +61,40 @@ impl FileSystem {
         }
     }
 
-    /// As [`FileSystem::flush`].
+    /// Publishes what changed.
     ///
     /// # Errors
     /// As [`FileSystem::flush`].
-    pub fn fsync(&self, ino: u64, fh: u64, caller: Caller) -> Result<()> {
-        self.flush(ino, fh, caller)
+    pub fn fsync(&self, ino: u64, fh: u64, _caller: Caller) -> Result<()> {
+        let handle = self.handles().get(&fh).cloned();
+        match (handle, &self.inode(ino)?.node) {
+            (Some(Handle::Staged { writer: false, .. }), _) => Ok(()),
+            (_, Node::Staged(staged)) => self.publish_changed(staged, Unfinished::Publish),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a descriptor of this handle was closed by another process than the one that opened the file, which has
+    /// not closed its own.
+    fn opener_goes_on(&self, fh: u64, closer: u32) -> bool {
+        let opener = match self.handles().get_mut(&fh) {
+            Some(Handle::Staged { pid, closed, .. }) if *pid == closer => {
+                *closed = true;
+                return false;
+            }
+            // Processes of other namespaces have no number here.
+            Some(Handle::Staged { pid, closed: false, .. }) if *pid != 0 && closer != 0 => *pid,
+            _ => return false,
+        };
+        // It has ended, and closed the file by that, if there is none.
+        let Some(process) = running(opener) else { return false };
+        if running(closer) != Some(process) {
+            return true;
+        }
+        if let Some(Handle::Staged { closed, .. }) = self.handles().get_mut(&fh) {
+            *closed = true;
+        }
+        false
     }
 
     /// Publishes if something changed since the last time.
@@ -389,14 +422,26 @@ pub(super) fn verdict(bytes: &[u8], format: Written, unfinished: Unfinished) -> 
     }
 }
 
-/// Whether a thread is on its way out: it has no memory any more when it closes its files, and `/proc/PID/status`
-/// (`proc(5)`) says nothing of its size then.
+/// What `/proc/PID/status` (`proc(5)`) says of a thread; nothing if it is none.
 ///
 /// Most other files of `/proc/PID` must not be read here: they wait for a lock that a thread in `execve` holds while it
 /// closes files and waits for our answer.
+fn status_of(pid: u32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default()
+}
+
+/// Whether a thread that closes a file is on its way out: it has no memory any more then, and its status says nothing of
+/// its size.
 fn is_exiting(pid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let status = status_of(pid);
     !status.is_empty() && !status.lines().any(|line| line.starts_with("VmSize:"))
+}
+
+/// The process of a thread that is not on its way out.
+fn running(pid: u32) -> Option<u32> {
+    let status = status_of(pid);
+    status.lines().find(|line| line.starts_with("VmSize:"))?;
+    status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
 }
 
 /// A read-only mapping of a memory file that only this process can shorten.

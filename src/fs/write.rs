@@ -225,7 +225,11 @@ impl FileSystem {
             self.staging.claim(staged);
         }
         inode.state().opens += 1;
-        Ok(Opened { fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid }), serve, no_flush: !write })
+        Ok(Opened {
+            fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid, closed: false }),
+            serve,
+            no_flush: !write,
+        })
     }
 
     /// Replaces a staged file that must not change, for one who opens it with these flags: by an empty one if that
@@ -361,7 +365,7 @@ impl FileSystem {
     /// The last close of a handle on a staged file: what is still dirty is published, without anyone to tell.
     pub(super) fn release_staged(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, handle: Option<Handle>) {
         let (writer, pid) = match handle {
-            Some(Handle::Staged { writer, pid }) => (writer, pid),
+            Some(Handle::Staged { writer, pid, .. }) => (writer, pid),
             // Opened before the server was replaced: it may have been a writer.
             _ => (true, 0),
         };

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -143,6 +144,38 @@ def _(m):
     while child_reads(m / "x.arrow") != 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@check("half a file of a view's format, closed by a child that inherited it")
+def _(m):
+    save(m / "x.arrow", 1)
+    save(m / "y.arrow", 2)
+    whole = (m / "y.arrow").read_bytes()
+    half = len(whole) // 2
+    # Every child closes what it does not need before it runs its program.
+    with open(m / "x.arrow", "wb", buffering=0) as file:
+        file.write(whole[:half])
+        assert child_reads(m / "x.arrow") == 1
+        child = os.fork()
+        if not child:
+            file.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert child_reads(m / "x.arrow") == 1
+        file.write(whole[half:])
+    assert child_reads(m / "x.arrow") == 2 and (m / "x.arrow").read_bytes() == whole
+    # Another thread is no other process.
+    done = threading.Event()
+    opened = []
+    opener = threading.Thread(target=lambda: (opened.append(os.open(m / "x.arrow", os.O_WRONLY | os.O_TRUNC)), done.wait()))
+    opener.start()
+    while not opened:
+        time.sleep(0.01)
+    os.write(opened[0], whole[:half])
+    os.close(opened[0])
+    done.set()
+    opener.join()
+    assert subprocess.run(["cat", m / "x.arrow"], capture_output=True, check=True).stdout == whole[:half]
 
 
 @check("foreign bytes under a view's extension")
