@@ -243,7 +243,7 @@ pub struct ArgoArgs {
     /// Where the catalog expects the mount
     #[arg(long, value_name = "DIR", default_value = DEFAULT_MOUNT)]
     mount: String,
-    /// File or folder to write, - for standard output [default: argo-<project>.yml]
+    /// File or folder to write, - for standard output [default: argo-PROJECT.yml]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// How pods reach vineyard: csi, hostpath or pvc:NAME

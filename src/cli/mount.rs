@@ -342,7 +342,7 @@ fn go_to_background(config: &MountConfig) -> Result<()> {
     }
 }
 
-/// The process that [`go_to_background`] starts.
+/// The process that `go_to_background` starts.
 ///
 /// # Errors
 /// If the mount did not work, after telling so.

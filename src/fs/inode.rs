@@ -1,7 +1,7 @@
 //! The inode table.
 //!
 //! Inode numbers of directories and views are a function of what they show (path, object, view), so a server that
-//! replaces another finds them again ([`Inodes::number`]) and the kernel's page cache of an inode never goes out of
+//! replaces another finds them again (`Inodes::number`) and the kernel's page cache of an inode never goes out of
 //! date. Inodes of files that are being written get fresh numbers.
 
 use std::collections::HashMap;

@@ -250,7 +250,7 @@ impl Remote {
             match peer.locate(cluster) {
                 Ok(()) => fetch::enqueue(&self.fetcher, &peer, job),
                 Err(error) => {
-                    job.iter().for_each(|transfer| transfer.fail(&error));
+                    job.iter().for_each(|transfer| transfer.refuse(&error));
                     failure = failure.and(Err(error));
                 }
             }
@@ -318,8 +318,14 @@ impl Remote {
         loop {
             self.want(&[(key, part.clone())], false, cluster)?;
             let transfer = self.cache().get(key);
-            // Dropped again at once: everything else is on its way. The next attempt finds room.
-            let Some(transfer) = transfer else { continue };
+            let Some(transfer) = transfer else {
+                // Dropped again at once: everything else is on its way. The next attempt finds room, unless there is
+                // nothing to bring: the blob has gone meanwhile.
+                if self.cache().size(key).is_none_or(|size| size == 0) {
+                    return Err(Error::stale(format!("blob {key} is gone from its instance")));
+                }
+                continue;
+            };
             match transfer.wait(part.end, fetch::patience(self.deadline)) {
                 Ok(true) => return Ok(Some(transfer)),
                 Ok(false) => {}

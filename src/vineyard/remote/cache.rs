@@ -174,7 +174,7 @@ mod tests {
         let mut cache = Cache::new(kib(1000));
         let active = transfer(1, kib(900));
         assert!(active.demand(0..kib(100)));
-        active.start();
+        let run = active.start();
         active.store(0, &vec![1; 50 << 10]).unwrap();
         assert!(active.wait(kib(51), std::time::Duration::ZERO).is_err());
         assert!(!active.is_doubtful(), "nothing was handed out");
@@ -183,7 +183,7 @@ mod tests {
         assert!(cache.has_room(kib(100)) && !cache.has_room(kib(101)));
         cache.insert(complete(2, kib(600)));
         assert!(cache.peek(key(1)).is_some() && cache.peek(key(2)).is_some());
-        active.fail(&crate::Error::stale("gone"));
+        active.fail(run, &crate::Error::stale("gone"));
         cache.forget(&active);
         assert!(cache.peek(key(1)).is_none() && cache.is_doubtful(key(1)));
         cache.settle(key(1));

@@ -46,17 +46,27 @@ pub struct Fetcher {
     pub counters: Counters,
 }
 
-/// Fails what its owner has not finished, a panic included: somebody waits for it.
-struct Unfinished<'a>(&'a Job);
+/// A job that a thread works on. What it has not finished in the end, a panic included, fails: somebody waits for it.
+struct Running<'a> {
+    job: &'a Job,
+    /// What [`Transfer::start`] said of each.
+    runs: Vec<u64>,
+}
 
-impl Drop for Unfinished<'_> {
-    fn drop(&mut self) {
-        fail(self.0, &Error::new(Kind::Internal, "a transfer was given up"));
+impl<'a> Running<'a> {
+    fn start(job: &'a Job) -> Self {
+        Running { job, runs: job.iter().map(|transfer| transfer.start()).collect() }
+    }
+
+    fn fail(&self, error: &Error) {
+        self.job.iter().zip(&self.runs).for_each(|(transfer, run)| transfer.fail(*run, error));
     }
 }
 
-fn fail(job: &Job, error: &Error) {
-    job.iter().for_each(|transfer| transfer.fail(error));
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.fail(&Error::new(Kind::Internal, "a transfer was given up"));
+    }
 }
 
 /// Queues a job of transfers that have the phase "queued".
@@ -67,19 +77,16 @@ pub fn enqueue(fetcher: &Arc<Fetcher>, peer: &Arc<Peer>, job: Job) {
     let (worker_fetcher, worker_peer) = (fetcher.clone(), peer.clone());
     let work = move || {
         while let Some(job) = worker_peer.pop() {
-            let unfinished = Unfinished(&job);
-            run(&worker_fetcher, &worker_peer, &job);
-            drop(unfinished);
+            run(&worker_fetcher, &worker_peer, &Running::start(&job));
         }
     };
     if let Err(error) = std::thread::Builder::new().name("remote".into()).spawn(work) {
         let error = Error::from(error);
-        peer.no_worker().iter().for_each(|job| fail(job, &error));
+        peer.no_worker().iter().flatten().for_each(|transfer| transfer.refuse(&error));
     }
 }
 
-fn run(fetcher: &Fetcher, peer: &Peer, job: &Job) {
-    job.iter().for_each(|transfer| transfer.start());
+fn run(fetcher: &Fetcher, peer: &Peer, job: &Running) {
     let mut fresh = false;
     loop {
         let (mut connection, used) = match peer.checkout(fresh) {
@@ -110,13 +117,20 @@ fn run(fetcher: &Fetcher, peer: &Peer, job: &Job) {
     }
 }
 
-fn give_up(fetcher: &Fetcher, job: &Job, error: &Error) {
+fn give_up(fetcher: &Fetcher, job: &Running, error: &Error) {
     fetcher.counters.failures.fetch_add(1, Ordering::Relaxed);
-    fail(job, error);
+    job.fail(error);
 }
 
 /// One request, its bytes, and the question whether the blobs existed to the end.
-fn fetch(fetcher: &Fetcher, peer: &Peer, connection: &mut Connection, job: &Job, parked: &mut bool) -> Answer<()> {
+fn fetch(
+    fetcher: &Fetcher,
+    peer: &Peer,
+    connection: &mut Connection,
+    running: &Running,
+    parked: &mut bool,
+) -> Answer<()> {
+    let job = running.job;
     let count = |requests| fetcher.counters.requests.fetch_add(requests, Ordering::Relaxed);
     let ids: BTreeMap<usize, u64> = job.iter().map(|transfer| transfer.key().id.0).enumerate().collect();
     let request =
@@ -144,13 +158,13 @@ fn fetch(fetcher: &Fetcher, peer: &Peer, connection: &mut Connection, job: &Job,
         Ok(there) => there,
         Err(error) => return Ok(Err(error)),
     };
-    for transfer in job {
+    for (transfer, run) in job.iter().zip(&running.runs) {
         if there.get(&transfer.key().id) == Some(&transfer.len()) && transfer.has_all() {
             fetcher.counters.blobs.fetch_add(1, Ordering::Relaxed);
             transfer.complete();
             tracing::debug!(blob = %transfer.key(), size = transfer.len(), "a blob came");
         } else {
-            transfer.fail(&Error::stale(format!("blob {} is gone from its instance", transfer.key())));
+            transfer.fail(*run, &Error::stale(format!("blob {} is gone from its instance", transfer.key())));
         }
     }
     Ok(Ok(()))

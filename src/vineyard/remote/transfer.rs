@@ -114,6 +114,8 @@ struct State {
     /// Least end that somebody waits for; `u64::MAX` for none.
     awaited: u64,
     phase: Phase,
+    /// How often somebody has begun to work on it.
+    runs: u64,
 }
 
 /// What there is to verify about the bytes of a transfer.
@@ -147,6 +149,7 @@ impl Transfer {
             handed: 0,
             awaited: u64::MAX,
             phase: Phase::Parked,
+            runs: 0,
         };
         let segment = slab.segment.clone();
         Transfer { key, len, place, segment, state: Mutex::new(state), changed: Condvar::new() }
@@ -306,9 +309,12 @@ impl Transfer {
         }
     }
 
-    /// A worker begins with it.
-    pub fn start(&self) {
-        self.state().phase = Phase::Running;
+    /// A worker begins with it; the number of its run.
+    pub fn start(&self) -> u64 {
+        let mut state = self.state();
+        state.phase = Phase::Running;
+        state.runs += 1;
+        state.runs
     }
 
     /// For the worker that holds the bytes up to `position`: how many more to take, at least one; `None` if nobody
@@ -361,10 +367,20 @@ impl Transfer {
         self.changed.notify_all();
     }
 
-    /// Ends the transfer, unless it has ended.
-    pub fn fail(&self, error: &Error) {
+    /// For the worker that began it as `run`: ends the transfer, unless it has ended. One that was parked meanwhile may be
+    /// another worker's by now.
+    pub fn fail(&self, run: u64, error: &Error) {
+        self.end(|state| matches!(state.phase, Phase::Running) && state.runs == run, error);
+    }
+
+    /// Ends a transfer that nobody will begin.
+    pub fn refuse(&self, error: &Error) {
+        self.end(|state| matches!(state.phase, Phase::Queued), error);
+    }
+
+    fn end(&self, is_mine: impl FnOnce(&State) -> bool, error: &Error) {
         let mut state = self.state();
-        if matches!(state.phase, Phase::Queued | Phase::Running) {
+        if is_mine(&state) {
             state.phase = Phase::Failed(error.kind(), error.to_string());
             drop(state);
             self.changed.notify_all();
@@ -451,7 +467,13 @@ mod schedules {
 
     /// Brings bytes as the threads of [`super::super::fetch`] do, until `pieces` came or nobody wants more.
     fn bring(transfer: &Transfer, pieces: u64) {
-        transfer.start();
+        let run = transfer.start();
+        bring_some(transfer, run, pieces);
+        // As for a worker that panics; here it has said what became of it.
+        transfer.fail(run, &Error::new(Kind::Internal, "given up"));
+    }
+
+    fn bring_some(transfer: &Transfer, run: u64, pieces: u64) {
         let mut position = 0;
         for _ in 0..pieces {
             // What is asked for later queues it anew.
@@ -462,7 +484,7 @@ mod schedules {
         }
         match transfer.has_all() {
             true => transfer.complete(),
-            false => transfer.fail(&Error::new(Kind::Unreachable, "broke off")),
+            false => transfer.fail(run, &Error::new(Kind::Unreachable, "broke off")),
         }
     }
 
