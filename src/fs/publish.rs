@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::inode::{Inode, Node, ViewNode};
 use super::resolve::Target;
@@ -20,8 +21,10 @@ use crate::image::View;
 use crate::vineyard::ObjectId;
 use crate::vineyard::store::{NameQuery, NamedObject};
 
-/// How often a publish starts over because another process went on writing.
+/// How often a publish starts over at least because another process went on writing.
 const ATTEMPTS: usize = 3;
+/// For how long it does so, where each attempt is short.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Names that are asked for at once; about 0.1 ms of vineyardd's time.
 const FEW_NAMES: u64 = 256;
 /// How many questions later it is looked again whether there are few names.
@@ -116,7 +119,11 @@ impl FileSystem {
     }
 
     fn publish_now(&self, staged: &Arc<Staged>, unfinished: Unfinished) -> Result<()> {
-        for _ in 0..ATTEMPTS {
+        let start = Instant::now();
+        let mut attempts = 0;
+        while attempts < ATTEMPTS || start.elapsed() < PATIENCE {
+            attempts += 1;
+            self.fill_holes(&staged.file().file)?;
             let before = staged.stamp()?;
             let bytes = MappedFile::map(&staged.file().file, before.size)?;
             let target = staged.state().target.clone();
@@ -149,6 +156,26 @@ impl FileSystem {
             return staged.mark_clean(before);
         }
         Err(Error::new(Kind::Busy, "another process keeps writing to the file while it is published"))
+    }
+
+    /// Gives the holes of a file their pages: reading one through a mapping takes a page, and where there is none to be
+    /// had, SIGBUS ends this process.
+    fn fill_holes(&self, file: &File) -> Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let meta = file.metadata().context(|| "stat of a staging file".into())?;
+        let missing = meta.size().saturating_sub(meta.blocks().saturating_mul(512));
+        if missing == 0 {
+            return Ok(());
+        }
+        let most = self.recent_status()?.memory_limit;
+        if meta.size() > most {
+            let what = format!("a file of {} bytes does not fit the store, which has {most}", meta.size());
+            return Err(Error::new(Kind::Full, what));
+        }
+        crate::cgroup::room_for(missing)?;
+        let size = i64::try_from(meta.size()).map_err(|_| Error::new(Kind::TooLarge, "a file beyond 2^63 bytes"))?;
+        let filled = nix::fcntl::fallocate(file, nix::fcntl::FallocateFlags::empty(), 0, size);
+        filled.map_err(|errno| super::staging::full(errno.into()))
     }
 
     /// Makes a dataset of a file's bytes at a path and points its name at it. Which name that is, the bytes decide: what

@@ -10,6 +10,7 @@ use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
+use crate::vineyard::ObjectId;
 use crate::vineyard::store::NameQuery;
 
 impl FileSystem {
@@ -100,16 +101,9 @@ impl FileSystem {
             let state = staged.state();
             (state.published.clone(), state.replaces.clone(), state.target.directory.clone())
         };
-        let named = published.or(replaces);
-        if let Some((name, object)) = named {
-            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
-            if self.object_of(&name)? == Some(object) {
-                self.keep_directory(&directory);
-                let _unit = self.unit();
-                self.suspect(&[object]);
-                self.store.drop_name(&name)?;
-                self.delete_unnamed(object);
-            }
+        if let Some((name, object)) = published.or(replaces) {
+            self.keep_directory(&directory);
+            self.remove_version(&name, object)?;
         }
         self.staging.detach(staged);
         staged.state().detached = true;
@@ -132,6 +126,27 @@ impl FileSystem {
         self.store.drop_name(name)?;
         if let Some(object) = object {
             self.delete_unnamed(object);
+        }
+        Ok(())
+    }
+
+    /// As [`FileSystem::remove_name`], unless the name leads to another object by now.
+    fn remove_version(&self, name: &str, object: ObjectId) -> Result<()> {
+        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        if self.object_of(name)? == Some(object) {
+            let _unit = self.unit();
+            self.suspect(&[object]);
+            self.store.drop_name(name)?;
+            self.delete_unnamed(object);
+        }
+        Ok(())
+    }
+
+    /// Removes a name whose object has another one, unless it leads elsewhere by now.
+    fn drop_old_name(&self, name: &str, object: ObjectId) -> Result<()> {
+        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        if self.object_of(name)? == Some(object) {
+            self.store.drop_name(name)?;
         }
         Ok(())
     }
@@ -220,7 +235,7 @@ impl FileSystem {
             let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| *dataset == name);
             let new_name = self.point_path(&target, native, object)?;
             if new_name != name {
-                self.store.drop_name(&name)?;
+                self.drop_old_name(&name, object)?;
             }
             staged.state().published = Some((new_name, object));
         }
@@ -229,11 +244,18 @@ impl FileSystem {
     }
 
     fn rename_staged(&self, staged: &Arc<Staged>, to: Target, there: Option<Found>) -> Result<()> {
-        let (from, replaces, former, clean) = {
-            let state = staged.state();
-            (state.target.clone(), state.replaces.clone(), state.published.clone(), state.clean)
-        };
+        let from = staged.state().target.clone();
         let same_format = from.view.as_ref().map(|(_, view)| *view) == to.view.as_ref().map(|(_, view)| *view);
+        let is_idle = || staged.state().is_closed();
+        if same_format && staged.published().is_some() && is_idle() {
+            // A file that was closed before it was moved is published, and the errors are this call's. Not after its
+            // former version has moved: that would have replaced what is there.
+            self.publish_changed(staged, Unfinished::Publish)?;
+        }
+        let (replaces, former, clean) = {
+            let state = staged.state();
+            (state.replaces.clone(), state.published.clone(), state.clean)
+        };
         let other = match there {
             Some(Found::Staged(other)) if !Arc::ptr_eq(&other, staged) => Some(other),
             _ => None,
@@ -241,9 +263,8 @@ impl FileSystem {
         self.keep_directory(&from.directory);
         let moved = if same_format || former.is_none() {
             self.move_staged(staged, to).and_then(|()| {
-                // A file that was closed before it was moved is published here, and its errors are this call's.
-                let idle = staged.state().writers.is_empty();
-                if idle { self.publish_changed(staged, Unfinished::Publish) } else { Ok(()) }
+                let unpublished = former.is_none() && is_idle();
+                if unpublished { self.publish_changed(staged, Unfinished::Publish) } else { Ok(()) }
             })
         } else {
             // Another extension: the bytes are looked at anew and published under the new name.
@@ -273,21 +294,16 @@ impl FileSystem {
             other.state().detached = true;
             super::adopt::note_staged(&other);
         }
-        if let Some((name, _)) = replaces {
-            // The version under the old path goes with the path.
-            self.remove_name(&name)?;
+        if let Some((name, object)) = replaces {
+            // The version under the old path goes with the path, if it was not replaced under the new one: both may be
+            // views of one dataset.
+            self.remove_version(&name, object)?;
             staged.state().replaces = None;
         }
-        if let Some((name, object)) = former.filter(|_| !same_format) {
-            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
-            if self.object_of(&name)? == Some(object) {
-                let _unit = self.unit();
-                self.suspect(&[object]);
-                self.store.drop_name(&name)?;
-                self.delete_unnamed(object);
-            }
+        match former.filter(|_| !same_format) {
+            Some((name, object)) => self.remove_version(&name, object),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     pub(super) fn rename_view(&self, view: &ViewNode, to: &Target, there: Option<Found>) -> Result<()> {
@@ -318,7 +334,7 @@ impl FileSystem {
         if name == view.name {
             return Ok(());
         }
-        self.store.drop_name(&view.name)
+        self.drop_old_name(&view.name, view.object)
     }
 
     /// The kernel lets the new path lead to the inode of the old one, and may open that for writing: it must know by

@@ -140,6 +140,9 @@ impl FileSystem {
                     Some(Found::Staged(staged)) if staged.refuses_writer(flags, caller) => {
                         self.replace_staged(staged, target.clone(), flags, caller)?;
                     }
+                    // Until it is opened nobody else takes it for finished.
+                    Some(Found::Staged(_))
+                        if flags & libc::O_TRUNC == 0 && !self.staging.expect_writer(&path, caller) => {}
                     _ => break,
                 }
                 found = self.resolve(target, caller.pid)?;

@@ -56,6 +56,8 @@ pub(super) struct State {
     pub attributes_changed: bool,
     /// Processes that opened it for writing, one for each open handle.
     pub writers: Vec<u32>,
+    /// Processes that were led here to write, and have not come yet, with the time.
+    pub expected: Vec<(u32, Instant)>,
     /// Open handles.
     pub opens: u64,
     /// Somebody opened it: the kernel followed the way it was sent.
@@ -122,7 +124,8 @@ impl Staged {
     pub(super) fn is_settled(&self) -> bool {
         let idle = {
             let state = self.state();
-            state.opens == 0 && state.published.is_some() && (state.was_opened || self.made.elapsed() > REDIRECT)
+            let came = state.was_opened || self.made.elapsed() > REDIRECT;
+            state.opens == 0 && state.published.is_some() && came && !state.has_writers()
         };
         idle && !self.is_dirty().unwrap_or(true)
     }
@@ -372,6 +375,8 @@ pub struct Staging {
     /// Files for writers that were sent to look again, by path and process. Nobody else meets one before it is opened,
     /// so however many write one path at the same time, each finds its own.
     reserved: Mutex<Vec<(String, u32, Arc<Staged>)>>,
+    /// Bytes of files that were settled since old ones were looked for.
+    settled: AtomicU64,
     next: AtomicU64,
 }
 
@@ -383,6 +388,7 @@ impl Staging {
             gone: Mutex::default(),
             redirects: Mutex::default(),
             reserved: Mutex::default(),
+            settled: AtomicU64::new(0),
             next: AtomicU64::new(start),
         }
     }
@@ -429,6 +435,27 @@ impl Staging {
         }
     }
 
+    /// Shows a copy of what was at its path, unless that is not so any more, or somebody writes to that by now.
+    pub(super) fn show_instead(&self, staged: &Arc<Staged>, instead_of: Option<&Arc<Staged>>) {
+        let path = staged.state().target.path();
+        {
+            let mut by_path = self.by_path();
+            match (by_path.get(&path), instead_of) {
+                (None, None) => {}
+                (Some(now), Some(then)) if Arc::ptr_eq(now, then) => {
+                    let mut state = then.state();
+                    if state.has_writers() || state.detached {
+                        return;
+                    }
+                    state.displaced = true;
+                }
+                _ => return,
+            }
+            by_path.insert(path, staged.clone());
+        }
+        instead_of.into_iter().chain([staged]).for_each(|staged| super::adopt::note_staged(staged));
+    }
+
     /// Puts the staged file of a former server back to its place, under its number.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn adopt(
@@ -470,6 +497,7 @@ impl Staging {
             attributes,
             attributes_changed: false,
             writers: Vec::new(),
+            expected: Vec::new(),
             opens: 0,
             was_opened: false,
             settling: false,
@@ -556,22 +584,40 @@ impl Staging {
         })
     }
 
-    /// Lets go of files that the store has all of, when there are too many: each costs two descriptors. Their paths lead
-    /// to the published views from then on.
-    pub(super) fn retire_old(&self) {
+    /// Counts bytes that the store has all of now and that stay here: true if it is time to [retire](Self::retire_old).
+    pub(super) fn add_settled(&self, bytes: u64, limit: u64) -> bool {
+        self.settled.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > limit / 4
+    }
+
+    /// Lets go of files that the store has all of, the oldest first, when there are too many (each costs two descriptors)
+    /// or more than `limit` bytes of them. Their paths lead to the published views from then on. The kernel, which
+    /// knows them still, is for the caller to tell.
+    pub(super) fn retire_old(&self, limit: u64) -> Vec<Arc<Staged>> {
         let all: Vec<Arc<Staged>> = {
             let by_path = self.by_path();
-            if by_path.len() < MOST_FILES {
-                return;
+            if by_path.len() < MOST_FILES && self.settled.load(Ordering::Relaxed) <= limit / 4 {
+                return Vec::new();
             }
             by_path.values().cloned().collect()
         };
+        self.settled.store(0, Ordering::Relaxed);
+        let too_many = if all.len() < MOST_FILES { 0 } else { MOST_FILES / 2 };
         let mut settled: Vec<Arc<Staged>> = all.into_iter().filter(|staged| staged.is_settled()).collect();
-        settled.sort_unstable_by_key(|staged| staged.made);
-        for staged in settled.iter().take(MOST_FILES / 2) {
-            staged.state().retired = true;
-            self.detach(staged);
-        }
+        settled.sort_unstable_by_key(|staged| std::cmp::Reverse(staged.made));
+        let (most, mut bytes) = (settled.len().saturating_sub(too_many), 0);
+        let is_old = |(at, staged): &(usize, Arc<Staged>)| {
+            bytes += staged.stamp().map_or(0, |stamp| stamp.size);
+            *at >= most || bytes > limit
+        };
+        let mut old: Vec<Arc<Staged>> = settled.into_iter().enumerate().filter(is_old).map(|(_, old)| old).collect();
+        old.retain(|staged| {
+            let mut state = staged.state();
+            // Nobody has come meanwhile.
+            state.retired = state.opens == 0 && !state.has_writers();
+            state.retired
+        });
+        old.iter().for_each(|staged| self.detach(staged));
+        old
     }
 
     /// Full names of the directories that staged files are in.

@@ -91,30 +91,30 @@ impl FileSystem {
         attributes: FileAttributes,
         replaces: Option<(String, ObjectId)>,
     ) -> Result<Arc<Staged>> {
-        // Images that were written here stay until room is needed for what is written next.
-        self.cache.shrink_staged(self.options.staging_size / 2);
-        self.staging.retire_old();
+        self.make_room_to_write();
         let file = MemoryFile::create(&self.host, Area::Staging, 0)?;
         Ok(self.staging.prepare(file, target, attributes, replaces))
     }
 
-    /// Shows a copy that was made of what a path led to, unless somebody else's file is there by now: that one counts.
-    fn show_copy(&self, staged: &Arc<Staged>, instead_of: Option<&Arc<Staged>>) {
-        let now = self.staging.at(&staged.state().target.path());
-        if now.as_ref().map(Arc::as_ptr) == instead_of.map(Arc::as_ptr) {
-            self.staging.show(staged, None);
+    /// Images that were written here stay until room is needed for what is written next.
+    fn make_room_to_write(&self) {
+        self.cache.shrink_staged(self.options.staging_size / 2);
+        for retired in self.staging.retire_old(self.options.staging_size / 4) {
+            let target = retired.state().target.clone();
+            let is_root = target.directory == self.options.prefix;
+            let parent = if is_root { super::ROOT } else { self.inodes.directory(&target.directory) };
+            // The kernel would know the inode, and so keep its memory file here, until memory ends.
+            self.host.invalidate_entry(parent, OsStr::new(&target.component));
         }
     }
 
     /// Makes the staged file on which a writer of a published view works: empty if it truncates, else a copy.
     pub(super) fn stage_view(&self, target: &Target, view: &ViewNode, flags: i32, caller: Caller) -> Result<()> {
         let there = self.staging.at(&target.path());
-        if let Some(there) = &there {
-            // A writer that does not truncate joins those who have the file open.
-            let state = there.state();
-            if flags & libc::O_TRUNC == 0 && !state.detached && !state.writers.is_empty() {
-                return Ok(());
-            }
+        let truncates = flags & libc::O_TRUNC != 0;
+        // A writer that does not truncate joins those who have the file open, or are about to open it.
+        if !truncates && there.as_ref().is_some_and(|there| there.state().has_writers() && !there.state().detached) {
+            return Ok(());
         }
         let attributes = view.summary.attributes.as_deref().cloned().unwrap_or(FileAttributes {
             uid: Some(caller.uid),
@@ -125,7 +125,7 @@ impl FileSystem {
         let version = (view.name.clone(), view.object);
         let staged = self.prepare_staged(target.clone(), attributes, Some(version.clone()))?;
         staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
-        if flags & libc::O_TRUNC != 0 {
+        if truncates {
             self.staging.show(&staged, Some(caller.pid));
             return Ok(());
         }
@@ -133,7 +133,7 @@ impl FileSystem {
         // The same bytes are published already: nothing to do unless they change.
         staged.state().published = Some(version);
         staged.mark_clean(staged.stamp()?)?;
-        self.show_copy(&staged, there.as_ref());
+        self.staging.show_instead(&staged, there.as_ref());
         Ok(())
     }
 
@@ -185,6 +185,7 @@ impl FileSystem {
                 }
                 state = staged.state();
             }
+            state.has_come(caller);
             state.writers.push(caller.pid);
             state.shared_writable |= flags & libc::O_ACCMODE == libc::O_RDWR;
         } else {
@@ -236,6 +237,12 @@ impl FileSystem {
     /// truncates, else by a copy.
     pub(super) fn replace_staged(&self, old: &Staged, target: Target, flags: i32, caller: Caller) -> Result<()> {
         let there = self.staging.at(&target.path());
+        // Somebody else has made that copy already, or the path leads to a later version, of which one is made then.
+        let is_successor = |there: &Arc<Staged>| there.ino() != old.ino() && !there.state().is_final();
+        let displaced = old.state().displaced;
+        if flags & libc::O_TRUNC == 0 && (displaced || there.as_ref().is_some_and(is_successor)) {
+            return Ok(());
+        }
         let (published, base, attributes) = {
             let state = old.state();
             (state.published.clone(), state.replaces.clone(), state.attributes.clone())
@@ -256,7 +263,7 @@ impl FileSystem {
         }
         staged.state().published = published;
         staged.mark_clean(staged.stamp()?)?;
-        self.show_copy(&staged, there.as_ref());
+        self.staging.show_instead(&staged, there.as_ref());
         Ok(())
     }
 
@@ -282,6 +289,7 @@ impl FileSystem {
                 self.replace_staged(staged, target, libc::O_WRONLY, caller)?;
                 return Err(Error::stale("looked up again to be cut"));
             }
+            staged.state().has_come(caller);
             if idle {
                 // No close will follow that could publish it.
                 self.publish_changed(staged, Unfinished::Publish)?;
@@ -405,8 +413,8 @@ impl FileSystem {
         let Ok(stamp) = staged.stamp() else { return };
         let (published, view) = {
             let mut state = staged.state();
-            if !state.writers.is_empty() {
-                // Somebody opened it again meanwhile, and will end here too.
+            if state.has_writers() {
+                // Somebody opened it again meanwhile, or is about to, and will end here too.
                 return;
             }
             let unfinished = state.clean.is_none_or(|(clean, ..)| clean != stamp);
@@ -426,6 +434,9 @@ impl FileSystem {
             }
             return;
         };
+        if self.staging.add_settled(stamp.size, self.options.staging_size / 4) {
+            self.make_room_to_write();
+        }
         let (written_view, view) = view;
         if let Some(view) = written_view {
             self.cache.insert(object, view, Arc::new(Assembled::adopt(staged.file().clone(), stamp.size)));

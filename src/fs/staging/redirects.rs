@@ -18,24 +18,55 @@ pub struct Redirect {
 }
 
 impl State {
+    /// Whether somebody writes, or was led here to write and is on the way.
+    pub(in crate::fs) fn has_writers(&self) -> bool {
+        !self.writers.is_empty() || self.expected.iter().any(|(_, since)| since.elapsed() < REDIRECT)
+    }
+
+    /// Whether all who wrote have closed it: the last step of a close comes after the program went on.
+    pub(in crate::fs) fn is_closed(&self) -> bool {
+        self.writers.iter().all(|pid| self.closed_by == Some(*pid))
+    }
+
     /// Whether somebody who opens the file for writing must get another one. Bytes that readers may have mapped never
-    /// change; and who truncates does not touch another's work.
+    /// change; and who truncates does not touch another's work. Processes that have no number here are all others.
     pub(in crate::fs) fn refuses_writer(&self, flags: i32, caller: Caller) -> bool {
-        let others_write = self.writers.iter().any(|pid| *pid != caller.pid);
-        let truncates = flags & libc::O_TRUNC != 0;
+        if flags & libc::O_TRUNC == 0 {
+            return self.is_final() || self.displaced;
+        }
+        let is_other = |pid: &u32| *pid != caller.pid || *pid == 0;
+        let others = self.writers.iter().chain(self.expected.iter().map(|(pid, _)| pid)).any(is_other);
         let settled = self.published.is_some() && (self.had_readers || self.writers.is_empty());
-        (settled && (self.had_readers || truncates)) || (truncates && others_write)
+        settled || others
     }
 
     /// Whether its bytes are what others may have open, or may open as the published version.
     pub(in crate::fs) fn is_final(&self) -> bool {
-        self.had_readers && self.published.is_some() && self.writers.is_empty()
+        self.had_readers && self.published.is_some() && !self.has_writers()
+    }
+
+    /// A process that does not truncate will open the file for writing: it does not become final before that. False if
+    /// it is final, or its path leads elsewhere.
+    pub(in crate::fs) fn expect_writer(&mut self, caller: Caller) -> bool {
+        if self.detached || self.retired || self.displaced || self.is_final() {
+            return false;
+        }
+        self.expected.retain(|(_, since)| since.elapsed() < REDIRECT);
+        self.expected.push((caller.pid, Instant::now()));
+        true
+    }
+
+    /// A process that was expected has come.
+    pub(in crate::fs) fn has_come(&mut self, caller: Caller) {
+        if let Some(at) = self.expected.iter().position(|(pid, _)| *pid == caller.pid) {
+            self.expected.swap_remove(at);
+        }
     }
 
     /// Whether a reader gets the version that is published instead: while somebody else writes.
     pub(in crate::fs) fn refuses_reader(&self, dirty: bool, caller: Caller) -> bool {
         let has_version = self.published.is_some() || self.replaces.is_some();
-        let unsettled = !self.writers.is_empty() || (dirty && (self.settling || !self.was_opened));
+        let unsettled = self.has_writers() || (dirty && (self.settling || !self.was_opened));
         unsettled && has_version && !self.writers.contains(&caller.pid)
     }
 }
@@ -57,6 +88,11 @@ impl Staged {
 }
 
 impl Staging {
+    /// Leads a writer that does not truncate to the file at a path: false if there is none that it may write to.
+    pub(in crate::fs) fn expect_writer(&self, path: &str, caller: Caller) -> bool {
+        self.at(path).is_some_and(|there| !there.is_abandoned() && there.state().expect_writer(caller))
+    }
+
     pub(super) fn reserved(&self) -> MutexGuard<'_, Vec<(String, u32, Arc<Staged>)>> {
         self.reserved.lock().unwrap_or_else(|e| e.into_inner())
     }

@@ -68,7 +68,7 @@ fn a_reader_of_a_replaced_version_keeps_the_next_one_until_it_opens_it() {
     let second = Bed::of(fs, bed.store.clone(), host);
     let stale = second.lookup("t.arrow", ME).unwrap().attr.ino;
     second.save("t.arrow", &table_file(&[2])).unwrap();
-    second.fs.staging.retire_old();
+    second.fs.staging.retire_old(u64::MAX);
     refused(&second, stale, libc::O_RDONLY, OTHER);
     let found = second.lookup("t.arrow", OTHER).unwrap().attr.ino;
     second.save("t.arrow", &table_file(&[3])).unwrap();

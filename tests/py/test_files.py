@@ -1,0 +1,142 @@
+"""Files of several writers, renames that fail, and room in the staging area."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Store
+
+APPENDS = """
+import os, sys
+for i in range(150):
+    fd = os.open(sys.argv[1], os.O_APPEND | eval(sys.argv[3]))
+    os.write(fd, f"{sys.argv[2]} {i}\\n".encode())
+    os.close(fd)
+"""
+
+
+@pytest.mark.parametrize("flags", ["os.O_WRONLY", "os.O_WRONLY | os.O_CREAT", "os.O_RDWR"])
+def test_many_processes_append_to_one_file(make_mount, serving, flags):
+    """Each opens it anew for every line: none gets an error, and no line is lost."""
+    mount = make_mount(*serving)
+    path = mount / "log.txt"
+    path.write_text("first\n")
+    assert path.read_text() == "first\n"
+    writers = [subprocess.Popen([sys.executable, "-c", APPENDS, path, str(k), flags]) for k in range(4)]
+    assert [writer.wait(timeout=240) for writer in writers] == [0] * 4
+    lines = path.read_text().splitlines()
+    assert sorted(lines) == sorted(["first"] + [f"{k} {i}" for k in range(4) for i in range(150)])
+    for k in range(4):
+        assert [line for line in lines if line.startswith(f"{k} ")] == [f"{k} {i}" for i in range(150)], "in order"
+    second = make_mount(name="second")
+    assert (second / "log.txt").read_text().splitlines() == lines
+
+
+def test_a_second_writer_joins_the_first_also_after_fsync_and_a_reader(mount):
+    path = mount / "log.txt"
+    with open(path, "ab", buffering=0) as first:
+        first.write(b"A")
+        assert subprocess.run(["cat", path], capture_output=True, check=True).stdout == b"A"
+        os.fsync(first)
+        assert subprocess.run(["cat", path], capture_output=True, check=True).stdout == b"A"
+        for _ in range(2):
+            subprocess.run(["sh", "-c", f"printf B >> {path}"], check=True)
+            first.write(b"A")
+    assert path.read_bytes() == b"ABABA"
+
+
+@pytest.fixture
+def small(folder, make_mount):
+    """A store of 96 MiB, and a mount of it."""
+    (folder / "small").mkdir()
+    store = Store(folder / "small", "96Mi")
+    mount = make_mount(over=store)
+    yield store, mount
+    mount.unmount()
+    store.stop()
+
+
+def fill(store):
+    """Leaves 8 MiB of a store."""
+    status = store.client.status
+    return store.client.put(np.zeros((status.memory_limit - status.memory_usage - (8 << 20)) // 8))
+
+
+def table(value, rows):
+    return pd.DataFrame({"a": np.full(rows, value)})
+
+
+def test_a_rename_to_another_view_keeps_what_could_not_be_published_before(small):
+    store, mount = small
+    table(1, 10).to_feather(mount / "r.arrow", compression="uncompressed")
+    rest = fill(store)
+    with pytest.raises(OSError, match="No space"):
+        table(2, 3_000_000).to_feather(mount / "r.arrow", compression="uncompressed")
+    store.client.delete(rest)
+    os.rename(mount / "r.arrow", mount / "r.feather")
+    assert pd.read_feather(mount / "r.feather")["a"].tolist() == [2] * 3_000_000
+    assert (store.client.get(name="r")["a"] == 2).all()
+    assert os.listdir(mount.path) == ["r.feather"]
+
+
+def test_a_rename_that_cannot_publish_leaves_both_files_alone(small):
+    store, mount = small
+    (mount / "b.txt").write_text("precious")
+    assert subprocess.run(["cat", mount / "b.txt"], capture_output=True, check=True).stdout == b"precious"
+    (mount / "a.txt").write_text("v1")
+    with open(mount / "a.txt", "ab", buffering=0) as file:
+        for _ in range(120):
+            file.write(b"x" * (1 << 20))
+        with pytest.raises(OSError, match="No space"):
+            os.fsync(file)
+        with pytest.raises(OSError, match="No space"):
+            file.close()
+    with pytest.raises(OSError, match="No space"):
+        os.rename(mount / "a.txt", mount / "b.txt")
+    assert (mount / "b.txt").read_text() == "precious"
+    assert (mount / "a.txt").stat().st_size == 2 + (120 << 20)
+    with open(mount / "a.txt", "r+b") as file:
+        file.truncate(5)
+    os.rename(mount / "a.txt", mount / "b.txt")
+    assert (mount / "b.txt").read_text() == "v1xxx" and os.listdir(mount.path) == ["b.txt"]
+
+
+def test_what_was_published_does_not_use_up_the_staging_area(make_mount):
+    """Neither its bytes nor its descriptors, although the kernel still knows the files."""
+    mount = make_mount("--staging-size", "64Mi")
+    piece = bytes(range(256)) * 4096
+    for number in range(30):
+        with open(mount / f"f{number}.bin", "wb") as file:
+            for _ in range(8):
+                file.write(piece)
+    for number in range(30):
+        assert (mount / f"f{number}.bin").read_bytes() == piece * 8
+    for number in range(5500):
+        (mount / f"small{number}.txt").write_text(str(number))
+    deadline = time.monotonic() + 30
+    while mount.status()["files"]["staging"]["count"] > 4200 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert mount.status()["files"]["staging"]["count"] <= 4200
+    assert all((mount / f"small{number}.txt").read_text() == str(number) for number in range(0, 5500, 50))
+
+
+def test_a_sparse_file_that_has_no_room_is_an_error_and_not_the_end(make_mount):
+    mount = make_mount("--staging-size", "64Mi")
+    for size, number in [(150 << 20, errno.ENOSPC), (1 << 40, errno.ENOSPC)]:
+        descriptor = os.open(mount / "sparse.bin", os.O_WRONLY | os.O_CREAT)
+        os.ftruncate(descriptor, size)
+        with pytest.raises(OSError) as caught:
+            os.close(descriptor)
+        assert caught.value.errno == number
+        (mount / "sparse.bin").unlink()
+    with open(mount / "sparse.bin", "wb") as file:
+        file.truncate(20 << 20)
+        file.seek(10 << 20)
+        file.write(b"middle")
+    assert (mount / "sparse.bin").read_bytes() == bytes(10 << 20) + b"middle" + bytes((10 << 20) - 6)
+    assert mount.status()["server"]["restarts"] == 0
