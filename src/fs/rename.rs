@@ -252,36 +252,37 @@ impl FileSystem {
             // former version has moved: that would have replaced what is there.
             self.publish_changed(staged, Unfinished::Publish)?;
         }
-        let (replaces, former, clean) = {
-            let state = staged.state();
-            (state.replaces.clone(), state.published.clone(), state.clean)
-        };
+        let replaces = staged.state().replaces.clone();
         let other = match there {
             Some(Found::Staged(other)) if !Arc::ptr_eq(&other, staged) => Some(other),
             _ => None,
         };
         self.keep_directory(&from.directory);
-        let moved = if same_format || former.is_none() {
+        let mut former = None;
+        let moved = if same_format {
+            let published = staged.published().is_some();
             self.move_staged(staged, to).and_then(|()| {
-                let unpublished = former.is_none() && is_idle();
+                let unpublished = !published && is_idle();
                 if unpublished { self.publish_changed(staged, Unfinished::Publish) } else { Ok(()) }
             })
         } else {
             // Another extension: the bytes are looked at anew and published under the new name.
-            self.staging.move_to(staged, to);
             {
+                // Who publishes it under the old one right now is done first.
+                let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
+                self.staging.move_to(staged, to);
                 let mut state = staged.state();
-                state.published = None;
-                state.clean = None;
+                former = state.published.take().map(|published| (published, state.clean.take()));
             }
-            self.publish_changed(staged, Unfinished::Publish)
+            let publishes = former.is_some() || is_idle();
+            if publishes { self.publish_changed(staged, Unfinished::Publish) } else { Ok(()) }
         };
         if let Err(error) = moved {
             // Nothing moved: both files are where they were, and as they were.
             self.staging.move_to(staged, from);
-            if !same_format {
+            if let Some((published, clean)) = former {
                 let mut state = staged.state();
-                (state.published, state.clean, state.failed) = (former, clean, None);
+                (state.published, state.clean, state.failed) = (Some(published), clean, None);
             }
             if let Some(other) = other {
                 let target = other.state().target.clone();
@@ -294,14 +295,14 @@ impl FileSystem {
             other.state().detached = true;
             super::adopt::note_staged(&other);
         }
+        staged.state().replaces = None;
         if let Some((name, object)) = replaces {
             // The version under the old path goes with the path, if it was not replaced under the new one: both may be
             // views of one dataset.
             self.remove_version(&name, object)?;
-            staged.state().replaces = None;
         }
-        match former.filter(|_| !same_format) {
-            Some((name, object)) => self.remove_version(&name, object),
+        match former {
+            Some(((name, object), _)) => self.remove_version(&name, object),
             None => Ok(()),
         }
     }
