@@ -11,24 +11,30 @@
 //! [`Store::unanswered`](super::Store::unanswered) finds such blobs. The same holds for a process that lives on after an
 //! answer did not come in time.
 //!
+//! Work may overlap for ever, so the file does not wait for an idle moment to become shorter: past [`MAX_LEN`] it is
+//! written anew with what still counts.
+//!
 //! Notes matter most where memory ends, so a file that has [`LEAST_LEN`] bytes keeps them: what is no note is zeros.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::PoisonError;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::id::ObjectId;
 use crate::error::{Context, Result};
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard};
 
 /// Bytes that a file keeps, if it has them, so that notes need no new memory.
 pub const LEAST_LEN: u64 = 64 << 10;
-/// Most bytes before work waits until all work under way has ended, so that the journal can begin anew.
+/// Bytes from which on the journal is written anew while work is under way.
 const MAX_LEN: u64 = 16 << 20;
 /// Most bytes that are read of a journal that others may have written to.
 const MAX_READ: u64 = 64 << 20;
+/// A kill leaves a write within one page whole or undone. Of a longer one it may leave a part.
+const PAGE: u64 = 4096;
 
 /// Blobs that were asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +62,8 @@ pub struct Asked(u64);
 pub struct Journal {
     file: File,
     state: Mutex<State>,
-    idle: Condvar,
+    /// [`MAX_LEN`], or less in tests.
+    max_len: u64,
 }
 
 #[derive(Debug, Default)]
@@ -65,8 +72,15 @@ struct State {
     len: u64,
     /// Bytes of the file that hold text or zeros for sure, at least `len`.
     file_len: u64,
-    /// Pieces of work under way.
-    units: usize,
+    /// The text is written anew when it is longer.
+    full: u64,
+    /// Pieces of work that were begun.
+    entered: u64,
+    /// The numbers of those under way.
+    active: BTreeSet<u64>,
+    /// What was noted, with the number of the piece of work that was begun last at that time. Whichever piece noted it, its
+    /// number is not higher: when all up to that number have ended, the note counts no more.
+    noted: VecDeque<(u64, Vec<ObjectId>)>,
     /// What outlives the work it came from: what a former process left, and deletions that wait for readers.
     kept: BTreeSet<ObjectId>,
     /// What is asked for, or was and never answered.
@@ -85,11 +99,61 @@ impl State {
     fn has_unanswered(&self) -> bool {
         !self.failed.is_empty() || self.wishes.range(..self.own).next().is_some()
     }
+
+    /// Remembers what was noted, so that it can be noted again.
+    fn remember(&mut self, ids: Vec<ObjectId>) {
+        if !ids.is_empty() {
+            self.noted.push_back((self.entered, ids));
+        }
+    }
+
+    /// All that counts, as text.
+    fn text(&self) -> String {
+        let noted = self.noted.iter().flat_map(|(_, ids)| ids);
+        let ids: BTreeSet<ObjectId> = self.kept.iter().chain(noted).copied().collect();
+        let mut text = line(ids);
+        text.extend(self.wishes.iter().map(|(number, wish)| wish_line(*number, wish)));
+        text
+    }
 }
 
 /// A piece of work under way: what is noted meanwhile is forgotten when all work has ended.
 #[derive(Debug)]
-pub struct Unit<'a>(&'a Journal);
+pub struct Unit<'a>(&'a Journal, u64);
+
+/// A step on the way to a shorter text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    /// Writes the new text at this place.
+    Text(u64),
+    /// Writes zeros here.
+    Zeros(Range<u64>),
+    /// Gives the file this length.
+    Cut(u64),
+}
+
+/// The steps that put a text of `new` bytes in the place of one of `old` bytes, in a file of `file_len` bytes, and the
+/// length of the file after them. A kill before, after or within any of them leaves what the new text says, and perhaps
+/// some of what the old one said: no half of an id meets another half, as only zeros and ends of lines are written over
+/// the rest of a text.
+fn shortening(old: u64, file_len: u64, new: u64) -> (Vec<Step>, u64) {
+    let end = if file_len >= LEAST_LEN { new.max(LEAST_LEN) } else { new };
+    let mut steps = Vec::new();
+    let mut used = old;
+    if new > PAGE {
+        // It stands behind the old one until it stands in front. The end of the line before it stays.
+        steps.extend([Step::Text(old), Step::Zeros(0..old.saturating_sub(1))]);
+        used = old + new;
+    }
+    steps.push(Step::Text(0));
+    if new < used.min(end) {
+        steps.push(Step::Zeros(new..used.min(end)));
+    }
+    if end != file_len.max(used) {
+        steps.push(Step::Cut(end));
+    }
+    (steps, end)
+}
 
 impl Journal {
     /// A journal in a file. What a former process noted there is kept until it is [settled](Self::settle).
@@ -97,6 +161,10 @@ impl Journal {
     /// # Errors
     /// If the file cannot be read.
     pub fn open(file: File) -> Result<Self> {
+        Self::open_with(file, MAX_LEN)
+    }
+
+    fn open_with(file: File, max_len: u64) -> Result<Self> {
         let len = file.metadata().context(|| "looking at the journal".into())?.len();
         let mut text = vec![0; len.min(MAX_READ) as usize];
         file.read_exact_at(&mut text, 0).context(|| "reading the journal".into())?;
@@ -106,8 +174,8 @@ impl Journal {
         let now = now_ms();
         wishes.values_mut().for_each(|wish| wish.until = if now < wish.since { u64::MAX } else { now });
         let own = wishes.keys().next_back().map_or(0, |last| last + 1);
-        let state = State { len: end, file_len: len, kept, wishes, own, ..State::default() };
-        Ok(Journal { file, state: Mutex::new(state), idle: Condvar::new() })
+        let state = State { len: end, file_len: len, full: max_len, kept, wishes, own, ..State::default() };
+        Ok(Journal { file, state: Mutex::new(state), max_len })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -117,21 +185,21 @@ impl Journal {
     /// Begins a piece of work.
     pub fn enter(&self) -> Unit<'_> {
         let mut state = self.state();
-        while state.units > 0 && state.len > MAX_LEN {
-            state = self.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.units += 1;
-        Unit(self)
+        state.entered += 1;
+        let number = state.entered;
+        state.active.insert(number);
+        Unit(self, number)
     }
 
     /// Notes what exists now, or is about to lose its name. Without room for a note, work goes on without one.
     pub fn note(&self, ids: impl IntoIterator<Item = ObjectId>) {
-        let mut last = None;
-        let text = line(ids.into_iter().inspect(|id| last = Some(*id)));
+        let ids: Vec<ObjectId> = ids.into_iter().collect();
+        let text = line(ids.iter().copied());
         if !text.is_empty() {
             let mut state = self.state();
+            state.last = ids.last().copied();
+            state.remember(ids);
             self.append(&mut state, &text);
-            state.last = last;
         }
     }
 
@@ -152,6 +220,7 @@ impl Journal {
         };
         self.try_append(&mut state, &wish_line(number, &wish)).context(|| "noting what is to be stored".into())?;
         state.wishes.insert(number, wish);
+        self.limit(&mut state);
         Ok(Asked(number))
     }
 
@@ -163,8 +232,9 @@ impl Journal {
         let mut state = self.state();
         state.wishes.remove(&asked.0);
         state.last = made.last().copied().or(state.last);
+        state.made.extend(&made);
+        state.remember(made);
         self.append(&mut state, &text);
-        state.made.extend(made);
     }
 
     /// Notes the blobs of whose making this process learned before the answer was lost; the others are
@@ -178,17 +248,19 @@ impl Journal {
             wish.after = made.last().copied().unwrap_or(wish.after);
             wish.since = wish.since.max(sent);
             wish.generation = Some(generation);
-            // The later line counts.
-            text.push_str(&format!("! {}\n", asked.0));
-            if !wish.sizes.is_empty() {
+            if wish.sizes.is_empty() {
+                text.push_str(&format!("! {}\n", asked.0));
+            } else {
+                // The later line counts. Were the wish closed first, a kill in between would lose it.
                 text.push_str(&wish_line(asked.0, &wish));
                 state.wishes.insert(asked.0, wish);
                 state.failed.insert(asked.0);
             }
         }
         state.last = made.last().copied().or(state.last);
-        self.append(&mut state, &text);
         state.made.extend(made);
+        state.remember(made.to_vec());
+        self.append(&mut state, &text);
     }
 
     /// The wishes that still wait for their answers.
@@ -222,7 +294,7 @@ impl Journal {
             state.wishes.remove(&number);
             state.failed.remove(&number);
         }
-        if state.units == 0 {
+        if state.active.is_empty() {
             self.tidy(&mut state);
         }
     }
@@ -231,10 +303,14 @@ impl Journal {
         if let Err(error) = self.try_append(state, text) {
             tracing::warn!("no note in the journal: {error}");
         }
+        self.limit(state);
     }
 
     fn try_append(&self, state: &mut State, text: &str) -> std::io::Result<()> {
-        self.file.write_all_at(text.as_bytes(), state.len)?;
+        if let Err(error) = self.file.write_all_at(text.as_bytes(), state.len) {
+            self.look_again(state);
+            return Err(error);
+        }
         state.len += text.len() as u64;
         state.file_len = state.file_len.max(state.len);
         Ok(())
@@ -244,8 +320,8 @@ impl Journal {
     pub fn keep(&self, ids: impl IntoIterator<Item = ObjectId>) {
         let ids: Vec<ObjectId> = ids.into_iter().collect();
         let mut state = self.state();
-        self.append(&mut state, &line(ids.iter().copied()));
-        state.kept.extend(ids);
+        state.kept.extend(&ids);
+        self.append(&mut state, &line(ids));
     }
 
     /// What is kept.
@@ -259,13 +335,14 @@ impl Journal {
         for id in ids {
             state.kept.remove(id);
         }
-        if state.units == 0 {
+        if state.active.is_empty() {
             self.tidy(&mut state);
         }
     }
 
     /// Nothing is under way.
     fn tidy(&self, state: &mut State) {
+        state.noted.clear();
         if !state.has_unanswered() {
             state.made.clear();
         }
@@ -274,24 +351,68 @@ impl Journal {
         }
     }
 
-    /// Writes anew what is kept. A kill between the two steps leaves too many notes and none too few.
-    fn renew(&self, state: &mut State) {
-        let mut text = line(state.kept.iter().copied());
-        text.extend(state.wishes.iter().map(|(number, wish)| wish_line(*number, wish)));
-        let len = text.len() as u64;
-        let mut bytes = text.into_bytes();
-        let keeps = state.file_len >= LEAST_LEN;
-        if keeps {
-            bytes.resize(bytes.len().max(state.len.min(LEAST_LEN) as usize), 0);
+    /// Writes the text anew if it has become too long.
+    fn limit(&self, state: &mut State) {
+        if state.len <= state.full {
+            return;
         }
-        let file_len = if keeps { len.max(LEAST_LEN) } else { len };
-        let shortened = self.file.write_all_at(&bytes, 0).and_then(|()| match file_len == state.file_len {
-            true => Ok(()),
-            false => self.file.set_len(file_len),
-        });
-        match shortened {
-            Ok(()) => (state.len, state.file_len) = (len, file_len),
-            Err(error) => tracing::warn!("the journal cannot be shortened: {error}"),
+        // What was made before all that is under way was begun was also made before any of it asked.
+        if !state.has_unanswered() {
+            let noted: BTreeSet<ObjectId> = state.noted.iter().flat_map(|(_, ids)| ids).copied().collect();
+            state.made.retain(|id| noted.contains(id));
+        }
+        self.renew(state);
+        // As often as it doubles, so that it costs little also where all of it counts, or it could not become shorter.
+        state.full = self.max_len.max(2 * state.len);
+    }
+
+    /// Writes anew what counts.
+    fn renew(&self, state: &mut State) {
+        let text = state.text();
+        let len = text.len() as u64;
+        // Longer than before if notes found no room. And what is not read after a kill is no note.
+        if len > PAGE && (len > state.len || state.len + len > MAX_READ) {
+            return;
+        }
+        let (steps, file_len) = shortening(state.len, state.file_len, len);
+        let old = state.len;
+        for step in steps {
+            if let Err(error) = self.take(&step, text.as_bytes()) {
+                tracing::warn!("the journal cannot be shortened: {error}");
+                self.look_again(state);
+                return;
+            }
+            if step == Step::Text(old) && old > 0 {
+                // Should a later step fail, it stays there.
+                state.len = old + len;
+                state.file_len = state.file_len.max(state.len);
+            }
+        }
+        (state.len, state.file_len) = (len, file_len);
+    }
+
+    /// A write that failed may have left a part of it, which goes with the next [`Step::Cut`].
+    fn look_again(&self, state: &mut State) {
+        if let Ok(meta) = self.file.metadata() {
+            state.file_len = meta.len();
+        }
+    }
+
+    /// Takes one step.
+    fn take(&self, step: &Step, text: &[u8]) -> std::io::Result<()> {
+        const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        match step {
+            Step::Text(at) => self.file.write_all_at(text, *at),
+            Step::Zeros(place) => {
+                let mut at = place.start;
+                while at < place.end {
+                    let part = ZEROS.get(..(place.end - at) as usize).unwrap_or(&ZEROS);
+                    self.file.write_all_at(part, at)?;
+                    at += part.len() as u64;
+                }
+                Ok(())
+            }
+            Step::Cut(len) => self.file.set_len(*len),
         }
     }
 }
@@ -299,10 +420,14 @@ impl Journal {
 impl Drop for Unit<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state();
-        state.units = state.units.saturating_sub(1);
-        if state.units == 0 {
-            self.0.tidy(&mut state);
-            self.0.idle.notify_all();
+        state.active.remove(&self.1);
+        match state.active.first().copied() {
+            None => self.0.tidy(&mut state),
+            Some(least) => {
+                while state.noted.front().is_some_and(|(number, _)| *number < least) {
+                    state.noted.pop_front();
+                }
+            }
         }
     }
 }
@@ -361,169 +486,7 @@ fn parse(text: &[u8]) -> (BTreeSet<ObjectId>, BTreeMap<u64, Wish>) {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    fn ids(range: std::ops::Range<u64>) -> Vec<ObjectId> {
-        range.map(ObjectId).collect()
-    }
-
-    #[test]
-    fn what_work_under_way_made_is_found_after_a_kill() {
-        let file = tempfile::tempfile().unwrap();
-        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
-        let unit = journal.enter();
-        journal.note(ids(1..4));
-        journal.note([ObjectId::EMPTY_BLOB]);
-        let other = journal.enter();
-        journal.note(ids(4..5));
-        drop(other);
-        // As another process finds it.
-        assert_eq!(Journal::open(file.try_clone().unwrap()).unwrap().kept(), ids(1..5));
-        drop(unit);
-        assert_eq!(file.metadata().unwrap().len(), 0);
-    }
-
-    #[test]
-    fn what_outlives_its_work_stays_until_it_is_settled() {
-        let file = tempfile::tempfile().unwrap();
-        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
-        let unit = journal.enter();
-        journal.note(ids(1..50));
-        journal.keep(ids(7..9));
-        drop(unit);
-        let next = Journal::open(file.try_clone().unwrap()).unwrap();
-        assert_eq!(next.kept(), ids(7..9));
-        next.settle(&ids(7..8));
-        assert_eq!(Journal::open(file).unwrap().kept(), ids(8..9));
-    }
-
-    #[test]
-    fn a_line_that_was_cut_is_none() {
-        let one = ObjectId(0x1234);
-        let text = line([one, ObjectId(u64::MAX)]);
-        assert_eq!(text, "+ o0000000000001234\n");
-        assert_eq!(parse(text.as_bytes()).0, [one].into());
-        for end in 0..text.len() {
-            assert!(parse(&text.as_bytes()[..end]).0.is_empty(), "{end}");
-        }
-        // The rest of a longer line after a shorter text.
-        assert_eq!(parse(b"+ o0000000000001234\n34 o0000000000005678\n").0, [one].into());
-        assert_eq!(parse(b"\xff\xfe\n+ \n+ o\n? \n? 1 2\n! \n\xc3\xa4\xc3\n"), Default::default());
-    }
-
-    #[test]
-    fn wishes_outlive_a_clock_that_is_set_back() {
-        let file = tempfile::tempfile().unwrap();
-        let later = now_ms() + 86_400_000;
-        file.write_all_at(format!("? 0 {later} o8000000000000007 5\n").as_bytes(), 0).unwrap();
-        let journal = Journal::open(file).unwrap();
-        let wish = journal.unanswered().remove(&0).unwrap();
-        assert_eq!((wish.since, wish.until), (later, u64::MAX));
-        // Times tell no more which blobs are this process's own.
-        let asked = journal.ask(&[5]).unwrap();
-        journal.answered(asked, ids(8..9));
-        assert!(journal.is_own(ObjectId(8)) && !journal.is_own(ObjectId(9)));
-        journal.settle_unanswered([0]);
-        assert!(!journal.is_own(ObjectId(8)));
-        let asked = journal.ask(&[5]).unwrap();
-        journal.answered(asked, ids(9..10));
-        drop(journal.enter());
-        assert!(!journal.is_own(ObjectId(9)), "nothing is kept once nothing is open");
-    }
-
-    #[test]
-    fn an_answer_that_is_lost_leaves_the_rest_of_the_wish_open_here_and_after_a_kill() {
-        let file = tempfile::tempfile().unwrap();
-        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
-        let unit = journal.enter();
-        let (lost, other) = (journal.ask(&[10, 20, 30]).unwrap(), journal.ask(&[20]).unwrap());
-        assert_eq!(journal.under_way(), [0, 1]);
-        let sent = now_ms() + 7;
-        journal.failed(lost, &ids(8..9), sent, 3);
-        assert_eq!(journal.under_way(), [1]);
-        assert!(journal.any_under_way(&[0, 1]) && !journal.any_under_way(&[0]));
-        let open = Wish { since: sent, until: u64::MAX, after: ObjectId(8), sizes: vec![20, 30], generation: Some(3) };
-        assert_eq!(journal.unanswered(), [(0, open.clone())].into());
-        let next = Journal::open(file.try_clone().unwrap()).unwrap();
-        let known: Vec<Wish> = next.unanswered().into_values().collect();
-        assert_eq!(known.iter().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [vec![20, 30], vec![20]]);
-        assert_eq!((known[0].after, next.kept()), (ObjectId(8), ids(8..9)));
-        // What came before is known to be this process's own, too.
-        journal.answered(other, ids(9..10));
-        drop(unit);
-        assert!(journal.is_own(ObjectId(8)) && journal.is_own(ObjectId(9)));
-        let wholly = journal.ask(&[40]).unwrap();
-        journal.failed(wholly, &ids(11..12), sent, 3);
-        assert_eq!(journal.unanswered().len(), 1, "all of it was made");
-        journal.settle_unanswered([0]);
-        assert!(journal.unanswered().is_empty() && !journal.is_own(ObjectId(8)));
-        assert_eq!(file.metadata().unwrap().len(), 0);
-    }
-
-    #[test]
-    fn a_file_with_room_keeps_it_and_needs_no_more() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(LEAST_LEN).unwrap();
-        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
-        let text = || {
-            let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
-            file.read_exact_at(&mut bytes, 0).unwrap();
-            String::from_utf8(bytes).unwrap()
-        };
-        let unit = journal.enter();
-        journal.keep(ids(1..3));
-        journal.note(ids(3..900));
-        drop(unit);
-        assert_eq!(text().trim_end_matches('\0'), "+ o0000000000000001 o0000000000000002\n");
-        assert_eq!(file.metadata().unwrap().len(), LEAST_LEN);
-        let next = Journal::open(file.try_clone().unwrap()).unwrap();
-        assert_eq!(next.kept(), ids(1..3));
-        let unit = next.enter();
-        next.note(ids(3..9000));
-        assert!(file.metadata().unwrap().len() > LEAST_LEN);
-        drop(unit);
-        assert_eq!(file.metadata().unwrap().len(), LEAST_LEN);
-        next.settle(&ids(1..3));
-        assert_eq!(text().trim_end_matches('\0'), "");
-        // A line that a kill has cut is written over.
-        file.write_all_at(b"+ o0000000000000001\n? 7 12", 0).unwrap();
-        let next = Journal::open(file.try_clone().unwrap()).unwrap();
-        next.note(ids(2..3));
-        assert_eq!(Journal::open(file.try_clone().unwrap()).unwrap().kept(), ids(1..3));
-    }
-
-    #[test]
-    fn what_was_asked_for_and_not_answered_is_found_after_a_kill() {
-        let file = tempfile::tempfile().unwrap();
-        let journal = Journal::open(file.try_clone().unwrap()).unwrap();
-        let unit = journal.enter();
-        journal.note(ids(5..7));
-        let first = journal.ask(&[10, 0, 20]).unwrap();
-        let second = journal.ask(&[30]).unwrap();
-        let reopen = || Journal::open(file.try_clone().unwrap()).unwrap();
-        let found: Vec<Wish> = reopen().unanswered().into_values().collect();
-        assert_eq!(found.iter().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [vec![10, 20], vec![30]]);
-        assert!(found.iter().all(|wish| wish.after == ObjectId(6) && wish.since > 1_700_000_000_000));
-        assert!(journal.unanswered().is_empty(), "it may still see the answers");
-        journal.answered(first, ids(7..8));
-        let sizes = |journal: &Journal| journal.unanswered().into_values().map(|wish| wish.sizes).collect::<Vec<_>>();
-        assert_eq!(sizes(&reopen()), [[30]]);
-        assert!(found.iter().all(|wish| wish.since <= wish.until && wish.until <= now_ms()));
-        // It outlives the work under way.
-        drop(unit);
-        let next = reopen();
-        let third = next.ask(&[40]).unwrap();
-        assert_eq!(sizes(&next), [[30]]);
-        next.settle_unanswered(next.unanswered().into_keys());
-        assert_eq!(reopen().unanswered().len(), 1);
-        next.answered(third, []);
-        next.settle(&[]);
-        assert_eq!(file.metadata().unwrap().len(), 0);
-        drop(second);
-    }
-}
+mod tests;
 
 #[cfg(all(test, feature = "shuttle"))]
 mod schedules {
