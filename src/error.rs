@@ -3,7 +3,7 @@
 //! The [`Kind`] decides the errno (one exhaustive table, [`Kind::errno`]); the message is for people and tells,
 //! where that helps, what to do next. Context is added on the way up with [`Context::context`].
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 /// Result of every fallible function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -137,8 +137,10 @@ impl Error {
 }
 
 impl fmt::Display for Error {
-    /// The message and, after a colon each, the causes below it.
+    /// The message and, after a colon each, the causes below it, in one line. Type names and what a server says are in
+    /// it as others wrote them: here they lose what could begin another line of a log or command a terminal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let f = &mut OneLine(f);
         f.write_str(&self.message)?;
         let mut cause = std::error::Error::source(self);
         while let Some(error) = cause {
@@ -148,6 +150,24 @@ impl fmt::Display for Error {
             }
             write!(f, ": {error}")?;
             cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// Escapes control characters.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for part in text.split_inclusive(char::is_control) {
+            match part.chars().next_back().filter(|last| last.is_control()) {
+                None => self.0.write_str(part)?,
+                Some(last) => {
+                    self.0.write_str(part.strip_suffix(last).unwrap_or_default())?;
+                    write!(self.0, "{}", last.escape_default())?;
+                }
+            }
         }
         Ok(())
     }
@@ -200,6 +220,16 @@ mod tests {
         assert_eq!(outer.kind(), Kind::Malformed);
         assert_eq!(outer.errno(), libc::EIO);
         assert_eq!(outer.to_string(), "object o1: column \"a\": offset 9 is past the blob of 8 bytes");
+    }
+
+    #[test]
+    fn what_others_wrote_begins_no_line_and_commands_no_terminal() {
+        let theirs = "evil\nINFO all is well\r\u{1b}[2J\u{9b}1m \u{fc}";
+        let ours = "evil\\nINFO all is well\\r\\u{1b}[2J\\u{9b}1m \u{fc}";
+        assert_eq!(Error::malformed(theirs).to_string(), ours);
+        let inner = Err::<(), _>(Error::malformed("x").with_source(std::io::Error::other(theirs)));
+        let outer = inner.context(|| theirs.into()).unwrap_err();
+        assert_eq!(outer.to_string(), format!("{ours}: x: {ours}"));
     }
 
     #[test]

@@ -108,10 +108,10 @@ impl Shared {
     fn report(&self, op: Op, what: &str, error: &Error) {
         match error.errno() {
             libc::EIO | libc::ENOSPC | libc::ENOMEM | libc::EREMOTEIO | libc::EHOSTUNREACH => {
-                tracing::warn!(what, error = %error, "request failed");
+                tracing::warn!(what, "request failed: {error}");
                 self.stats.remember(op, &format!("{what}: {error}"));
             }
-            _ => tracing::trace!(what, error = %error, "refused"),
+            _ => tracing::trace!(what, "refused: {error}"),
         }
     }
 }

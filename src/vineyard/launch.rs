@@ -114,7 +114,7 @@ pub fn choose(options: &LaunchOptions, environment: &Environment) -> Result<Chos
     for path in environment.default_sockets.iter().filter(|path| path.exists()) {
         match probe(path, PROBE) {
             Ok(_) => return Ok(Chosen::Existing(path.clone())),
-            Err(error) => tracing::debug!(%error, path = %path.display(), "a default socket does not answer"),
+            Err(error) => tracing::debug!(?path, "a default socket does not answer: {error}"),
         }
     }
     plan(options, environment).map(Chosen::Launch)

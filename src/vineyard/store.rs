@@ -298,7 +298,8 @@ pub trait Store: BlobSource {
         let deleted = if objects.is_empty() { Ok(()) } else { self.delete(objects) };
         let dropped = if blobs.is_empty() { Ok(()) } else { self.drop_blobs(blobs) };
         if let Err(error) = deleted.and(dropped) {
-            tracing::warn!(%error, objects = objects.len(), blobs = blobs.len(), "unfinished work is removed later");
+            let (made, stored) = (objects.len(), blobs.len());
+            tracing::warn!(objects = made, blobs = stored, "unfinished work is removed later: {error}");
             if let Some(journal) = self.journal() {
                 journal.keep(blobs.iter().chain(objects).copied());
             }

@@ -111,7 +111,7 @@ pub fn publish(
     let name = name(published.outcome);
     if let Err(error) = store.put_name(&name, published.id) {
         if let Err(left) = store.delete(&[published.id]) {
-            tracing::warn!(object = %published.id, error = %left, "an object without a name could not be deleted");
+            tracing::warn!(object = %published.id, "an object without a name could not be deleted: {left}");
         }
         return Err(error).context(|| format!("naming {name:?}"));
     }

@@ -80,7 +80,7 @@ impl Client {
                 if let Some(root) = root
                     && let Err(left) = self.delete(&[root])
                 {
-                    tracing::warn!(object = %root, error = %left, "an object of a failed save could not be deleted");
+                    tracing::warn!(object = %root, "an object of a failed save could not be deleted: {left}");
                 }
                 Err(error)
             }
