@@ -14,7 +14,7 @@
 //! | [`dataset`] | what a vineyard object means, and how a table becomes objects |
 //! | [`vineyard`] | the client: frames, descriptors, ids, metadata, memory |
 //!
-//! Beside them stand [`error`], [`telemetry`], [`sync`], and [`cgroup`]: how much memory there is.
+//! Beside them stand [`error`], [`telemetry`], [`sync`], [`socket`], and [`cgroup`]: how much memory there is.
 #![warn(missing_docs)]
 
 pub mod cgroup;
@@ -26,6 +26,7 @@ pub mod fs;
 pub mod fuse;
 pub mod image;
 pub mod kedro;
+pub mod socket;
 pub mod sync;
 pub mod telemetry;
 pub mod vineyard;

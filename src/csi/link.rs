@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::state::MountKey;
 use crate::error::{Context, Error, Kind, Result};
+use crate::socket::{connect_within, is_full};
 
 /// Longest line in bytes.
 const LINE_MAX: u64 = 1 << 20;
@@ -81,9 +82,9 @@ pub fn ask_within(socket: &Path, question: &Question, until: Instant, grace: Dur
     };
     // A pod that is just being replaced comes back.
     let mut stream = loop {
-        match UnixStream::connect(socket) {
+        match connect_within(socket, until + grace) {
             Ok(stream) => break stream,
-            Err(error) if Instant::now() >= until => return Err(absent(error)),
+            Err(error) if is_full(&error) || Instant::now() >= until => return Err(absent(error)),
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     };

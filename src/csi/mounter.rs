@@ -22,6 +22,7 @@ use super::steps::{self, Step, Trouble};
 use super::target;
 use crate::error::{Context, Result};
 use crate::fuse::{mount as mounting, mountinfo};
+use crate::socket::{connect_within, is_full};
 use crate::telemetry::Format as LogFormat;
 
 pub mod running;
@@ -262,7 +263,7 @@ impl Mounter {
             return Ok(running);
         }
         let socket = self.socket(key);
-        while UnixStream::connect(&socket).is_err() {
+        while connect_within(&socket, until).is_err() {
             if Instant::now() >= until {
                 return Err(self.absent(key));
             }
@@ -284,7 +285,7 @@ impl Mounter {
 
     /// Why another question has not been answered in time.
     fn busy(&self, key: &MountKey) -> Failure {
-        if UnixStream::connect(self.socket(key)).is_err() {
+        if connect_within(&self.socket(key), Instant::now()).is_err_and(|error| !is_full(&error)) {
             return self.absent(key);
         }
         let message = format!(

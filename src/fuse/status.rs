@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::socket::connect_within;
 
 /// Answers connections with `report` until the socket breaks. For a thread of its own.
 pub fn serve(listener: &UnixListener, report: impl Fn() -> Value) {
@@ -39,7 +40,10 @@ pub fn answer(mut connection: UnixStream, report: &Value) {
 /// `Timeout` if nothing comes within `longest`, `Unavailable` if nobody listens.
 pub fn ask(socket: &Path, longest: Duration) -> Result<Value> {
     let until = Instant::now() + longest;
-    let mut connection = UnixStream::connect(socket).map_err(|error| match error.kind() {
+    let mut connection = connect_within(socket, until).map_err(|error| match error.kind() {
+        std::io::ErrorKind::TimedOut => {
+            Error::new(Kind::Timeout, format!("{socket:?} accepts nobody within {longest:?}"))
+        }
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
             Error::new(Kind::Unavailable, format!("nobody answers at {socket:?}"))
         }
@@ -79,6 +83,11 @@ mod tests {
         let start = Instant::now();
         assert_eq!(ask(&socket, Duration::from_millis(50)).unwrap_err().kind(), Kind::Timeout);
         assert!(start.elapsed() < Duration::from_secs(5));
+        // Nor one that is frozen while many ask.
+        let held = crate::socket::fill(&listener, &socket);
+        assert_eq!(ask(&socket, Duration::from_millis(50)).unwrap_err().kind(), Kind::Timeout);
+        assert!(start.elapsed() < Duration::from_secs(60));
+        drop(held);
         std::thread::spawn(move || serve(&listener, || serde_json::json!({"long": "x".repeat(100_000)})));
         let answer = ask(&socket, Duration::from_secs(5)).unwrap();
         assert_eq!(answer["long"].as_str().unwrap().len(), 100_000);

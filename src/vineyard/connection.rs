@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use serde::de::DeserializeOwned;
 
 use super::blobs::{Memories, MemoryFile};
@@ -16,6 +15,7 @@ use super::pipe::Pipe;
 use super::request::{GetBuffersReply, Payload, RegisterReply, Request};
 use super::wire::{Broken, Channel, Refusal, bad_reply, parse, push_frame};
 use crate::error::{Context, Error, Kind, Result};
+use crate::socket;
 
 /// The inner result is the server's answer (the connection goes on), the outer error the connection's end.
 pub type Answer<T> = std::result::Result<Result<T>, Broken>;
@@ -57,26 +57,20 @@ pub struct Connection {
     deadline: Instant,
 }
 
-/// Connects to a socket's path.
+/// Connects to a vineyardd's socket.
 ///
 /// # Errors
 /// The errno of `connect`; `Timeout` if the backlog of a frozen server stays full until `deadline`.
 pub fn connect_path(path: &Path, deadline: Instant) -> Result<std::os::unix::net::UnixStream> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-    let address = UnixAddr::new(path).context(|| format!("{} as a socket", path.display()))?;
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None).context(|| "making a socket".into())?;
-    loop {
-        match connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address) {
-            Ok(()) => return Ok(fd.into()),
-            Err(Errno::EINTR) => {}
-            // A Unix socket whose backlog is full can't be polled for room.
-            Err(Errno::EAGAIN) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
-            Err(Errno::EAGAIN) => {
-                return Err(Error::new(Kind::Timeout, format!("vineyardd accepts nobody at {}", path.display())));
-            }
-            Err(errno) => return Err(errno).context(|| format!("connecting to vineyardd at {}", path.display())),
+    let connected = socket::connect_within(path, deadline).and_then(|stream| {
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    });
+    match connected {
+        Err(error) if socket::is_full(&error) => {
+            Err(Error::new(Kind::Timeout, format!("vineyardd accepts nobody at {}", path.display())))
         }
+        other => other.context(|| format!("connecting to vineyardd at {}", path.display())),
     }
 }
 

@@ -6,13 +6,14 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::fuse::protocol;
+use crate::socket::connect_within;
 
 /// How long a command may take to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -79,7 +80,8 @@ pub fn pending(connection: UnixStream, former: Option<OwnedFd>) -> Pending {
 /// # Errors
 /// `Unavailable` if nobody keeps the mount, and why the new program does not work.
 pub fn ask(socket: &Path, program: &OwnedFd) -> Result<u32> {
-    let connection = UnixStream::connect(socket).context(|| format!("no keeper answers at {socket:?}"))?;
+    let connection =
+        connect_within(socket, Instant::now() + PATIENCE).context(|| format!("no keeper answers at {socket:?}"))?;
     connection.set_read_timeout(Some(LONGEST))?;
     protocol::send(connection.as_fd(), &Command::Upgrade, Some(program.as_fd()), true)?;
     match protocol::receive::<Outcome>(connection.as_fd())? {
