@@ -75,13 +75,25 @@ pub fn connect_path(path: &Path, deadline: Instant) -> Result<std::os::unix::net
 }
 
 impl Connection {
-    /// Registers on a connected socket. Later replies must each come within `patience`.
+    /// Registers on the connected socket of this instance. Later replies must each come within `patience`.
     pub fn register(
         stream: impl Into<OwnedFd>,
         deadline: Instant,
         patience: Duration,
     ) -> std::result::Result<Self, Broken> {
-        let channel = Channel::new(stream);
+        Self::register_on(Channel::new(stream), deadline, patience)
+    }
+
+    /// The same with another instance.
+    pub fn register_peer(
+        stream: impl Into<OwnedFd>,
+        deadline: Instant,
+        patience: Duration,
+    ) -> std::result::Result<Self, Broken> {
+        Self::register_on(Channel::of_peer(stream), deadline, patience)
+    }
+
+    fn register_on(channel: Channel, deadline: Instant, patience: Duration) -> std::result::Result<Self, Broken> {
         let mut connection = Connection {
             identity: Identity {
                 pid: channel.peer_pid(),

@@ -164,6 +164,20 @@ pub struct GetDataReply {
     pub content: Option<Entries<Value>>,
 }
 
+/// `get_data_reply`, of which only the sizes of blobs are wanted.
+#[derive(Deserialize, Debug)]
+pub struct SizesReply {
+    /// The blobs.
+    pub content: Option<Entries<BlobSize>>,
+}
+
+/// The metadata of a blob.
+#[derive(Deserialize, Debug)]
+pub struct BlobSize {
+    /// Its size in bytes.
+    pub length: Option<u64>,
+}
+
 /// `get_data_reply`, of which only the last names are wanted: a tree of many columns is long.
 #[derive(Deserialize, Debug)]
 pub struct LastNameReply {

@@ -22,6 +22,8 @@ use crate::error::{Error, Kind, Result};
 pub const MAX_REQUEST: usize = 256 << 20;
 /// Largest reply that is read. vineyardd sets no limit itself.
 pub const MAX_REPLY: u64 = 1 << 30;
+/// Largest reply of another instance. The longest ones tell 1024 sizes or 512 places, in some hundred bytes each.
+pub const MAX_PEER_REPLY: u64 = 4 << 20;
 /// Memory is reserved for a reply in steps of this size, as its bytes arrive and not as its length announces.
 const STEP: usize = 1 << 20;
 
@@ -154,12 +156,18 @@ pub fn parse<T: DeserializeOwned>(frame: &[u8], kind: &str) -> Result<Result<T, 
 #[derive(Debug)]
 pub struct Channel {
     stream: OwnedFd,
+    max_reply: u64,
 }
 
 impl Channel {
-    /// Takes a connected stream socket: Unix, or TCP, over which no descriptors come.
+    /// Takes a connected Unix socket.
     pub fn new(stream: impl Into<OwnedFd>) -> Self {
-        Channel { stream: stream.into() }
+        Channel { stream: stream.into(), max_reply: MAX_REPLY }
+    }
+
+    /// Takes a connected TCP socket, over which no descriptors come, and no metadata of datasets.
+    pub fn of_peer(stream: impl Into<OwnedFd>) -> Self {
+        Channel { stream: stream.into(), max_reply: MAX_PEER_REPLY }
     }
 
     /// Process id of the peer as the kernel knows it, 0 if it is in a namespace that is not visible here.
@@ -301,7 +309,7 @@ impl Channel {
         let mut header = [0; 8];
         self.receive_exactly(&mut header, deadline)?;
         let len = u64::from_le_bytes(header);
-        if len == 0 || len > MAX_REPLY {
+        if len == 0 || len > self.max_reply {
             return Err(bad_reply(format!("announces {len} bytes")));
         }
         let len = len as usize;
@@ -429,6 +437,17 @@ mod tests {
             let broken = channel.receive(&mut out, soon()).unwrap_err();
             assert_eq!(broken.error.kind(), kind, "{bytes:?}");
             assert!(out.capacity() <= 2 * STEP);
+        }
+    }
+
+    #[test]
+    fn another_instance_says_less_than_the_own_one() {
+        for (len, kind) in [(MAX_PEER_REPLY, Kind::Unavailable), (MAX_PEER_REPLY + 1, Kind::Malformed)] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(&len.to_le_bytes()).unwrap();
+            drop(theirs);
+            let broken = Channel::of_peer(ours).receive(&mut Vec::new(), soon()).unwrap_err();
+            assert_eq!(broken.error.kind(), kind);
         }
     }
 

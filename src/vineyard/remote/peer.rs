@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::connection::{Answer, Connection};
-use crate::vineyard::request::{Empty, GetDataReply, MigrateReply, Request, ShallowCopyReply, checked_id};
+use crate::vineyard::request::{Empty, MigrateReply, Request, ShallowCopyReply, SizesReply, checked_id};
 use crate::vineyard::store::InstanceInfo;
 use crate::vineyard::wire::{Broken, bad_reply};
 use crate::vineyard::{InstanceId, ObjectId};
@@ -176,7 +176,7 @@ impl Peer {
             });
             match attempt {
                 Ok(stream) => {
-                    let connection = Connection::register(OwnedFd::from(stream), deadline, self.patience)?;
+                    let connection = Connection::register_peer(OwnedFd::from(stream), deadline, self.patience)?;
                     let found = connection.identity.instance;
                     if found != self.instance {
                         let what = format!("{address} is instance {found} now: what {} held is gone", self.instance);
@@ -287,9 +287,9 @@ pub fn sizes(connection: &mut Connection, ids: &[ObjectId]) -> Answer<HashMap<Ob
         .map(|ids| Request::GetData { id: ids.iter().map(|id| id.0).collect(), sync_remote: false, wait: false })
         .collect();
     let mut sizes = HashMap::with_capacity(ids.len());
-    let answers = connection.calls(&requests, "get_data_reply", |_, reply: GetDataReply| {
+    let answers = connection.calls(&requests, "get_data_reply", |_, reply: SizesReply| {
         for (text, value) in reply.content.map(|content| content.0).unwrap_or_default() {
-            match (text.parse(), value.get("length").and_then(Value::as_u64)) {
+            match (text.parse(), value.length) {
                 (Ok(id), Some(length)) => drop(sizes.insert(id, length)),
                 _ => return Err(bad_reply(format!("gives no size of blob {text:.40?}"))),
             }
