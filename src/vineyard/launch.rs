@@ -32,6 +32,8 @@ pub struct Environment {
     pub path: Option<OsString>,
     /// Python environments, in the order of preference.
     pub virtual_envs: Vec<PathBuf>,
+    /// The one of the current folder. Nobody has named it, so it counts only where nobody else can have put something.
+    pub found_env: Option<PathBuf>,
     /// Where a vineyardd that was started without `--socket` listens.
     pub default_sockets: Vec<PathBuf>,
     /// Where a private folder may be made.
@@ -44,13 +46,13 @@ impl Environment {
         let var = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
         let mut default_sockets = vec![PathBuf::from("/var/run/vineyard.sock"), PathBuf::from("/run/vineyard.sock")];
         default_sockets.extend(var("HOME").map(|home| Path::new(&home).join(".local/vineyard/vineyard.sock")));
-        let own = std::env::current_dir().ok().map(|folder| folder.join(".venv"));
         let writable = |folder: &PathBuf| nix::unistd::access(folder, nix::unistd::AccessFlags::W_OK).is_ok();
         let runtime_folder = var("XDG_RUNTIME_DIR").map(PathBuf::from).filter(writable);
         Environment {
             ipc_socket: var("VINEYARD_IPC_SOCKET"),
             path: var("PATH"),
-            virtual_envs: var("VIRTUAL_ENV").map(PathBuf::from).into_iter().chain(own).collect(),
+            virtual_envs: var("VIRTUAL_ENV").map(PathBuf::from).into_iter().collect(),
+            found_env: std::env::current_dir().ok().map(|folder| folder.join(".venv")),
             default_sockets,
             runtime_folder: runtime_folder.unwrap_or_else(std::env::temp_dir),
         }
@@ -196,20 +198,57 @@ pub fn find_vineyardd(named: Option<&Path>, environment: &Environment) -> Result
     if let Some(path) = on_path.into_iter().find(|path| is_program(path)) {
         return Ok(path);
     }
-    for virtual_env in &environment.virtual_envs {
-        for version in std::fs::read_dir(virtual_env.join("lib")).into_iter().flatten().flatten() {
-            let path = version.path().join("site-packages/vineyard/bdist/vineyardd");
-            if is_program(&path) {
-                return Ok(path);
+    if let Some(path) = environment.virtual_envs.iter().find_map(|virtual_env| packaged(virtual_env)) {
+        return Ok(path);
+    }
+    let mut passed_over = String::new();
+    if let Some(path) = environment.found_env.as_deref().and_then(packaged) {
+        match writable_by_others(&path) {
+            Ok(None) => return Ok(path),
+            Ok(Some(place)) => {
+                passed_over = format!(
+                    "; {} is not run: others may write to {}, and it was only found in the current folder",
+                    path.display(),
+                    place.display()
+                );
             }
+            Err(error) => passed_over = format!("; {} is not run: {error}", path.display()),
         }
     }
     in_python_path(environment).ok_or_else(|| {
-        Error::not_found(
+        Error::not_found(format!(
             "no vineyardd runs, and none is installed to be launched: `pip install vineyard vineyard-bdist` brings one; \
-             or name one with --vineyardd PATH, or a running one's socket with --socket PATH",
-        )
+             or name one with --vineyardd PATH, or a running one's socket with --socket PATH{passed_over}"
+        ))
     })
+}
+
+/// The binary of the Python package in a virtual environment.
+fn packaged(virtual_env: &Path) -> Option<PathBuf> {
+    let versions = std::fs::read_dir(virtual_env.join("lib")).ok()?.flatten();
+    versions.map(|version| version.path().join("site-packages/vineyard/bdist/vineyardd")).find(|path| is_program(path))
+}
+
+/// The first place on the way to a file at which somebody but this process's user and root could put another: on the way
+/// as it is named, and on the one that links lead.
+fn writable_by_others(path: &Path) -> Result<Option<PathBuf>> {
+    let user = nix::unistd::geteuid().as_raw();
+    for way in [path, &std::fs::canonicalize(path)?] {
+        let mut places: Vec<&Path> = way.ancestors().collect();
+        places.reverse();
+        for place in places {
+            let meta = std::fs::symlink_metadata(place)?;
+            let owned = meta.uid() == user || meta.uid() == 0;
+            // A link has no mode. In a folder such as /tmp everybody writes, but nobody to what belongs to others.
+            let guarded = meta.is_symlink() || meta.is_dir() && meta.mode() & 0o1000 != 0;
+            // Many systems give each user a group of the same number.
+            let group = if user != 0 && meta.gid() == user { 0 } else { 0o020 };
+            if !owned || !guarded && meta.mode() & (0o002 | group) != 0 {
+                return Ok(Some(place.to_owned()));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// The package's binary wherever the `python3` of `PATH` looks for packages; nothing is imported.
@@ -359,6 +398,42 @@ mod tests {
         let on_path = program(&bin.join("vineyardd"));
         assert_eq!(find_vineyardd(None, &environment).unwrap(), on_path);
         assert_eq!(find_vineyardd(Some(&packaged), &environment).unwrap(), packaged);
+    }
+
+    #[test]
+    fn what_others_may_have_put_into_the_current_folder_is_not_run() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("project");
+        let packaged = program(&folder.join(".venv/lib/python3.11/site-packages/vineyard/bdist/vineyardd"));
+        let found = |folder: &Path| {
+            let environment = Environment { found_env: Some(folder.join(".venv")), ..Environment::default() };
+            find_vineyardd(None, &environment)
+        };
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        assert_eq!(found(&folder).unwrap(), packaged);
+        for place in packaged.ancestors().take_while(|place| *place != root.path()) {
+            mode(place, 0o757);
+            let error = found(&folder).unwrap_err().to_string();
+            assert!(error.contains(&format!("others may write to {},", place.display())), "{error}");
+            mode(place, 0o755);
+        }
+        assert_eq!(found(&folder).unwrap(), packaged);
+        // By a link, too.
+        let linking = root.path().join("linking");
+        std::fs::create_dir(&linking).unwrap();
+        std::os::unix::fs::symlink(folder.join(".venv"), linking.join(".venv")).unwrap();
+        assert!(found(&linking).unwrap().starts_with(&linking));
+        mode(&folder, 0o777);
+        assert!(found(&linking).is_err());
+        // As in /tmp.
+        mode(&folder, 0o1777);
+        assert!(found(&linking).is_ok() && found(&folder).is_ok());
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::lchown(linking.join(".venv"), Some(65534), None).unwrap();
+            assert!(found(&linking).is_err());
+            std::os::unix::fs::chown(folder.join(".venv/lib"), Some(65534), None).unwrap();
+            assert!(found(&folder).unwrap_err().to_string().contains("/.venv/lib,"));
+        }
     }
 
     #[test]
