@@ -64,7 +64,7 @@ pub(super) fn find(mountpoint: &Path) -> Result<mountinfo::Mount> {
 pub(super) fn report(mounted: &mountinfo::Mount) -> Value {
     let runtime = Runtime::of(&mounted.mountpoint);
     let (mut report, mut state) = match status::ask(&runtime.keeper_socket(), PATIENCE) {
-        Ok(report @ Value::Object(_)) => (report, "ok"),
+        Ok(report @ Value::Object(_)) if runtime.is_own() => (report, "ok"),
         _ if runtime.keeper().is_some() => (json!({}), "hung"),
         _ => (json!({}), "dead"),
     };

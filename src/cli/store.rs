@@ -108,7 +108,8 @@ struct MountedStore {
 /// The mounts that tell their store.
 fn mounts() -> Vec<MountedStore> {
     let ask = |mounted: crate::fuse::mountinfo::Mount| {
-        let report = status::ask(&Runtime::of(&mounted.mountpoint).keeper_socket(), MOUNT_PATIENCE).ok()?;
+        let runtime = Some(Runtime::of(&mounted.mountpoint)).filter(Runtime::is_own)?;
+        let report = status::ask(&runtime.keeper_socket(), MOUNT_PATIENCE).ok()?;
         let prefix = report.pointer("/prefix").and_then(Value::as_str).unwrap_or_default().trim_matches('/').to_owned();
         let socket = report.pointer("/store/socket").and_then(Value::as_str)?.into();
         Some(MountedStore { mountpoint: mounted.mountpoint, socket, prefix })

@@ -58,6 +58,11 @@ impl Runtime {
         self.folder.join("command.sock")
     }
 
+    /// Whether nobody else could have written what is there: the folder of all mounts lies where others may make it.
+    pub fn is_own(&self) -> bool {
+        self.folder.parent().is_some_and(is_own) && is_own(&self.folder)
+    }
+
     fn record_file(&self) -> PathBuf {
         self.folder.join("keeper.json")
     }
@@ -69,8 +74,7 @@ impl Runtime {
     pub fn create(&self) -> Result<()> {
         let builder = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
         builder(&self.folder).context(|| format!("cannot make the folder {:?}", self.folder))?;
-        let owner = std::fs::symlink_metadata(base())?;
-        if owner.uid() != nix::unistd::geteuid().as_raw() || !owner.is_dir() {
+        if !is_own(&base()) {
             return Err(Error::new(Kind::NotPermitted, format!("the folder {:?} belongs to somebody else", base())));
         }
         Ok(())
@@ -87,8 +91,9 @@ impl Runtime {
         std::fs::rename(&new, self.record_file()).context(|| format!("cannot write {:?}", self.record_file()))
     }
 
-    /// Who keeps the mount, dead or alive.
+    /// Who keeps the mount, dead or alive. What is in a folder of somebody else says nothing: its process could be any.
     pub fn record(&self) -> Option<KeeperRecord> {
+        self.is_own().then_some(())?;
         serde_json::from_slice(&std::fs::read(self.record_file()).ok()?).ok()
     }
 
@@ -119,6 +124,12 @@ pub fn base() -> PathBuf {
     }
 }
 
+/// Whether a path is a folder, no link to one, of this process's user.
+fn is_own(path: &Path) -> bool {
+    let own = nix::unistd::geteuid().as_raw();
+    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir() && meta.uid() == own)
+}
+
 /// When a process started, in ticks since boot (field 22 of proc(5)'s `stat`); `None` if there is none, or a zombie.
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -136,7 +147,8 @@ mod tests {
     #[test]
     fn a_record_tells_whether_its_process_runs() {
         let folder = tempfile::tempdir().unwrap();
-        let runtime = Runtime::at(folder.path());
+        let runtime = Runtime::at(&folder.path().join("mount"));
+        std::fs::create_dir(runtime.folder()).unwrap();
         assert_eq!(runtime.keeper(), None);
         let pid = std::process::id();
         let mut record =
@@ -147,6 +159,30 @@ mod tests {
         runtime.write_record(&record).unwrap();
         assert_eq!(runtime.keeper(), None, "the same id, another process");
         assert_eq!(runtime.record(), Some(record));
+    }
+
+    #[test]
+    fn what_is_in_a_folder_of_somebody_else_is_not_believed() {
+        let folder = tempfile::tempdir().unwrap();
+        let all = folder.path().join("all");
+        let runtime = Runtime::at(&all.join("mount"));
+        std::fs::create_dir_all(runtime.folder()).unwrap();
+        let pid = std::process::id();
+        let record = KeeperRecord { pid, start: start_time(pid).unwrap(), mountpoint: "/mnt/x".into(), device: None };
+        runtime.write_record(&record).unwrap();
+        assert_eq!(runtime.keeper(), Some(record));
+        // By a link.
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&all, &link).unwrap();
+        assert_eq!(Runtime::at(&link.join("mount")).keeper(), None);
+        if nix::unistd::geteuid().is_root() {
+            for path in [runtime.folder(), &all] {
+                std::os::unix::fs::chown(path, Some(65534), None).unwrap();
+                assert!(runtime.keeper().is_none() && runtime.record().is_none(), "{path:?}");
+                std::os::unix::fs::chown(path, Some(0), None).unwrap();
+            }
+            assert!(runtime.keeper().is_some());
+        }
     }
 
     #[test]
