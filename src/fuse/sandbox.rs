@@ -185,7 +185,10 @@ fn filter() -> Result<BpfProgram> {
         libc::SYS_prlimit64,
         vec![rule(vec![SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0).map_err(refused)?])?],
     );
-    rules.insert(libc::SYS_socketpair, vec![rule(vec![when(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?])?]);
+    // The end of a pair of datagram sockets could send to any path.
+    let unix = when(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
+    let packets = when(1, SeccompCmpOp::MaskedEq(0xf), libc::SOCK_SEQPACKET as u64)?;
+    rules.insert(libc::SYS_socketpair, vec![rule(vec![unix, packets])?]);
     // Connections to other instances.
     let family = |family: i32| rule(vec![when(0, SeccompCmpOp::Eq, family as u64)?]);
     rules.insert(libc::SYS_socket, vec![family(libc::AF_INET)?, family(libc::AF_INET6)?]);
@@ -210,10 +213,16 @@ mod tests {
     use std::io::Write;
     use std::process::{Command, Stdio};
 
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
     use super::*;
 
     /// A name, whether it is allowed, and the attempt.
     type Attempt = (&'static str, bool, Box<dyn Fn() -> bool>);
+
+    fn pair(flags: SockFlag) -> bool {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).is_ok()
+    }
 
     /// What the child below tries, and whether it may.
     fn attempts() -> Vec<Attempt> {
@@ -244,6 +253,9 @@ mod tests {
                 }),
             ),
             ("unix socket", false, Box::new(|| std::os::unix::net::UnixDatagram::unbound().is_ok())),
+            ("datagram pair", false, Box::new(|| std::os::unix::net::UnixDatagram::pair().is_ok())),
+            ("stream pair", false, Box::new(|| std::os::unix::net::UnixStream::pair().is_ok())),
+            ("packet pair", true, Box::new(|| pair(SockFlag::SOCK_CLOEXEC) && pair(SockFlag::empty()))),
             ("listener", false, Box::new(|| std::net::TcpListener::bind("127.0.0.1:0").is_ok())),
             (
                 "connection",
