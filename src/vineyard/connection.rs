@@ -27,6 +27,10 @@ const KEPT_BUFFER: usize = 1 << 20;
 /// How long bytes wait for others that are stored with them.
 const GATHER: Duration = Duration::from_millis(5);
 
+/// So many bytes that follow a reply must come within the connection's patience, or those that are waited for if they are
+/// fewer: who sends one now and then holds readers no longer than one who sends none.
+const LEAST: u64 = 64 << 10;
+
 /// What tells one vineyardd process from the next behind the same socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
@@ -55,6 +59,10 @@ pub struct Connection {
     last_reply_len: usize,
     patience: Duration,
     deadline: Instant,
+    /// How long was waited for these [`LEAST`] bytes.
+    waited: Duration,
+    /// How many of them came.
+    came: u64,
 }
 
 /// Connects to a vineyardd's socket.
@@ -109,6 +117,8 @@ impl Connection {
             last_reply_len: 0,
             patience,
             deadline,
+            waited: Duration::ZERO,
+            came: 0,
         };
         // 1 is the ordinary store; a server that is not told uses an uninitialised value.
         let request = Request::Register { version: "0.24.2", store_type: 1, session_id: 0, username: "", password: "" };
@@ -134,14 +144,14 @@ impl Connection {
         self.channel.is_quiet()
     }
 
-    /// Reads bytes that follow a reply, as many as are there and at most `out`; the first must come within the
+    /// Reads bytes that follow a reply, as many as are there and at most `out`. [`LEAST`] bytes must come within the
     /// connection's patience.
     pub fn receive_some(&mut self, out: &mut [u8]) -> std::result::Result<usize, Broken> {
-        self.channel.receive_some(out, Instant::now() + self.patience)
+        self.in_time(|channel, deadline| channel.receive_some(out, deadline))
     }
 
-    /// Writes at most `most` bytes that follow a reply to a file, and as many together as come soon; the first must come
-    /// within the connection's patience. 0 if that cannot be done here.
+    /// Writes at most `most` bytes that follow a reply to a file, and as many together as come soon; [`LEAST`] bytes must
+    /// come within the connection's patience. 0 if that cannot be done here.
     pub fn receive_to_file(
         &mut self,
         pipe: &Pipe,
@@ -149,9 +159,29 @@ impl Connection {
         offset: u64,
         most: usize,
     ) -> std::result::Result<usize, Broken> {
-        let came = self.channel.gather(pipe, most, GATHER, Instant::now() + self.patience)?;
+        let came = self.in_time(|channel, deadline| channel.gather(pipe, most, GATHER, deadline))?;
         pipe.drain(file, offset, came).map_err(|error| Broken { error, sent: true })?;
         Ok(came)
+    }
+
+    /// Receives bytes. Time in which nobody waits for them does not count.
+    fn in_time(
+        &mut self,
+        receive: impl FnOnce(&Channel, Instant) -> std::result::Result<usize, Broken>,
+    ) -> std::result::Result<usize, Broken> {
+        let begun = Instant::now();
+        let came = receive(&self.channel, begun + self.patience.saturating_sub(self.waited))?;
+        self.waited += begun.elapsed();
+        self.credit(came as u64);
+        Ok(came)
+    }
+
+    /// What came was worth so many bytes (more), as it was compressed.
+    pub fn credit(&mut self, bytes: u64) {
+        self.came = self.came.saturating_add(bytes);
+        if self.came >= LEAST {
+            (self.waited, self.came) = (Duration::ZERO, 0);
+        }
     }
 
     /// As [`Channel::set_low_water`].
@@ -184,6 +214,7 @@ impl Connection {
             }
             self.channel.receive(&mut buffer, self.deadline)?;
             self.last_reply_len = buffer.len();
+            (self.waited, self.came) = (Duration::ZERO, 0);
             each(self, index, &buffer)?;
             self.deadline = Instant::now() + self.patience;
         }

@@ -278,7 +278,7 @@ impl Channel {
                 Ok(n) => {
                     held += n;
                     ready = false;
-                    due = Instant::now() + gather;
+                    due = deadline.min(Instant::now() + gather);
                 }
                 // The pipe is full.
                 Err(Errno::EAGAIN) if held > 0 && ready => break,

@@ -199,6 +199,7 @@ fn receive(
         if let Some(inflate) = &mut inflate {
             while position < transfer.len() {
                 let chunk = chunk(connection, &mut buffer)?;
+                let before = position;
                 fetcher.counters.bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
                 let keep = |bytes: &[u8]| -> Result<()> {
                     if bytes.len() as u64 > transfer.len() - position {
@@ -209,6 +210,7 @@ fn receive(
                     Ok(())
                 };
                 inflate.chunk(chunk, keep).map_err(ends)?;
+                connection.credit(position - before);
             }
             continue;
         }

@@ -21,6 +21,8 @@ enum Fault {
     Short,
     /// Stands still in the middle of the bytes.
     Stalls,
+    /// Sends a byte now and then.
+    Trickles,
     /// Announces a byte more than there is.
     Longer,
     /// Announces another blob.
@@ -175,6 +177,12 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
                             }
                             return None;
                         }
+                        Fault::Trickles => {
+                            for byte in blob {
+                                stream.write_all(&[*byte]).ok()?;
+                                std::thread::sleep(PATIENCE / 100);
+                            }
+                        }
                         Fault::Zstd => {
                             for part in blob.chunks(100_000) {
                                 let chunk = compressed(&mut encoder, part);
@@ -285,6 +293,7 @@ fn faults_are_errors_in_time_and_pass() {
     for (fault, kinds) in [
         (Fault::Short, &[Kind::Unreachable][..]),
         (Fault::Stalls, &[Kind::Unreachable]),
+        (Fault::Trickles, &[Kind::Unreachable]),
         (Fault::Longer, &[Kind::Malformed]),
         (Fault::Other, &[Kind::Malformed]),
         (Fault::Deletes, &[Kind::Stale]),
