@@ -400,7 +400,7 @@ impl Journal {
 
     /// Takes one step.
     fn take(&self, step: &Step, text: &[u8]) -> std::io::Result<()> {
-        const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         match step {
             Step::Text(at) => self.file.write_all_at(text, *at),
             Step::Zeros(place) => {
