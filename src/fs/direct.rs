@@ -70,7 +70,7 @@ impl Named {
 
     /// The file name of a view.
     pub fn file_name(&self, view: View) -> String {
-        let part = self.name.rsplit_once('/').map_or(self.name.as_str(), |(_, part)| part);
+        let (_, part) = name::split(&self.name);
         let own = part.rsplit_once('.').and_then(|(_, extension)| View::from_extension(extension));
         let suffix = if own == Some(view) { String::new() } else { suffix(view) };
         name::encode_part(part, &suffix, &self.name)
@@ -149,7 +149,7 @@ impl FileSystem {
         let mut directories: HashMap<String, (String, HashMap<String, String>)> = HashMap::new();
         let mut out = Vec::with_capacity(names.len());
         for (name, object) in names {
-            let (directory, part) = name.rsplit_once('/').unwrap_or(("", &name));
+            let (directory, part) = name::split(&name);
             if !directories.contains_key(directory) {
                 let listed = (directory_path(directory), self.components(directory)?);
                 directories.insert(directory.to_owned(), listed);
@@ -205,7 +205,7 @@ impl FileSystem {
     }
 
     fn named(&self, name: String, object: ObjectId, view: Option<View>, summary: Option<Arc<Summary>>) -> Named {
-        let (directory, part) = name.rsplit_once('/').unwrap_or(("", &name));
+        let (directory, part) = name::split(&name);
         let path = name::join(&directory_path(directory), &Self::listed_component(part, &name, summary.as_deref()));
         let listed = summary.as_ref().map_or(View::Raw, |summary| summary.listed);
         let life = summary.is_none().then(|| self.lives(&[object]).ok()?.remove(&object)).flatten();
@@ -230,7 +230,7 @@ impl FileSystem {
         let wanted = target(text).dataset().to_lowercase();
         let likeness = |name: &str| {
             let name = name.to_lowercase();
-            let part = name.rsplit_once('/').map_or(name.as_str(), |(_, part)| part);
+            let (_, part) = name::split(&name);
             let whole = strsim::jaro_winkler(&wanted, &name).max(strsim::jaro_winkler(&wanted, part));
             if name.contains(&wanted) { whole.max(ALIKE) } else { whole }
         };
@@ -361,7 +361,7 @@ impl FileSystem {
         }
         if plain && to.view.is_some() && summary.broken.is_none() {
             let view = ViewNode {
-                directory: from.name.rsplit_once('/').map_or(String::new(), |(directory, _)| directory.to_owned()),
+                directory: name::split(&from.name).0.to_owned(),
                 component: from.file_name(View::Raw),
                 name: from.name.clone(),
                 object: from.object,

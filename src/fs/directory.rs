@@ -128,10 +128,10 @@ impl FileSystem {
         let mut directories: BTreeSet<String> = local.into_iter().collect();
         let mut files = Vec::new();
         for (name, object) in names {
-            match name[prefix.len()..].find('/') {
-                Some(at) => {
+            match name::part_end(&name, &prefix) {
+                Some(end) => {
                     // Names come sorted, so most repeat the last directory.
-                    let below = &name[..prefix.len() + at];
+                    let below = &name[..end];
                     if !directories.contains(below) {
                         directories.insert(below.to_owned());
                     }
@@ -221,7 +221,7 @@ impl FileSystem {
     ) -> Result<(Vec<NamedObject>, HashSet<ObjectId>)> {
         let mut missing = HashSet::new();
         for _ in 0..ATTEMPTS {
-            let files = names.iter().filter(|(name, _)| !name[prefix.len()..].contains('/'));
+            let files = names.iter().filter(|(name, _)| name::part_end(name, prefix).is_none());
             let ids: Vec<ObjectId> = files.map(|(_, id)| *id).collect();
             let unknown = ids.iter().filter(|id| self.objects.known_summary(**id).is_none()).count();
             let deadline =

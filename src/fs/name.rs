@@ -34,8 +34,8 @@ pub fn encode_part(part: &str, suffix: &str, whole_name: &str) -> String {
         "%2F".to_owned()
     } else if (part == "." || part == "..") && suffix.is_empty() {
         part.replace('.', "%2E")
-    } else if part.contains('\0') || decode_escapes(part).is_some() || part.contains(HASH_MARK) {
-        part.replace('%', "%25").replace('\0', "%00")
+    } else if part.contains(['\0', '/']) || decode_escapes(part).is_some() || part.contains(HASH_MARK) {
+        part.replace('%', "%25").replace('\0', "%00").replace('/', "%2F")
     } else {
         part.to_owned()
     };
@@ -99,6 +99,27 @@ pub fn decode_part(component: &str) -> String {
         Some(decoded) if !decoded.contains('/') => decoded,
         _ => component.to_owned(),
     }
+}
+
+/// As [`decode_part`], for a file in a directory: the root has those whose names begin with a slash.
+pub fn decode_file(directory: &str, component: &str) -> String {
+    match decode_escapes(component) {
+        Some(decoded) if directory.is_empty() && decoded.starts_with('/') => decoded,
+        _ => decode_part(component),
+    }
+}
+
+/// Cuts a name into its directory and its last part. A name that begins with a slash is one part: the directory before
+/// that slash would have the root's own name.
+pub fn split(name: &str) -> (&str, &str) {
+    if name.starts_with('/') { ("", name) } else { name.rsplit_once('/').unwrap_or(("", name)) }
+}
+
+/// Where the first part of a name ends, below a prefix (empty, or with a trailing slash), if there are more.
+pub fn part_end(name: &str, prefix: &str) -> Option<usize> {
+    let rest = name.get(prefix.len()..).unwrap_or_default();
+    let is_one_part = prefix.is_empty() && rest.starts_with('/');
+    if is_one_part { None } else { rest.find('/').map(|at| prefix.len() + at) }
 }
 
 /// A file name from the kernel as text.
@@ -169,6 +190,17 @@ mod tests {
         assert_eq!(encode_part("..", "", ".."), "%2E%2E");
         assert_eq!(encode_part("a\0b", "", "a\0b"), "a%00b");
         assert_eq!(encode_part("a%00b", "", "a%00b"), "a%2500b");
+    }
+
+    #[test]
+    fn names_that_begin_with_a_slash_are_files_of_the_root() {
+        for name in ["/", "//", "/x", "/x/y", "/100%"] {
+            assert_eq!((split(name), part_end(name, "")), (("", name), None));
+            assert_eq!(decode_file("", &encode_part(name, "", name)), name);
+        }
+        assert_eq!(encode_part("/x/y", ".arrow", "/x/y"), "%2Fx%2Fy.arrow");
+        assert_eq!(decode_file("sub", "%2Fx"), "%2Fx");
+        assert_eq!((split("a//b"), part_end("a//b", ""), part_end("a//b", "a/")), (("a/", "b"), Some(1), Some(2)));
     }
 
     #[test]

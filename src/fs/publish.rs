@@ -37,6 +37,8 @@ pub(super) enum Unfinished {
     Publish,
     /// Its writer may have died, or goes on: it replaces nothing.
     Keep,
+    /// As [`Unfinished::Keep`]. There was nothing before it, so that even an empty file is more.
+    KeepUnlessEmpty,
 }
 
 impl FileSystem {
@@ -443,6 +445,7 @@ pub(super) fn verdict(bytes: &[u8], format: Written, unfinished: Unfinished) -> 
     }
     match publish::completeness(bytes, format) {
         Completeness::Complete | Completeness::Foreign => Some(format),
+        Completeness::Empty if unfinished == Unfinished::KeepUnlessEmpty => Some(Written::Plain),
         Completeness::Empty => None,
         Completeness::Incomplete if unfinished == Unfinished::Publish => Some(Written::Plain),
         Completeness::Incomplete => None,

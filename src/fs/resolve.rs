@@ -61,12 +61,12 @@ impl Target {
     pub(super) fn new(directory: &str, component: &str) -> Target {
         let view = component.rsplit_once('.').and_then(|(stem, extension)| {
             let view = View::from_extension(extension)?;
-            (!stem.is_empty()).then(|| (name::join(directory, &name::decode_part(stem)), view))
+            (!stem.is_empty()).then(|| (name::join(directory, &name::decode_file(directory, stem)), view))
         });
         Target {
             directory: directory.to_owned(),
             component: component.to_owned(),
-            plain: name::join(directory, &name::decode_part(component)),
+            plain: name::join(directory, &name::decode_file(directory, component)),
             view,
         }
     }
@@ -147,7 +147,7 @@ impl FileSystem {
         let plain = answers.next().unwrap_or_default();
         let below = answers.next().unwrap_or_default();
         let dataset = answers.next().unwrap_or_default();
-        if !below.is_empty() {
+        if !below.is_empty() && !target.plain.is_empty() {
             return Ok(Some(Found::Directory { name: target.plain.clone() }));
         }
         if let Some((name, object)) = plain.into_iter().next() {
@@ -186,7 +186,7 @@ impl FileSystem {
         let names = self.names_below(&prefix)?;
         for (name, object) in names {
             // The hash is of the name up to the end of this path's part.
-            let part_end = name[prefix.len()..].find('/').map(|at| prefix.len() + at);
+            let part_end = name::part_end(&name, &prefix);
             let whole = &name[..part_end.unwrap_or(name.len())];
             if name::stable_hash(&[whole.as_bytes()]) != hash {
                 continue;
@@ -327,14 +327,15 @@ impl FileSystem {
             }
         }
         for (name, object) in self.names_below(&prefix)? {
+            let is_one_part = name::part_end(&name, &prefix).is_none();
             let ends = name[prefix.len()..].match_indices('/').map(|(at, _)| prefix.len() + at);
-            for end in ends {
+            for end in ends.filter(|_| !is_one_part) {
                 if self.inodes.directory(&name[..end]) == ino {
                     let node = || Node::Directory { name: name[..end].to_owned() };
                     return Ok(Some(self.inodes.look_up(ino, node)));
                 }
             }
-            let (directory, part) = name.rsplit_once('/').unwrap_or(("", &name));
+            let (directory, part) = name::split(&name);
             for view in View::ALL {
                 for suffix in [suffix(view), String::new()] {
                     let component = name::encode_part(part, &suffix, &name);

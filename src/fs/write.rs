@@ -403,7 +403,12 @@ impl FileSystem {
 
     /// After the last writer: publishes what is left, and lets the memory file serve as the image.
     fn settle(&self, staged: &Arc<Staged>) {
-        if let Err(error) = self.publish_changed(staged, Unfinished::Keep) {
+        let unfinished = {
+            let state = staged.state();
+            let is_new = state.published.is_none() && state.replaces.is_none();
+            if is_new { Unfinished::KeepUnlessEmpty } else { Unfinished::Keep }
+        };
+        if let Err(error) = self.publish_changed(staged, unfinished) {
             let path = staged.state().target.path();
             self.warn(format!("{path:?} was closed and could not be published: {error}; its bytes stay readable"));
             return;

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import json
 import mmap
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import PROJECT, Mount
+from conftest import PROJECT, Mount, cli
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
@@ -110,6 +111,11 @@ def _(m):
             writer.truncate()
 
 
+def known(mount) -> dict:
+    """What the store has, by name."""
+    return {each["name"]: each for each in json.loads(cli("ls", "--json", "--socket", mount.store.socket).stdout)}
+
+
 def child_reads(path):
     """What another process reads."""
     code = f"import pandas as pd; print(pd.read_feather({str(path)!r})['a'].iloc[0])"
@@ -121,6 +127,21 @@ def _(m):
     save(m / "x.arrow", 1)
     open(m / "x.arrow", "wb").close()
     assert value(m / "x.arrow") == 1
+
+
+@check("create a file under a view's name and close without writing")
+def _(m):
+    for name in ("x.arrow", "y.pkl"):
+        open(m / name, "wb").close()
+    listed = {}
+    deadline = time.monotonic() + 10
+    # What was closed last is published a moment later, since nobody waits for it.
+    while not {"x.arrow", "y.pkl"} <= set(listed) and time.monotonic() < deadline:
+        listed = known(m)
+    assert listed["x.arrow"]["bytes"] == listed["y.pkl"]["bytes"] == 0
+    assert (m / "x.arrow").read_bytes() == b""
+    save(m / "x.arrow", 1)
+    assert value(m / "x.arrow") == 1 and "x.arrow" not in known(m)
 
 
 @check("truncate a plain file and close without writing")

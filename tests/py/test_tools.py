@@ -108,6 +108,21 @@ def vineyard_meta(typename, **values):
     return meta
 
 
+def test_names_that_begin_with_a_slash_are_files_of_the_root(store, mount):
+    values = {"/x": 1.0, "//": 2.0, "/": 3.0, "/a/b": 4.0, "a//b": 5.0}
+    for name, value in values.items():
+        store.put(name, np.full(3, value))
+    files = {"%2Fx.npy": 1.0, "%2F%2F.npy": 2.0, "%2F.npy": 3.0, "%2Fa%2Fb.npy": 4.0, "a": None}
+    assert sorted(os.listdir(mount.path)) == sorted(files)
+    found = {path.relative_to(mount.path).as_posix(): np.load(path)[0] for path in mount.path.rglob("*.npy")}
+    assert found == {name: value for name, value in files.items() if value} | {"a/%2F/b.npy": 5.0}
+    listed = json.loads(cli("ls", "--json", "--socket", store.socket).stdout)
+    assert {each["file"]: values[each["name"]] for each in listed} == found
+    (mount / "%2Fx.npy").unlink()
+    (mount / "%2Fa%2Fb.npy").rename(mount / "%2Fx.npy")
+    assert np.load(mount / "%2Fx.npy")[0] == 4.0 and (store.client.get(name="/x") == 4.0).all()
+
+
 def test_info_tells_types_sizes_schema_and_views(store, mount, tool):
     store.put("X", frame(500))
     info = json.loads(tool("info", "X.arrow", "--json").stdout)
