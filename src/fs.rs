@@ -290,9 +290,13 @@ impl FileSystem {
     }
 
     fn add_handle(&self, handle: Handle) -> u64 {
-        let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        let fh = self.new_handle();
         self.handles().insert(fh, handle);
         fh
+    }
+
+    fn new_handle(&self) -> u64 {
+        self.next_handle.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Drops what was learned from a vineyardd that is gone.

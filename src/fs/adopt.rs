@@ -4,15 +4,15 @@
 //! half-written files go on as if nothing had happened.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 
-use super::FileSystem;
 use super::cache::Assembled;
 use super::host::MemoryFile;
-use super::resolve::Target;
-use super::staging::{Place, Staged, Stamp};
-use crate::dataset::FileAttributes;
+use super::inode::Node;
+use super::staging::{Staged, StagedNote};
+use super::{FileSystem, Handle};
 use crate::image::View;
 use crate::vineyard::ObjectId;
 
@@ -23,15 +23,7 @@ enum Note {
     /// The assembled image of a view.
     Image { object: u64, view: usize, size: u64 },
     /// A staged file.
-    Staged {
-        ino: u64,
-        directory: String,
-        component: String,
-        attributes: Box<FileAttributes>,
-        published: Option<(String, u64)>,
-        clean: Option<Stamp>,
-        place: Place,
-    },
+    Staged(StagedNote),
     /// A move of names that is under way.
     Move,
 }
@@ -42,25 +34,10 @@ pub(super) fn note_image(file: &MemoryFile, object: ObjectId, view: View, size: 
     note(file, &Note::Image { object: object.0, view, size });
 }
 
-/// Says what a staged file is now: after it was made, moved or published.
+/// Says what a staged file is now: after it was made, moved, published, opened or closed.
 pub(super) fn note_staged(staged: &Staged) {
-    let state = staged.state();
-    let note_of = Note::Staged {
-        ino: staged.ino(),
-        directory: state.target.directory.clone(),
-        component: state.target.component.clone(),
-        // Extended attributes may be long; they are with the published object.
-        attributes: Box::new(FileAttributes { xattrs: Default::default(), ..state.attributes.clone() }),
-        published: state.published.as_ref().map(|(name, object)| (name.clone(), object.0)),
-        clean: state.clean.as_ref().map(|(stamp, _)| *stamp),
-        place: match () {
-            () if state.detached || state.retired => Place::Gone,
-            () if state.displaced => Place::Displaced,
-            () => Place::Path,
-        },
-    };
-    drop(state);
-    note(staged.file(), &note_of);
+    let _noting = staged.noting.lock().unwrap_or_else(|e| e.into_inner());
+    note(staged.file(), &Note::Staged(staged.note()));
 }
 
 /// Says that a move of names is written down in a file.
@@ -95,15 +72,40 @@ impl FileSystem {
                         self.cache.insert(ObjectId(object), *view, Arc::new(Assembled::adopt(Arc::new(file), size)));
                     }
                 }
-                Ok(Note::Staged { ino, directory, component, attributes, published, clean, place }) => {
-                    let target = Target::new(&directory, &component);
-                    let published = published.map(|(name, object)| (name, ObjectId(object)));
-                    self.staging.adopt(ino, Arc::new(file), target, *attributes, published, clean, place);
+                Ok(Note::Staged(note)) => {
+                    let (staged, xattrs_of) = self.staging.adopt(Arc::new(file), note);
+                    self.adopt_staged(&staged, xattrs_of);
                 }
                 Ok(Note::Move) => moves.push(file),
                 Err(error) => tracing::warn!("a memory file with an unknown note is dropped: {error}"),
             }
         }
         self.finish_moves(moves);
+    }
+
+    /// Goes on with the handles by which a file of a former server is open for writing.
+    fn adopt_staged(&self, staged: &Arc<Staged>, xattrs_of: Option<ObjectId>) {
+        if let Some(object) = xattrs_of {
+            match self.objects.summary(&*self.store, object) {
+                Ok(summary) => {
+                    let stored = summary.and_then(|summary| summary.attributes.as_deref().cloned());
+                    staged.state().attributes.xattrs = stored.unwrap_or_default().xattrs;
+                }
+                Err(error) => self.warn(format!("extended attributes of object {object} are not known: {error}")),
+            }
+        }
+        note_staged(staged);
+        let writers = staged.state().writers.clone();
+        if writers.is_empty() {
+            return;
+        }
+        for writer in writers.handles() {
+            let handle = Handle::Staged { writer: true, pid: writer.pid, closed: false };
+            self.handles().insert(writer.handle, handle);
+            self.next_handle.fetch_max(writer.handle + 1, Ordering::Relaxed);
+        }
+        // The kernel knows it, as it is open.
+        let inode = self.inodes.look_up(staged.ino(), || Node::Staged(staged.clone()));
+        inode.state().opens += writers.handles().len() as u64;
     }
 }

@@ -323,7 +323,7 @@ impl FileSystem {
         let handle = self.handles().remove(&fh);
         let Some(inode) = self.inodes.get(ino) else { return };
         match &inode.node {
-            Node::Staged(staged) => self.release_staged(&inode, staged, handle),
+            Node::Staged(staged) => self.release_staged(&inode, staged, fh, handle),
             Node::View(view) => {
                 let mut state = inode.state();
                 state.opens = state.opens.saturating_sub(1);

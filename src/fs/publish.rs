@@ -376,6 +376,7 @@ impl FileSystem {
         };
         let copy = self.with_attributes(&name, object, &attributes)?;
         staged.state().published = Some((name, copy));
+        super::adopt::note_staged(staged);
         // The times of the memory file did not move, so it is as clean as it was.
         Ok(())
     }

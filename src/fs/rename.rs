@@ -300,6 +300,7 @@ impl FileSystem {
             // The version under the old path goes with the path, if it was not replaced under the new one: both may be
             // views of one dataset.
             self.remove_version(&name, object)?;
+            super::adopt::note_staged(staged);
         }
         match former {
             Some(((name, object), _)) => self.remove_version(&name, object),

@@ -12,8 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+mod note;
 mod redirects;
 
+pub(super) use self::note::{StagedNote, Writer, Writers};
 use self::redirects::Redirect;
 use super::buffer::Buffer;
 use super::host::MemoryFile;
@@ -54,16 +56,20 @@ pub(super) struct State {
     pub attributes: FileAttributes,
     /// Attributes changed since they were stored.
     pub attributes_changed: bool,
-    /// Processes that opened it for writing, one for each open handle.
-    pub writers: Vec<u32>,
-    /// Processes that were led here to write, and have not come yet, with the time.
+    /// Open handles for writing, and the threads that opened them.
+    pub writers: Writers,
+    /// Threads that were led here to write, and have not come yet, with the time.
     pub expected: Vec<(u32, Instant)>,
+    /// A former server did not say whether anybody has it open for writing.
+    pub writers_unknown: bool,
     /// Open handles.
     pub opens: u64,
     /// Somebody opened it: the kernel followed the way it was sent.
     pub was_opened: bool,
     /// The backing id by which its open handles are served, if they are; one inode is served in one way at a time.
     pub passthrough: Option<u32>,
+    /// The process that was sent to look for it, and has not come yet: nobody else meets it.
+    pub reserved_for: Option<u32>,
     /// Its last writer is being closed: it is not decided yet what becomes of it.
     pub settling: bool,
     /// The process that closed a descriptor of it last.
@@ -102,6 +108,8 @@ pub struct Staged {
     state: Mutex<State>,
     /// Held while publishing or copying: the same file is published by one thread at a time, and not cut meanwhile.
     pub(super) publishing: Mutex<()>,
+    /// Held while a note of it is made and sent: the last one made is the last one sent.
+    pub(super) noting: Mutex<()>,
 }
 
 impl Staged {
@@ -419,7 +427,11 @@ impl Staging {
     /// Puts a new staged file at its path, where a former one goes on without it; with `writer` not before that process
     /// opens it for writing.
     pub(super) fn show(&self, staged: &Arc<Staged>, writer: Option<u32>) {
-        let path = staged.state().target.path();
+        let path = {
+            let mut state = staged.state();
+            state.reserved_for = writer;
+            state.target.path()
+        };
         super::adopt::note_staged(staged);
         match writer {
             Some(pid) => self.reserved().push((path, pid, staged.clone())),
@@ -456,33 +468,6 @@ impl Staging {
         instead_of.into_iter().chain([staged]).for_each(|staged| super::adopt::note_staged(staged));
     }
 
-    /// Puts the staged file of a former server back to its place, under its number.
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn adopt(
-        &self,
-        ino: u64,
-        file: Arc<MemoryFile>,
-        target: Target,
-        attributes: FileAttributes,
-        published: Option<(String, ObjectId)>,
-        clean: Option<Stamp>,
-        place: Place,
-    ) {
-        let path = target.path();
-        let staged = self.make(ino, file, target, attributes, None, |state| {
-            state.published = published;
-            state.clean = clean.map(|stamp| (stamp, None));
-            // Who has it open is not known: it is treated as read and written by all.
-            (state.was_opened, state.had_readers) = (true, true);
-            (state.detached, state.displaced) = (place == Place::Gone, place == Place::Displaced);
-        });
-        super::adopt::note_staged(&staged);
-        match place {
-            Place::Path => self.place(path, &staged),
-            _ => drop(self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(ino, staged)),
-        }
-    }
-
     fn make(
         &self,
         ino: u64,
@@ -496,8 +481,10 @@ impl Staging {
             target,
             attributes,
             attributes_changed: false,
-            writers: Vec::new(),
+            writers: Writers::default(),
             expected: Vec::new(),
+            writers_unknown: false,
+            reserved_for: None,
             opens: 0,
             was_opened: false,
             settling: false,
@@ -516,7 +503,14 @@ impl Staging {
             displaced: false,
         };
         change(&mut state);
-        Arc::new(Staged { made: Instant::now(), ino, file, state: Mutex::new(state), publishing: Mutex::new(()) })
+        Arc::new(Staged {
+            made: Instant::now(),
+            ino,
+            file,
+            state: Mutex::new(state),
+            publishing: Mutex::default(),
+            noting: Mutex::default(),
+        })
     }
 
     /// Lets go of a file of a former server that only its number led to.
@@ -529,7 +523,10 @@ impl Staging {
         if let Some(staged) = self.gone.lock().unwrap_or_else(|e| e.into_inner()).get(&ino) {
             return Some(staged.clone());
         }
-        self.by_path().values().find(|staged| staged.ino == ino).cloned()
+        if let Some(staged) = self.by_path().values().find(|staged| staged.ino == ino) {
+            return Some(staged.clone());
+        }
+        self.reserved().iter().find(|(.., staged)| staged.ino == ino).map(|(.., staged)| staged.clone())
     }
 
     /// Takes a staged file from its path, if it is still the one there.

@@ -6,6 +6,7 @@ mod model;
 mod retries;
 #[cfg(feature = "shuttle")]
 mod schedules;
+mod successors;
 mod versions;
 
 use std::ffi::OsStr;

@@ -12,7 +12,7 @@ use super::inode::{Inode, Node, ViewNode};
 use super::open::wants_write;
 use super::publish::Unfinished;
 use super::resolve::{Found, Target};
-use super::staging::Staged;
+use super::staging::{Staged, Writer};
 use super::{Caller, Entry, FileSystem, Handle, Opened, Serve, SetAttr, name};
 use crate::dataset::FileAttributes;
 use crate::dataset::attributes::to_nanos;
@@ -100,6 +100,7 @@ impl FileSystem {
     fn make_room_to_write(&self) {
         self.cache.shrink_staged(self.options.staging_size / 2);
         for retired in self.staging.retire_old(self.options.staging_size / 4) {
+            super::adopt::note_staged(&retired);
             let target = retired.state().target.clone();
             let is_root = target.directory == self.options.prefix;
             let parent = if is_root { super::ROOT } else { self.inodes.directory(&target.directory) };
@@ -156,6 +157,9 @@ impl FileSystem {
         caller: Caller,
     ) -> Result<Opened> {
         let write = wants_write(flags);
+        if write && caller.resent {
+            self.take_back_open(inode, staged, caller);
+        }
         let dirty = staged.is_dirty()?;
         if !dirty && !staged.is_current_version(&*self.store)? {
             self.staging.leave_path(staged);
@@ -165,6 +169,8 @@ impl FileSystem {
                 return Err(Error::stale("somebody published another version"));
             }
         }
+        let fh = self.new_handle();
+        let mut is_news = write;
         let mut state = staged.state();
         if state.detached || state.retired {
             // Removed, or all in the store, while the kernel was on its way here.
@@ -186,7 +192,7 @@ impl FileSystem {
                 state = staged.state();
             }
             state.has_come(caller);
-            state.writers.push(caller.pid);
+            state.writers.add(Writer { handle: fh, pid: caller.pid, request: caller.request });
             state.shared_writable |= flags & libc::O_ACCMODE == libc::O_RDWR;
         } else {
             // A close reaches us in two steps, the second a moment after the program went on: a reader that comes in
@@ -209,7 +215,7 @@ impl FileSystem {
             if state.retired {
                 return Err(Error::stale("the path leads elsewhere now"));
             }
-            state.had_readers = true;
+            is_news = !std::mem::replace(&mut state.had_readers, true);
         }
         // A shared writable mapping of a passthrough file may change it after the last close, unseen. Through the page
         // cache its stores come as WRITE requests, and RELEASE waits for the mapping: slower, and nothing is lost.
@@ -226,11 +232,25 @@ impl FileSystem {
             self.staging.claim(staged);
         }
         inode.state().opens += 1;
-        Ok(Opened {
-            fh: self.add_handle(Handle::Staged { writer: write, pid: caller.pid, closed: false }),
-            serve,
-            no_flush: !write,
-        })
+        self.handles().insert(fh, Handle::Staged { writer: write, pid: caller.pid, closed: false });
+        if is_news {
+            // A server that comes while it is being written goes on with this writer.
+            super::adopt::note_staged(staged);
+        }
+        Ok(Opened { fh, serve, no_flush: !write })
+    }
+
+    /// A former server opened the file for the same request, which it did not answer: nobody has that handle.
+    fn take_back_open(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, caller: Caller) {
+        let mut state = staged.state();
+        let lost = state.writers.handles().iter().find(|writer| writer.request == caller.request).copied();
+        let Some(Writer { handle, .. }) = lost else { return };
+        state.writers.remove(handle);
+        state.opens = state.opens.saturating_sub(1);
+        drop(state);
+        self.handles().remove(&handle);
+        let mut state = inode.state();
+        state.opens = state.opens.saturating_sub(1);
     }
 
     /// Replaces a staged file that must not change, for one who opens it with these flags: by an empty one if that
@@ -316,7 +336,11 @@ impl FileSystem {
         state.attributes_changed = true;
         let settled = state.writers.is_empty() && state.published.is_some();
         drop(state);
-        if settled { self.publish_attributes(staged) } else { Ok(()) }
+        if settled {
+            return self.publish_attributes(staged);
+        }
+        super::adopt::note_staged(staged);
+        Ok(())
     }
 
     /// `truncate(2)` of a published view: a copy is made, which the kernel then looks up and cuts.
@@ -371,33 +395,35 @@ impl FileSystem {
     }
 
     /// The last close of a handle on a staged file: what is still dirty is published, without anyone to tell.
-    pub(super) fn release_staged(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, handle: Option<Handle>) {
-        let (writer, pid) = match handle {
-            Some(Handle::Staged { writer, pid, .. }) => (writer, pid),
-            // Opened before the server was replaced: it may have been a writer.
-            _ => (true, 0),
-        };
+    pub(super) fn release_staged(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, fh: u64, handle: Option<Handle>) {
         let mut state = staged.state();
-        state.opens = state.opens.saturating_sub(1);
-        if writer && let Some(at) = state.writers.iter().position(|p| *p == pid) {
-            state.writers.swap_remove(at);
-        }
+        let (counted, writer) = match handle {
+            Some(Handle::Staged { writer, .. }) => (1, writer),
+            // Opened before the server was replaced, for reading: writers are known, unless that server was of a version
+            // that did not note them.
+            _ => (0, state.writers_unknown),
+        };
+        state.opens = state.opens.saturating_sub(counted);
+        state.writers.remove(fh);
         let last_writer = writer && state.writers.is_empty();
         let detached = state.detached;
         state.settling = last_writer && !detached;
         drop(state);
         {
             let mut state = inode.state();
-            state.opens = state.opens.saturating_sub(1);
+            state.opens = state.opens.saturating_sub(counted);
         }
         if last_writer && !detached {
             self.settle(staged);
             staged.state().settling = false;
         }
+        if writer && !detached {
+            super::adopt::note_staged(staged);
+        }
         let state = inode.state();
         if state.opens == 0 && state.lookups == 0 {
             drop(state);
-            self.inodes.forget(inode.ino, 0);
+            self.forget(inode.ino, 0);
         }
     }
 
@@ -435,7 +461,6 @@ impl FileSystem {
         let Some((_, object)) = published else {
             if staged.state().retired {
                 self.staging.detach(staged);
-                super::adopt::note_staged(staged);
             }
             return;
         };

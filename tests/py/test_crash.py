@@ -141,3 +141,90 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
     assert [outcome["wrong"] for outcome in outcomes if outcome["wrong"]] == []
     assert all(count > KILLS for count in counts.values()), counts
     assert mount.status()["server"]["restarts"] == KILLS
+
+
+def kill_server(mount):
+    server = mount.status()["server"]["pid"]
+    os.kill(server, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while mount.status().get("server", {}).get("pid") in (None, server):
+        assert time.monotonic() < deadline, "no server comes back"
+        time.sleep(0.02)
+
+
+APPENDER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)
+for line in sys.stdin:
+    if line == "sync\\n":
+        os.fsync(fd)
+    elif line == "close\\n":
+        os.close(fd)
+    else:
+        os.write(fd, line.encode())
+    print("done", flush=True)
+"""
+
+
+class Appender:
+    """A process that has a file open for appending."""
+
+    def __init__(self, path):
+        command = [sys.executable, "-c", APPENDER, str(path)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def do(self, *lines):
+        for line in lines:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            assert self.process.stdout.readline() == "done\n"
+
+
+def seen(path) -> bytes:
+    """The bytes that another process reads."""
+    return subprocess.run(["cat", path], capture_output=True, check=True).stdout
+
+
+def test_the_next_server_knows_who_writes_what(store, make_mount, serving):
+    mount = make_mount(*serving)
+    for name in ["x.arrow", "y.arrow"]:
+        one_version(store, mount / name)
+    old = seen(mount / "x.arrow")
+    pd.DataFrame({"a": np.full(ROWS, 2), "b": np.full(ROWS, 1.0)}).to_feather(
+        mount.path.parent / "new", compression="uncompressed"
+    )
+    new = (mount.path.parent / "new").read_bytes()
+    (mount / "log.txt").write_text("0\n")
+    os.setxattr(mount / "log.txt", "user.k", b"v")
+    writer = os.open(mount / "x.arrow", os.O_WRONLY | os.O_TRUNC)
+    os.write(writer, new[: len(new) // 2])
+    half = "import sys\nf = open(sys.argv[1], 'wb', 0)\nf.write(b'ARROW1' * 99)\nprint(flush=True)\nsys.stdin.read()"
+    dies = subprocess.Popen(
+        [sys.executable, "-c", half, mount / "y.arrow"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert dies.stdout.readline() == b"\n"
+    assert seen(mount / "x.arrow") == old and seen(mount / "y.arrow") == old
+    cut = os.open(mount / "cut.bin", os.O_RDWR | os.O_CREAT)
+    os.write(cut, b"longer")
+    os.fsync(cut)
+    first = Appender(mount / "log.txt")
+    first.do("A", "sync")
+    kill_server(mount)
+    assert os.getxattr(mount / "log.txt", "user.k") == b"v"
+    os.ftruncate(cut, 4)
+    os.close(cut)
+    assert seen(mount / "cut.bin") == b"long"
+    assert seen(mount / "x.arrow") == old and seen(mount / "y.arrow") == old
+    dies.kill()
+    dies.wait()
+    second = Appender(mount / "log.txt")
+    second.do("B", "close")
+    first.do("A", "close")
+    assert seen(mount / "log.txt") == b"0\nA\nB\nA\n"
+    time.sleep(0.2)
+    assert seen(mount / "y.arrow") == old
+    os.unlink(mount / "y.arrow")
+    os.write(writer, new[len(new) // 2 :])
+    os.close(writer)
+    assert seen(mount / "x.arrow") == new
+    assert sorted(os.listdir(mount.path)) == ["cut.bin", "log.txt", "x.arrow"]

@@ -110,7 +110,11 @@ impl Staging {
         reserved.retain(|(.., other)| !Arc::ptr_eq(other, staged));
         if reserved.len() < before {
             drop(reserved);
-            let path = staged.state().target.path();
+            let path = {
+                let mut state = staged.state();
+                state.reserved_for = None;
+                state.target.path()
+            };
             self.place(path, staged);
         }
     }
