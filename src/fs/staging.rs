@@ -434,7 +434,12 @@ impl Staging {
         };
         super::adopt::note_staged(staged);
         match writer {
-            Some(pid) => self.reserved().push((path, pid, staged.clone())),
+            Some(pid) => {
+                let mut reserved = self.reserved();
+                // What a former server made for the same request waits for nobody any more.
+                reserved.retain(|(at, who, _)| *who != pid || pid == 0 || *at != path);
+                reserved.push((path, pid, staged.clone()));
+            }
             None => self.place(path, staged),
         }
     }
