@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::folders::Folder;
 use super::host::{Area, MemoryFile};
+use super::name::is_inside;
 use super::resolve::Target;
 use super::{Caller, FileSystem};
 use crate::error::{Error, Kind, Result};
@@ -162,7 +163,17 @@ impl FileSystem {
                 let mut target = staged.state().target.clone();
                 target.directory = format!("{to}{}", target.directory.get(from.len()..).unwrap_or_default());
                 let target = Target::new(&target.directory, &target.component);
-                self.move_staged(&staged, target)?;
+                // The version before is moved with the names, and its name is noted with the new path.
+                let replaces = staged.state().replaces.clone();
+                let replaces_there = replaces.clone().map(|(name, object)| match is_inside(&name, from) {
+                    true => (format!("{to}{}", name.get(from.len()..).unwrap_or_default()), object),
+                    false => (name, object),
+                });
+                staged.state().replaces = replaces_there;
+                if let Err(error) = self.move_staged(&staged, target) {
+                    staged.state().replaces = replaces;
+                    return Err(error);
+                }
             }
         }
         self.move_names(plan)?;

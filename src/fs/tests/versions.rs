@@ -100,3 +100,27 @@ fn what_is_published_does_not_change_while_the_file_is_written_in_place() {
         assert_eq!(bed.load("a.txt").unwrap(), if cut { &b"fi"[..] } else { b"other" });
     }
 }
+
+#[test]
+fn a_file_that_is_being_replaced_moves_with_its_directory() {
+    for unlink in [true, false] {
+        let bed = bed();
+        bed.fs.mkdir(ROOT, OsStr::new("d"), 0o755, 0, ME).unwrap();
+        bed.save("d/t.arrow", &table_file(&[1])).unwrap();
+        let writer = bed.create("d/t.arrow", ME).unwrap();
+        bed.write(writer, 0, &table_file(&[2])[..100]);
+        bed.fs.rename(ROOT, OsStr::new("d"), ROOT, OsStr::new("e"), 0, ME).unwrap();
+        assert_eq!(column(&bed.load("e/t.arrow").unwrap()), [1]);
+        if unlink {
+            let (directory, name) = bed.walk("e/t.arrow").unwrap();
+            bed.fs.unlink(directory, &name, ME).unwrap();
+            assert_eq!((bed.list("e"), bed.store.object_count()), (vec![], 0), "the version before is gone, too");
+            bed.close(writer, ME).unwrap();
+            assert_eq!(bed.list("e"), Vec::<String>::new());
+        } else {
+            bed.write(writer, 0, &table_file(&[2]));
+            bed.close(writer, ME).unwrap();
+            assert_eq!(column(&bed.load("e/t.arrow").unwrap()), [2]);
+        }
+    }
+}
