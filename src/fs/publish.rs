@@ -393,7 +393,6 @@ impl FileSystem {
         let copy = self.with_attributes(&view.name, view.object, &attributes)?;
         let summary = self.objects.summary(&*self.store, copy)?;
         let summary = summary.ok_or_else(|| Error::stale(format!("{:?} was removed", view.name)))?;
-        self.cache.rename(view.object, copy);
         let path = super::name::join(&view.directory, &view.component);
         self.inodes.keep_number(&path, copy, view.view, inode.ino);
         self.inodes.replace(inode.ino, Node::View(ViewNode { object: copy, summary, ..view.clone() }));
@@ -418,9 +417,11 @@ impl FileSystem {
             self.store.delete(&[copy])?;
             return Err(error);
         }
-        self.objects.forget(object);
-        self.store.delete(&[object])?;
-        self.drop_copies(object);
+        // The same bytes: whoever opens the copy gets the image that is there.
+        self.cache.rename(object, copy);
+        // Another name may lead to it, and readers may have its blobs open: those of the copy are the same, and stay as
+        // long as one of both does. The new value is in place, whatever becomes of the old one.
+        self.delete_without(object, &[name]);
         Ok(copy)
     }
 }

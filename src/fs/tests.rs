@@ -3,6 +3,7 @@
 mod bed;
 mod kills;
 mod model;
+mod opens;
 mod retries;
 #[cfg(feature = "shuttle")]
 mod schedules;
