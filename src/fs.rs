@@ -229,7 +229,10 @@ pub struct FileSystem {
 #[derive(Clone)]
 enum Handle {
     /// A view of a published object.
-    View,
+    View {
+        /// The object whose blobs it reads, which was counted for that. What its inode shows may be a copy of it by now.
+        lazy: Option<ObjectId>,
+    },
     /// A file that is being written, or was.
     Staged {
         /// Opened for writing.

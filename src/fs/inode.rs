@@ -91,10 +91,23 @@ pub struct Inode {
     /// What it is.
     pub node: Node,
     state: Mutex<Use>,
+    /// Held while the first open chooses how the file is served. Whatever shows the inode next has it too.
+    pub opening: Arc<Mutex<()>>,
 }
 
 impl Inode {
-    /// The changing part.
+    fn new(ino: u64, node: Node) -> Self {
+        Inode { ino, node, state: Mutex::default(), opening: Arc::default() }
+    }
+
+    /// The same inode, which shows something else; its counts and handles move there.
+    fn showing(&self, node: Node) -> Self {
+        let state = Mutex::new(std::mem::take(&mut *self.state()));
+        Inode { ino: self.ino, node, state, opening: self.opening.clone() }
+    }
+
+    /// The changing part. It is not held while anything is waited for: whoever replaces or forgets an inode waits for it
+    /// with the whole table.
     pub fn state(&self) -> MutexGuard<'_, Use> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -121,7 +134,7 @@ impl Inodes {
             next_number: std::sync::atomic::AtomicU64::new((STAGED | STAGED >> 1) + start),
             kept: Mutex::default(),
         };
-        let root = Inode { ino: ROOT, node: Node::Directory { name: root_name }, state: Mutex::default() };
+        let root = Inode::new(ROOT, Node::Directory { name: root_name });
         inodes.table().insert(ROOT, Arc::new(root));
         inodes
     }
@@ -156,9 +169,8 @@ impl Inodes {
         let mut table = self.table();
         for (name, number) in numbers {
             if let Some(inode) = table.get(number) {
-                let state = std::mem::take(&mut *inode.state());
-                let node = Node::Directory { name: name.clone() };
-                table.insert(*number, Arc::new(Inode { ino: *number, node, state: Mutex::new(state) }));
+                let inode = inode.showing(Node::Directory { name: name.clone() });
+                table.insert(*number, Arc::new(inode));
             }
         }
         self.directories().extend(numbers.iter().cloned());
@@ -259,17 +271,23 @@ impl Inodes {
     /// The inode of that number, made if it is not there.
     pub fn ensure(&self, ino: u64, node: impl FnOnce() -> Node) -> Arc<Inode> {
         let mut table = self.table();
-        table.entry(ino).or_insert_with(|| Arc::new(Inode { ino, node: node(), state: Mutex::default() })).clone()
+        table.entry(ino).or_insert_with(|| Arc::new(Inode::new(ino, node()))).clone()
     }
 
     /// Replaces what an inode shows; counts and handles stay.
     pub fn replace(&self, ino: u64, node: Node) {
         let mut table = self.table();
         if let Some(old) = table.get(&ino) {
-            let state = std::mem::take(&mut *old.state());
-            let inode = Arc::new(Inode { ino, node, state: Mutex::new(state) });
+            let inode = Arc::new(old.showing(node));
             table.insert(ino, inode);
         }
+    }
+
+    /// Changes the changing part of an inode, or of the one that was put in its place since it was looked up.
+    pub fn change<T>(&self, inode: &Arc<Inode>, change: impl FnOnce(&mut Use) -> T) -> T {
+        let table = self.table();
+        let inode = table.get(&inode.ino).unwrap_or(inode);
+        change(&mut inode.state())
     }
 
     /// Takes lookups back and drops the inode with the last. An unknown number is a former server's: ignored.

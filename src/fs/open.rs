@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::buffer::Buffer;
 use super::copies::is_lost;
-use super::inode::{Inode, Mode, Node, ViewNode};
+use super::inode::{Inode, Mode, Node, Use, ViewNode};
 use super::objects::Loaded;
 use super::resolve::Target;
 use super::{Caller, FileSystem, Handle, Opened, Serve, ServePolicy, Serving};
@@ -89,11 +89,20 @@ impl FileSystem {
             Node::Directory { .. } => Err(Error::new(Kind::IsDirectory, "is a directory")),
             Node::Staged(staged) => self.open_staged(&inode, staged, flags, caller),
             Node::View(view) if wants_write(flags) => Err(self.open_view_for_writing(view, flags, caller)),
-            Node::View(view) => self.open_view(&inode, view, caller),
+            Node::View(view) => {
+                // What is being opened is not deleted meanwhile, nor while the open file reads its blobs.
+                *self.lazy_opens().entry(view.object).or_default() += 1;
+                let opened = self.open_view(&inode, view, caller);
+                if !matches!(opened, Ok((_, true))) {
+                    self.end_lazy_open(view.object);
+                }
+                opened.map(|(opened, _)| opened)
+            }
         }
     }
 
-    fn open_view(&self, inode: &Arc<Inode>, view: &ViewNode, caller: Caller) -> Result<Opened> {
+    /// Also says whether the open file reads the blobs of the object.
+    fn open_view(&self, inode: &Arc<Inode>, view: &ViewNode, caller: Caller) -> Result<(Opened, bool)> {
         let path = super::name::join(&view.directory, &view.component);
         if !self.staging.holds(&path, caller.pid, view.object) && self.object_of(&view.name)? != Some(view.object) {
             return Err(Error::stale(format!("{:?} has another value now", view.name)));
@@ -102,28 +111,44 @@ impl FileSystem {
             tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {}", reason.escape_debug());
             return Err(Error::malformed(reason.to_string()));
         }
-        // The first open chooses the mode, and whoever comes meanwhile waits for it: one inode has one mode.
-        let mut state = inode.state();
-        let mode = match &state.mode {
-            Some(mode) => mode.clone(),
-            None => self.choose_mode(view, state.bytes_read)?,
-        };
-        state.mode = Some(mode.clone());
-        state.opens += 1;
-        let bytes_read = state.bytes_read;
-        drop(state);
+        let (mode, bytes_read) = self.join_or_choose_mode(inode, view)?;
         if matches!(mode, Mode::Assembled(_)) {
             self.cache.opened(&view.name, view.object);
         }
-        if matches!(mode, Mode::Lazy { .. }) {
-            *self.lazy_opens().entry(view.object).or_default() += 1;
-        }
+        let is_lazy = matches!(mode, Mode::Lazy { .. });
         let serve = match &mode {
             Mode::Assembled(file) => file.file().backing.map_or(Serve::Cached, Serve::Passthrough),
             Mode::Lazy { loaded, image } if read_once(view.view, loaded, image, bytes_read) => Serve::Direct,
             Mode::Lazy { .. } | Mode::Copied(_) => Serve::Cached,
         };
-        Ok(Opened { fh: self.add_handle(Handle::View), serve, no_flush: true })
+        let fh = self.add_handle(Handle::View { lazy: is_lazy.then_some(view.object) });
+        Ok((Opened { fh, serve, no_flush: true }, is_lazy))
+    }
+
+    /// Counts an open, and says how it is served and how much of the inode was read. The first open chooses that, and
+    /// whoever comes meanwhile waits for it: one inode has one mode.
+    fn join_or_choose_mode(&self, inode: &Arc<Inode>, view: &ViewNode) -> Result<(Mode, u64)> {
+        let join = |state: &mut Use| match &state.mode {
+            Some(mode) => {
+                state.opens += 1;
+                (Some(mode.clone()), state.bytes_read)
+            }
+            None => (None, state.bytes_read),
+        };
+        if let (Some(mode), bytes_read) = self.inodes.change(inode, join) {
+            return Ok((mode, bytes_read));
+        }
+        let _opening = inode.opening.lock().unwrap_or_else(|e| e.into_inner());
+        let bytes_read = match self.inodes.change(inode, join) {
+            (Some(mode), bytes_read) => return Ok((mode, bytes_read)),
+            (None, bytes_read) => bytes_read,
+        };
+        // This takes its time: nothing else that others may wait for is held.
+        let chosen = self.choose_mode(view, bytes_read)?;
+        Ok(self.inodes.change(inode, |state| {
+            state.opens += 1;
+            (state.mode.get_or_insert(chosen).clone(), state.bytes_read)
+        }))
     }
 
     fn choose_mode(&self, view: &ViewNode, bytes_read: u64) -> Result<Mode> {
@@ -324,18 +349,18 @@ impl FileSystem {
         let Some(inode) = self.inodes.get(ino) else { return };
         match &inode.node {
             Node::Staged(staged) => self.release_staged(&inode, staged, fh, handle),
-            Node::View(view) => {
-                let mut state = inode.state();
-                state.opens = state.opens.saturating_sub(1);
-                let last = state.opens == 0;
-                let lazy = matches!(state.mode, Some(Mode::Lazy { .. }));
-                if last {
-                    state.mode = None;
-                }
-                let forgotten = last && state.lookups == 0;
-                drop(state);
-                if lazy {
-                    self.end_lazy_open(view.object);
+            Node::View(_) => {
+                // Opens of a former server were not counted.
+                let counted = u64::from(handle.is_some());
+                let forgotten = self.inodes.change(&inode, |state| {
+                    state.opens = state.opens.saturating_sub(counted);
+                    if state.opens == 0 {
+                        state.mode = None;
+                    }
+                    state.opens == 0 && state.lookups == 0
+                });
+                if let Some(Handle::View { lazy: Some(object) }) = handle {
+                    self.end_lazy_open(object);
                 }
                 if forgotten {
                     self.inodes.forget(ino, 0);

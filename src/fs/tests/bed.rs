@@ -21,6 +21,8 @@ pub struct LocalHost {
     pub files: Mutex<HashMap<u64, Arc<File>>>,
     pub tags: Mutex<HashMap<u64, (Area, String)>>,
     pub notes: Mutex<HashMap<String, String>>,
+    /// Whoever holds it lets everybody wait who needs a memory file.
+    pub gate: Mutex<()>,
     /// Counts the steps of a server that is about to be killed.
     pub store: Option<Arc<FakeStore>>,
 }
@@ -39,6 +41,7 @@ impl Host for LocalHost {
         if !self.step() {
             return Err(Error::new(Kind::Timeout, "the caller is dead"));
         }
+        drop(self.gate.lock().unwrap());
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let file = nix::sys::memfd::memfd_create("test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
         let file = Arc::new(File::from(file));
