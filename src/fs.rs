@@ -374,24 +374,28 @@ impl FileSystem {
         })
     }
 
-    /// What `status` prints: a JSON object of counters and modes.
-    pub fn status(&self) -> serde_json::Value {
-        let (passthrough, reason) = match self.host.serving() {
-            Serving::Passthrough => (true, None),
-            Serving::Requests(reason) => (false, Some(reason)),
-        };
-        let (summaries, loaded) = self.objects.counts();
-        let store = match (self.store.instance(), self.recent_status()) {
+    /// What `status` says of the store, which is asked; with `error` in it if that does not answer.
+    pub fn store_status(&self) -> serde_json::Value {
+        match (self.store.instance(), self.recent_status()) {
             (Ok(instance), Ok(status)) => serde_json::json!({
                 "socket": instance.socket, "instance": instance.id.0, "version": instance.version,
                 "rpc_endpoint": instance.rpc_endpoint, "restarts_seen": instance.generation.saturating_sub(1),
                 "memory_limit": status.memory_limit, "memory_usage": status.memory_usage,
             }),
             (Err(error), _) | (_, Err(error)) => serde_json::json!({"error": error.to_string()}),
+        }
+    }
+
+    /// What `status` prints of this process: a JSON object of counters and modes. The store is not asked.
+    pub fn status(&self) -> serde_json::Value {
+        let (passthrough, reason) = match self.host.serving() {
+            Serving::Passthrough => (true, None),
+            Serving::Requests(reason) => (false, Some(reason)),
         };
+        let (summaries, loaded) = self.objects.counts();
         serde_json::json!({
             "passthrough": passthrough, "passthrough_reason": reason, "read_only": self.options.read_only,
-            "serve": self.options.serve, "prefix": self.options.prefix, "store": store,
+            "serve": self.options.serve, "prefix": self.options.prefix,
             "remote": self.store.remote_status(), "cache": self.cache.status(), "staging": self.staging.status(),
             "objects": {"summaries": summaries, "loaded": loaded}, "inodes": self.inodes.len(),
             "open_handles": self.handles().len(),

@@ -59,8 +59,9 @@ pub(super) fn find(mountpoint: &Path) -> Result<mountinfo::Mount> {
     mounted.ok_or_else(|| Error::new(Kind::Invalid, format!("{} is not a mount of vineyard-fs", mountpoint.display())))
 }
 
-/// What keeper and server of a mount say. `state` is `ok`, `no server` (one is being started), `crashing` (one after the
-/// other ends soon; they are started after longer and longer pauses), `hung` (the server does not answer), or `dead` (the keeper is gone).
+/// What keeper and server of a mount say. `state` is `ok`, `store gone` (a private vineyardd ended), `store away` (vineyardd
+/// does not answer), `no server` (one is being started), `crashing` (one after the other ends soon; they are started after
+/// longer and longer pauses), `hung` (the server does not answer), or `dead` (the keeper is gone).
 pub(super) fn report(mounted: &mountinfo::Mount) -> Value {
     let runtime = Runtime::of(&mounted.mountpoint);
     let (mut report, mut state) = match status::ask(&runtime.keeper_socket(), PATIENCE) {
@@ -85,11 +86,26 @@ pub(super) fn report(mounted: &mountinfo::Mount) -> Value {
             _ => state = "hung",
         }
     }
+    if state == "ok" {
+        state = store_state(&report);
+    }
     let waiting = mount::waiting_if_visible(mounted.device);
     put(&mut report, "", "mountpoint".into(), json!(mounted.mountpoint.to_string_lossy()));
     put(&mut report, "", "state".into(), json!(state));
     put(&mut report, "", "waiting_requests".into(), json!(waiting));
     report
+}
+
+/// `ok`, if it is well with the store as well.
+fn store_state(report: &Value) -> &'static str {
+    let is = |path: &str, what: Value| report.pointer(path) == Some(&what);
+    let silent = ["/fs/store_error", "/fs/store/error"];
+    match silent.iter().any(|path| report.pointer(path).is_some_and(|error| !error.is_null())) {
+        // It is not started again: what it held went with it.
+        _ if is("/store/private", true.into()) && is("/store/pid", Value::Null) => "store gone",
+        true => "store away",
+        false => "ok",
+    }
 }
 
 /// Servers that ended soon after their start, in a row.
@@ -122,6 +138,21 @@ fn text(report: &Value) -> String {
     }
     let whose = if get("/store/private") == true { " (private)" } else { "" };
     let _ = writeln!(out, "  store        {}{whose}", show("/store/socket"));
+    match get("/state").as_str() {
+        Some("store gone") => {
+            let _ = writeln!(
+                out,
+                "  store gone   its private vineyardd ended, and what only that held with it; its log: {}",
+                show("/store/log"),
+            );
+            let _ = writeln!(out, "  what to do   `vineyard-fs unmount {}`, and mount again", show("/mountpoint"));
+        }
+        Some("store away") => {
+            let _ = writeln!(out, "  store away   {}", show("/fs/store_error"));
+            let _ = writeln!(out, "  what to do   wait for vineyardd, or start it again: the mount goes on with it");
+        }
+        _ => {}
+    }
     let mode = match get("/passthrough_reason") {
         Value::String(reason) => format!("off: {reason}"),
         _ => "on".into(),
@@ -187,6 +218,16 @@ pub(super) fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_that_is_gone_is_told_from_one_that_is_waited_for() {
+        let report = |private: bool, pid: Value, error: Value| json!({"store": {"private": private, "pid": pid}, "fs": {"store_error": error}});
+        assert_eq!(store_state(&report(true, json!(7), Value::Null)), "ok");
+        assert_eq!(store_state(&report(true, Value::Null, Value::Null)), "store gone");
+        assert_eq!(store_state(&report(false, Value::Null, Value::Null)), "ok");
+        assert_eq!(store_state(&report(false, Value::Null, json!("it does not answer"))), "store away");
+        assert_eq!(store_state(&report(true, json!(7), json!("it does not answer"))), "store away");
+    }
 
     #[test]
     fn reports_are_readable_in_every_state() {

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fuser::{Session, SessionACL};
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
@@ -34,6 +34,8 @@ use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemoteP
 
 /// Longest wait for an answer of the keeper, which does nothing slow.
 const KEEPER_DEADLINE: i64 = 10;
+/// How long `status` waits for what the filesystem itself counts; only a lock can hold that up.
+const OWN_PATIENCE: Duration = Duration::from_millis(250);
 /// How long `status` waits for what the store says.
 const STORE_PATIENCE: Duration = Duration::from_millis(500);
 /// How often what nobody came for is let go of.
@@ -147,7 +149,13 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
         let fs = shared.fs.clone();
         thread("copies", move || fs.copy_wishes())?;
     }
-    let reporter = Arc::new(Reporter { shared, restarts: hello.restarts, sandbox, asking: Arc::default() });
+    let reporter = Arc::new(Reporter {
+        shared,
+        restarts: hello.restarts,
+        sandbox,
+        asking_filesystem: Arc::default(),
+        asking_store: Arc::default(),
+    });
     let dumping = reporter.clone();
     thread("state dump", move || dump_on_signal(&dumping))?;
     if let Some(listener) = link.metrics()? {
@@ -308,13 +316,16 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -
     Ok(fs)
 }
 
-/// What `status` asks for. The filesystem's part asks the store, so it has a thread and a time limit of its own.
+/// What `status` asks for. Locks of the filesystem may be held by whoever waits for the store, and one part asks the store
+/// itself, so each has a thread and a time limit of its own.
 struct Reporter {
     shared: Arc<Shared>,
     restarts: u64,
     sandbox: Sandbox,
+    /// A thread asks the filesystem at this moment.
+    asking_filesystem: Arc<AtomicBool>,
     /// A thread asks the store at this moment.
-    asking: Arc<AtomicBool>,
+    asking_store: Arc<AtomicBool>,
 }
 
 impl Reporter {
@@ -337,22 +348,46 @@ impl Reporter {
         metrics::page(&self.report(), &self.shared.stats)
     }
 
+    /// The filesystem's own counters, and what the store says; `store_error` if it says nothing.
     fn filesystem(&self) -> Value {
-        if self.asking.swap(true, Ordering::AcqRel) {
-            return json!({"error": "the store does not answer"});
+        let mut report = self.within(OWN_PATIENCE, &self.asking_filesystem, "the filesystem", FileSystem::status);
+        let store = self.within(STORE_PATIENCE, &self.asking_store, "the store", FileSystem::store_status);
+        if let Some(report) = report.as_object_mut() {
+            report.insert("store_error".into(), store.get("error").cloned().unwrap_or_default());
+            report.insert("store".into(), store);
+        }
+        report
+    }
+
+    /// An answer, or an object with `error` if it does not come in time or is still awaited from before.
+    fn within(
+        &self,
+        longest: Duration,
+        asking: &Arc<AtomicBool>,
+        whom: &str,
+        question: fn(&FileSystem) -> Value,
+    ) -> Value {
+        let until = Instant::now() + longest;
+        let silent = || json!({"error": format!("{whom} does not answer")});
+        // The page of counters may be asked for at the same moment.
+        while asking.swap(true, Ordering::AcqRel) {
+            if Instant::now() > until {
+                return silent();
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
         let (send, answer) = channel();
-        let (shared, asking) = (self.shared.clone(), self.asking.clone());
-        let started = thread("status of the store", move || {
-            let status = shared.fs.status();
-            asking.store(false, Ordering::Release);
+        let (shared, done) = (self.shared.clone(), asking.clone());
+        let started = thread("status", move || {
+            let status = question(&shared.fs);
+            done.store(false, Ordering::Release);
             send.send(status).ok();
         });
         if let Err(error) = started {
-            self.asking.store(false, Ordering::Release);
+            asking.store(false, Ordering::Release);
             return json!({"error": error.to_string()});
         }
-        answer.recv_timeout(STORE_PATIENCE).unwrap_or_else(|_| json!({"error": "the store does not answer"}))
+        answer.recv_timeout(until.saturating_duration_since(Instant::now())).unwrap_or_else(|_| silent())
     }
 }
 
