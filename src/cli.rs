@@ -139,8 +139,10 @@ pub fn main() -> ExitCode {
         Command::Pin(arguments) => migrate::pin(&arguments),
         Command::Gc(arguments) => gc::run(&arguments),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut std::io::stdout());
-            Ok(())
+            // Into memory first: it panics where it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "vineyard-fs", &mut script);
+            store::print(&String::from_utf8_lossy(&script))
         }
         Command::Keeper { config, report } => mount::keeper(config, report),
         Command::Server { fuse, control, status } => {

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use clap::ValueHint;
 
-use super::options;
+use super::{options, store};
 use crate::csi::attributes::Instance;
-use crate::csi::link::{self, Answer, Question};
+use crate::csi::link::{self, Answer, Live, Question};
 use crate::csi::node::NodeOptions;
 use crate::csi::state::State;
 use crate::csi::{mounter, plugin};
@@ -150,10 +150,8 @@ fn mounts(state_dir: &std::path::Path) -> Result<()> {
     let state = State::create(state_dir)?;
     match link::ask(&state.mounter_socket(), &Question::List, Instant::now())? {
         Answer::Mounts { mounts } => {
-            for live in mounts {
-                println!("{}  {}", live.key.vineyard, live.path.display());
-            }
-            Ok(())
+            let line = |live: &Live| format!("{}  {}\n", live.key.vineyard, live.path.display());
+            store::print(&mounts.iter().map(line).collect::<String>())
         }
         _ => Err(Error::new(Kind::Internal, "the mounter answered another question")),
     }

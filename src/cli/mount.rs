@@ -12,7 +12,7 @@ use clap::ValueHint;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
-use super::options;
+use super::{options, store};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::ServePolicy;
 use crate::fuse::config::{Launch, MountConfig};
@@ -290,12 +290,19 @@ fn usual_log(mountpoint: &Path) -> Result<PathBuf> {
     Ok(folder.join(format!("{name}-{:.8}.log", mountinfo::digest(mountpoint))))
 }
 
+/// Tells that it is mounted, which is so whether anybody can be told or not.
+fn say(line: &str) {
+    if let Err(error) = store::print(&format!("vineyard-fs: {line}\n")) {
+        eprintln!("vineyard-fs: {error}");
+    }
+}
+
 /// Keeps the mount in this very process.
 fn stay(config: MountConfig) -> Result<()> {
     telemetry::init(config.log_format, &config.log_level);
     keeper::run(config, &mut |outcome| {
         if let Ok(line) = outcome {
-            println!("vineyard-fs: {line}");
+            say(&line);
         }
     })
 }
@@ -325,7 +332,7 @@ fn go_to_background(config: &MountConfig) -> Result<()> {
     BufReader::new(File::from(told)).read_line(&mut line)?;
     match serde_json::from_str(&line) {
         Ok(Outcome::Ready(message)) => {
-            println!("vineyard-fs: {message}");
+            say(&message);
             Ok(())
         }
         Ok(Outcome::Failed(message)) => {

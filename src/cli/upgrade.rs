@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use super::store;
 use crate::error::{Context, Error, Kind, Result};
 use crate::fuse::keeper::upgrade;
 use crate::fuse::mountinfo;
@@ -30,6 +31,5 @@ pub fn run(arguments: &Args) -> Result<()> {
     }
     let program = std::fs::File::open("/proc/self/exe").context(|| "cannot open this program".into())?;
     let pid = upgrade::ask(&runtime.command_socket(), &OwnedFd::from(program))?;
-    println!("vineyard-fs: {at} is served by version {} now (process {pid})", env!("CARGO_PKG_VERSION"));
-    Ok(())
+    store::print(&format!("vineyard-fs: {at} is served by version {} now (process {pid})\n", env!("CARGO_PKG_VERSION")))
 }
