@@ -5,8 +5,10 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::unistd::{Uid, User};
 use serde_json::{Value, json};
 
+use super::store;
 use crate::error::{Error, Kind, Result};
 use crate::fuse::runtime::Runtime;
 use crate::fuse::{mount, mountinfo, status};
@@ -30,23 +32,18 @@ pub struct Args {
 /// Prints the status.
 ///
 /// # Errors
-/// If the mount point is none.
+/// If the mount point is none, or the standard output cannot be written to.
 pub fn run(arguments: &Args) -> Result<()> {
     let Some(mountpoint) = &arguments.mountpoint else {
         let reports: Vec<Value> = super::unmount::mounts()?.iter().map(report).collect();
-        match arguments.json {
-            true => println!("{}", json!(reports)),
-            false if reports.is_empty() => println!("nothing is mounted"),
-            false => reports.iter().for_each(|report| print!("{}", text(report))),
-        }
-        return Ok(());
+        return store::print(&match arguments.json {
+            true => format!("{}\n", json!(reports)),
+            false if reports.is_empty() => "nothing is mounted\n".to_owned(),
+            false => reports.iter().map(text).collect(),
+        });
     };
     let report = report(&find(mountpoint)?);
-    match arguments.json {
-        true => println!("{report}"),
-        false => print!("{}", text(&report)),
-    }
-    Ok(())
+    store::print(&if arguments.json { format!("{report}\n") } else { text(&report) })
 }
 
 /// The mount at a mount point.
@@ -61,12 +58,14 @@ pub(super) fn find(mountpoint: &Path) -> Result<mountinfo::Mount> {
 
 /// What keeper and server of a mount say. `state` is `ok`, `store gone` (a private vineyardd ended), `store away` (vineyardd
 /// does not answer), `no server` (one is being started), `crashing` (one after the other ends soon; they are started after
-/// longer and longer pauses), `hung` (the server does not answer), or `dead` (the keeper is gone).
+/// longer and longer pauses), `hung` (the server does not answer), `dead` (the keeper is gone), or `another user's`, whose
+/// processes this user cannot ask.
 pub(super) fn report(mounted: &mountinfo::Mount) -> Value {
     let runtime = Runtime::of(&mounted.mountpoint);
     let (mut report, mut state) = match status::ask(&runtime.keeper_socket(), PATIENCE) {
         Ok(report @ Value::Object(_)) if runtime.is_own() => (report, "ok"),
         _ if runtime.keeper().is_some() => (json!({}), "hung"),
+        _ if runtime.record().is_none() && whose(mounted).is_some() => (json!({}), "another user's"),
         _ => (json!({}), "dead"),
     };
     if state == "ok" {
@@ -92,8 +91,16 @@ pub(super) fn report(mounted: &mountinfo::Mount) -> Value {
     let waiting = mount::waiting_if_visible(mounted.device);
     put(&mut report, "", "mountpoint".into(), json!(mounted.mountpoint.to_string_lossy()));
     put(&mut report, "", "state".into(), json!(state));
+    put(&mut report, "", "user".into(), json!(whose(mounted)));
     put(&mut report, "", "waiting_requests".into(), json!(waiting));
     report
+}
+
+/// The user who mounted it, by name if there is one, if that is not this one.
+fn whose(mounted: &mountinfo::Mount) -> Option<String> {
+    let user = Uid::from_raw(mounted.user?);
+    let name = || User::from_uid(user).ok().flatten().map_or(user.to_string(), |user| user.name);
+    (user != nix::unistd::geteuid()).then(name)
 }
 
 /// `ok`, if it is well with the store as well.
@@ -133,6 +140,11 @@ fn text(report: &Value) -> String {
     let _ = writeln!(out, "{}: {}", show("/mountpoint"), show("/state"));
     if get("/keeper").is_null() {
         let point = show("/mountpoint");
+        if show("/state") == "another user's" {
+            let _ =
+                writeln!(out, "  {0} mounted it, and can ask: run `vineyard-fs status {point}` as {0}", show("/user"));
+            return out;
+        }
         let _ = writeln!(out, "  its keeper is gone: `vineyard-fs unmount {point}`, or mount there again");
         return out;
     }
@@ -233,6 +245,8 @@ mod tests {
     fn reports_are_readable_in_every_state() {
         let dead = json!({"mountpoint": "/mnt/v", "state": "dead"});
         assert!(text(&dead).contains("`vineyard-fs unmount /mnt/v`"));
+        let others = text(&json!({"mountpoint": "/mnt/v", "state": "another user's", "user": "root"}));
+        assert!(others.contains("status /mnt/v` as root") && !others.contains("unmount"), "{others}");
         let alive = json!({
             "mountpoint": "/mnt/v", "state": "ok", "passthrough_reason": null,
             "keeper": {"pid": 1},

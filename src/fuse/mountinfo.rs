@@ -27,6 +27,8 @@ pub struct Mount {
     pub source: OsString,
     /// Whether nothing can be written.
     pub read_only: bool,
+    /// The user who mounted it, which the kernel says of FUSE.
+    pub user: Option<u32>,
 }
 
 /// All mounts that this process sees, in the order in which they cover each other.
@@ -64,6 +66,8 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = text(fields.next()?)?.to_owned();
     let source = unescape(fields.next()?);
+    let user = fields.next().and_then(text).unwrap_or_default();
+    let user = user.split(',').find_map(|option| option.strip_prefix("user_id="));
     Some(Mount {
         id,
         device: (major.parse().ok()?, minor.parse().ok()?),
@@ -72,6 +76,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
         fs_type,
         source,
         read_only: options.split(',').any(|option| option == "ro"),
+        user: user.and_then(|user| user.parse().ok()),
     })
 }
 
@@ -137,7 +142,7 @@ mod tests {
 
     #[test]
     fn lines_are_read_with_escapes_and_optional_tags() {
-        let line = br"36 35 0:53 /run\0407 /mnt/my\040data\134x rw,nosuid shared:1 master:2 - fuse.vineyard-fs /run/v\011y rw,user_id=0";
+        let line = br"36 35 0:53 /run\0407 /mnt/my\040data\134x rw,nosuid shared:1 master:2 - fuse.vineyard-fs /run/v\011y rw,user_id=7,group_id=8";
         let mount = parse(line).unwrap();
         assert_eq!(mount.id, 36);
         assert_eq!(mount.device, (0, 53));
@@ -146,8 +151,9 @@ mod tests {
         assert_eq!(mount.fs_type, FS_TYPE);
         assert_eq!(mount.source, OsString::from("/run/v\ty"));
         assert!(!mount.read_only);
+        assert_eq!(mount.user, Some(7));
         let plain = parse(b"1 0 8:1 / / ro,relatime - ext4 /dev/sda1 rw").unwrap();
-        assert!(plain.read_only);
+        assert!(plain.read_only && plain.user.is_none());
         assert_eq!(plain.source, OsString::from("/dev/sda1"));
     }
 

@@ -2,11 +2,15 @@
 
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 
 import conftest
+import pytest
 from conftest import cli
 
 
@@ -60,3 +64,41 @@ def test_a_private_store_that_ended_is_gone(folder):
         assert f"{point}: store gone" in cli("top", point, "--once", "--interval", "0.1").stdout
     finally:
         cli("unmount", point, "--force")
+
+
+def test_another_users_mount_is_not_called_dead(store, make_mount):
+    if os.geteuid() != 0:
+        pytest.skip("only root can ask as somebody else")
+    mount = make_mount()
+    # Where nobody may run the program and look for its own folder.
+    copy = pathlib.Path(tempfile.mkdtemp(prefix="vfs-other-"))
+    try:
+        os.chmod(copy, 0o755)
+        program = shutil.copy(conftest.BINARY, copy)
+        environment = {"PATH": os.environ["PATH"]}
+        ask = lambda *arguments: subprocess.run(
+            [program, *arguments], user=65534, group=65534, extra_groups=[], cwd="/", env=environment,
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stdout  # fmt: skip
+        mine = [part for part in ask("status").split("\n/") if str(mount.path)[1:] + ":" in part]
+        assert len(mine) == 1 and "another user's" in mine[0] and "as root" in mine[0], mine
+        assert "dead" not in mine[0] and "unmount" not in mine[0]
+        found = [entry for entry in json.loads(ask("status", "--json")) if entry["mountpoint"] == str(mount.path)]
+        assert [(entry["state"], entry["user"]) for entry in found] == [("another user's", "root")]
+        assert f"{mount.path}: another user's" in ask("top", "--once", "--interval", "0.1")
+    finally:
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("arguments", ["status --json", "status M", "completions bash", "upgrade M", "--help"])
+def test_nobody_who_listens_is_no_error_and_a_full_disk_is_one_line(mount, arguments):
+    command = [conftest.BINARY, *arguments.replace("M", str(mount.path)).split()]
+    ours, theirs = os.pipe()
+    os.close(ours)
+    closed = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(theirs)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    if arguments != "--help":
+        with open("/dev/full", "w") as full:
+            failed = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "No space left" in failed.stderr, failed
