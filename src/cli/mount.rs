@@ -114,6 +114,9 @@ pub struct Args {
     /// Options as in /etc/fstab: the above with `_` or `-`, ro, rw, and those of mount(8)
     #[arg(short = 'o', value_name = "OPTION,...")]
     pub options: Vec<String>,
+    /// Of `options`: those that the kernel applies.
+    #[arg(skip)]
+    pub flags: Vec<String>,
     /// What mount(8) calls the device: a socket, or `vineyard` or `none` to search for one
     #[arg(long, hide = true)]
     pub source: Option<PathBuf>,
@@ -173,6 +176,7 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         launch,
         prefix: arguments.prefix,
         read_only: arguments.read_only,
+        flags: arguments.flags,
         allow_other: !arguments.no_allow_other,
         cache_size: arguments.cache_size.unwrap_or(memory / 4),
         staging_size: arguments.staging_size.unwrap_or(memory / 2),

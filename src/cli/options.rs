@@ -7,6 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use super::mount::Args;
 use crate::error::{Error, Kind, Result};
 use crate::fs::ServePolicy;
+use crate::fuse::mount::FLAGS;
 use crate::image::View;
 use crate::vineyard::RemotePolicy;
 
@@ -100,7 +101,7 @@ pub fn table_view() -> impl TypedValueParser<Value = View> {
     PossibleValuesParser::new(["arrow", "feather", "parquet"]).try_map(|text| table(&text).ok_or("not a format"))
 }
 
-/// Puts the options of `-o` into the arguments. Options of fstab that mean nothing here are passed over.
+/// Puts the options of `-o` into the arguments. What mount(8) knows and this program does not do is warned of.
 ///
 /// # Errors
 /// `Invalid` for what is unknown or malformed.
@@ -139,6 +140,7 @@ fn split(list: &str) -> Vec<String> {
 fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), String> {
     let text = || value.filter(|v| !v.is_empty()).map(str::to_owned).ok_or_else(|| "needs a value".to_owned());
     let number = || text()?.parse().map_err(|_| "needs a number".to_owned());
+    let flags = &mut arguments.flags;
     let choice = |what: &str| format!("needs one of {what}");
     match key {
         "ro" => arguments.read_only = true,
@@ -175,7 +177,17 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
             arguments.metrics = Some(text()?.parse().map_err(|_| "needs an address such as 127.0.0.1:9464")?);
         }
         "deadline" => arguments.deadline = millis(&text()?)?,
-        // What mount(8) and systemd use themselves, and what is so in any case.
+        flag if FLAGS.iter().any(|(name, ..)| *name == flag) => {
+            flags.retain(|other| other != flag);
+            flags.push(flag.to_owned());
+        }
+        "exec" => flags.retain(|flag| flag != "noexec"),
+        "atime" => flags.retain(|flag| flag != "noatime"),
+        "diratime" => flags.retain(|flag| flag != "nodiratime"),
+        "norelatime" => flags.retain(|flag| flag != "relatime"),
+        "nostrictatime" => flags.retain(|flag| flag != "strictatime"),
+        // What mount(8) and systemd use themselves, and what is so in any case. mount.fuse3 adds `dev` and `suid` for
+        // root by itself, and no mount of this program is either.
         "defaults"
         | "auto"
         | "noauto"
@@ -190,26 +202,20 @@ fn one(arguments: &mut Args, key: &str, value: Option<&str>) -> Result<(), Strin
         | "nodev"
         | "suid"
         | "nosuid"
-        | "exec"
-        | "noexec"
-        | "atime"
-        | "noatime"
-        | "relatime"
-        | "norelatime"
-        | "nodiratime"
-        | "lazytime"
         | "async"
+        | "dirsync"
+        | "nolazytime"
         | "default_permissions"
         | "loud"
         | "silent"
-        | "subtype"
-        | "fsname"
-        | "iversion"
         | "noiversion"
-        | "mand"
         | "nomand"
-        | "strictatime"
         | "comment" => {}
+        // The kernel heeds it where this program sees each write, and would have half a file published by each.
+        "sync" => eprintln!("vineyard-fs: warning: option -o sync does nothing here: `close` and `fsync` publish"),
+        "lazytime" | "iversion" | "mand" | "nosymfollow" | "subtype" | "fsname" => {
+            eprintln!("vineyard-fs: warning: option -o {key} does nothing here");
+        }
         key if key.starts_with("x-") || key.starts_with("X-") => {}
         _ => return Err("is not known; see `vineyard-fs mount --help`".into()),
     }
@@ -262,6 +268,19 @@ mod tests {
         assert_eq!((args.uid, args.file_mode, args.cache_size), (Some(5), 0o400, Some(1 << 30)));
         assert_eq!((args.serve, args.migrate), (ServePolicy::Lazy, RemotePolicy::Never));
         assert_eq!(args.socket, Some("/run/v.sock".into()));
+    }
+
+    #[test]
+    fn of_two_options_that_exclude_each_other_the_last_one_counts() {
+        let flags = |list| {
+            let mut args = args(&["-o", list]);
+            apply(&mut args).unwrap();
+            args.flags
+        };
+        assert_eq!(flags("noexec,noatime,nodiratime,relatime,noexec").len(), 4);
+        assert_eq!(flags("noexec,exec,sync,async,suid,dev"), Vec::<String>::new());
+        assert_eq!(flags("atime,noatime,exec,noexec"), ["noatime", "noexec"]);
+        assert_eq!(flags("lazytime,mand"), Vec::<String>::new());
     }
 
     #[test]

@@ -21,6 +21,9 @@ pub struct MountConfig {
     pub prefix: Option<String>,
     /// Refuse all writing.
     pub read_only: bool,
+    /// Names of options of mount(8) that the kernel applies: see [`super::mount::FLAGS`].
+    #[serde(default)]
+    pub flags: Vec<String>,
     /// Let other users in, as far as mode bits allow.
     pub allow_other: bool,
     /// Most bytes of assembled images, and most of data of other instances.

@@ -164,6 +164,7 @@ fn mount_now(config: &MountConfig, runtime: &Runtime, record: &mut KeeperRecord)
         mountpoint: &config.mountpoint,
         source: &mount::printable(&config.socket),
         read_only: config.read_only,
+        flags: &config.flags,
         allow_other: config.allow_other,
     };
     let mounted = mount::mount(&options)?;

@@ -26,6 +26,16 @@ const READ_AHEAD_KIB: u32 = 1024;
 /// Where the control file system of FUSE usually is.
 const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 
+/// Options of mount(8) that the kernel applies by itself, what they turn on, and whether every `fusermount3` knows them.
+/// Those of access times only show in the list of mounts: the kernel changes none on FUSE.
+pub const FLAGS: &[(&str, MsFlags, bool)] = &[
+    ("noexec", MsFlags::MS_NOEXEC, true),
+    ("noatime", MsFlags::MS_NOATIME, true),
+    ("nodiratime", MsFlags::MS_NODIRATIME, false),
+    ("relatime", MsFlags::MS_RELATIME, false),
+    ("strictatime", MsFlags::MS_STRICTATIME, false),
+];
+
 /// What to mount.
 #[derive(Clone, Debug)]
 pub struct MountOptions<'a> {
@@ -35,6 +45,8 @@ pub struct MountOptions<'a> {
     pub source: &'a str,
     /// Refuse writing in the kernel already.
     pub read_only: bool,
+    /// Of [`FLAGS`].
+    pub flags: &'a [String],
     /// Let other users in.
     pub allow_other: bool,
 }
@@ -73,6 +85,11 @@ pub fn mount(options: &MountOptions<'_>) -> Result<Mounted> {
     Ok(Mounted { fuse, device, allow_other })
 }
 
+/// Those of [`FLAGS`] that are named.
+fn wanted(names: &[String]) -> impl Iterator<Item = &'static (&'static str, MsFlags, bool)> {
+    FLAGS.iter().filter(|(name, ..)| names.iter().any(|wanted| wanted == name))
+}
+
 fn mount_directly(options: &MountOptions<'_>) -> Result<OwnedFd> {
     let fuse = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse");
     let fuse: OwnedFd = fuse.map_err(open_error)?.into();
@@ -87,6 +104,9 @@ fn mount_directly(options: &MountOptions<'_>) -> Result<OwnedFd> {
     }
     let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     flags.set(MsFlags::MS_RDONLY, options.read_only);
+    for (_, flag, _) in wanted(options.flags) {
+        flags.insert(*flag);
+    }
     nix::mount::mount(Some(options.source), options.mountpoint, Some(mountinfo::FS_TYPE), flags, Some(data.as_str()))
         .map_err(|errno| match errno {
         Errno::EPERM => Error::new(
@@ -123,6 +143,10 @@ fn mount_by_helper(options: &MountOptions<'_>) -> Result<(OwnedFd, bool)> {
     list.push(options.source.replace(['\\', ','], "_"));
     if options.read_only {
         list.push(",ro");
+    }
+    for (name, ..) in wanted(options.flags).filter(|(_, _, known)| *known) {
+        list.push(",");
+        list.push(name);
     }
     if allow_other {
         list.push(",allow_other");
