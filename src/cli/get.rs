@@ -29,7 +29,7 @@ pub struct Args {
     /// File or folder to write to, `-` for the standard output [default: the view's file name, in this folder]
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::AnyPath)]
     pub output: Option<PathBuf>,
-    /// Which view [default: by the extension of NAME or FILE, else the listed one]
+    /// Which view [default: by the extension of FILE or NAME, else the listed one]
     #[arg(long, value_parser = view_parser())]
     pub view: Option<View>,
     /// Overwrite FILE
@@ -74,7 +74,7 @@ fn to_stdout(arguments: &Args) -> bool {
 fn copy(arguments: &Args, opened: &Opened) -> Result<()> {
     let path = opened.path(&arguments.name);
     let named = opened.fs.require(&path)?;
-    let view = choose_view(arguments, &path, &named)?;
+    let view = choose_view(arguments, &named)?;
     if to_stdout(arguments) {
         let image = opened.fs.view_image(&named, view)?;
         let bar = store::progress(&named.name, Some(image.size()));
@@ -108,21 +108,36 @@ fn copy(arguments: &Args, opened: &Opened) -> Result<()> {
     kept.map(drop).map_err(|error| error.error).context(|| format!("cannot write {shown}"))
 }
 
-/// The view that was asked for by option, by the name's extension, or by the output's.
-fn choose_view(arguments: &Args, path: &str, named: &Named) -> Result<View> {
+/// The view that was asked for by option, by the output's extension, or by the name's: a file is not what its own
+/// extension says otherwise.
+fn choose_view(arguments: &Args, named: &Named) -> Result<View> {
     if let Some(view) = arguments.view {
         return Ok(view);
     }
     let summary = named.shown()?;
-    // The name alone says nothing of a view.
     let extension = |path: &Path| path.extension().and_then(|e| e.to_str()).and_then(View::from_extension);
-    let wanted = arguments.output.as_deref().filter(|_| named.name == path).and_then(extension);
+    let wanted = arguments.output.as_deref().and_then(extension);
     match wanted {
         Some(view) if named.view != View::Raw => match summary.view(view) {
             Some(_) => Ok(view),
             None => Err(opened_view_error(named, view)),
         },
-        _ => Ok(named.view),
+        _ => {
+            warn_of_extension(arguments, named.view);
+            Ok(named.view)
+        }
+    }
+}
+
+/// Tells if the output's extension promises what no view is, such as `.csv`.
+fn warn_of_extension(arguments: &Args, view: View) {
+    let output = arguments.output.as_deref().filter(|output| !output.is_dir());
+    if let (Some(extension), Some(output)) = (view.extension(), output)
+        && let Some(other) = output.extension().map(|other| other.to_string_lossy())
+        && other.starts_with(|first: char| first.is_ascii_alphabetic())
+    {
+        let output = store::printable(&output.to_string_lossy());
+        eprintln!("vineyard-fs: warning: {output} gets the .{extension} view: there is no .{other} one");
     }
 }
 
@@ -189,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_view_is_chosen_by_option_then_name_then_output() {
+    fn a_view_is_chosen_by_option_then_output_then_name() {
         let (_store, _fs, named) = saved(b"text");
         let arguments = |view, output: &str| Args {
             name: "f.bin".into(),
@@ -199,7 +214,7 @@ mod tests {
             place: Place::default(),
         };
         // A plain file goes under any name.
-        assert_eq!(choose_view(&arguments(None, "x.parquet"), "f.bin", &named).unwrap(), View::Raw);
-        assert_eq!(choose_view(&arguments(Some(View::Npy), "x"), "f.bin", &named).unwrap(), View::Npy);
+        assert_eq!(choose_view(&arguments(None, "x.parquet"), &named).unwrap(), View::Raw);
+        assert_eq!(choose_view(&arguments(Some(View::Npy), "x"), &named).unwrap(), View::Npy);
     }
 }

@@ -206,6 +206,32 @@ def test_get_picks_the_view_by_option_or_by_the_output(store, tool, folder):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_a_file_that_get_makes_is_what_its_extension_says(store, tool, folder):
+    data = frame(100)
+    store.put("T", data)
+    tool("get", "T.parquet", "-o", folder / "x.arrow")
+    assert pa.ipc.open_file(folder / "x.arrow").read_all().num_rows == 100
+    tool("get", "T.feather", "-o", folder / "x.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "x.parquet"), data)
+    assert "no .npy view" in fails(tool, "get", "T.parquet", "-o", folder / "x.npy")
+    assert not (folder / "x.npy").exists()
+    for name in ["x.csv", "x3.parquet.gz"]:
+        said = tool("get", "T.parquet", "-o", folder / name).stderr
+        assert f"{name} gets the .parquet view" in said and said.count("\n") == 1, said
+    assert tool("get", "T.parquet", "-o", folder / "x").stderr == ""
+    assert tool("get", "T", "--view", "parquet", "-o", folder / "y.arrow").stderr == ""
+    assert (folder / "y.arrow").read_bytes()[:4] == b"PAR1"
+
+
+def test_names_that_listings_hide_are_refused(store, tool, folder):
+    (folder / "f").write_bytes(b"x")
+    for name in [".vineyard-fs/x", ".vineyard-fs", ".vineyard-fs/"]:
+        assert "kept for copies" in fails(tool, "put", folder / "f", name), name
+    store.put("x", np.arange(3.0))
+    assert "kept for copies" in fails(tool, "mv", "x", ".vineyard-fs/x")
+    assert names(store) == {"x"}
+
+
 def test_put_is_what_the_official_client_gets(store, mount, tool, folder):
     data = frame(5000)
     table = pa.table({"n": pa.array([1, None, 3]), "s": ["x", "y", None]})
