@@ -96,6 +96,14 @@ fn whole_memory_of(proc: &Path, cgroups: &Path) -> Result<u64> {
     Ok(limits(proc, cgroups).into_iter().map(|(most, _)| most).fold(total, u64::min))
 }
 
+/// Bytes of swap space that this machine has.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn swap() -> Result<u64> {
+    meminfo(Path::new("/proc"), "SwapTotal:")
+}
+
 /// Bytes that are available: to the machine, and to each control group that this process is in.
 ///
 /// # Errors

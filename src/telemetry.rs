@@ -42,6 +42,13 @@ pub fn init(format: Format, level: &str) {
 /// # Errors
 /// What is wrong with it.
 pub fn check(level: &str) -> Result<String, String> {
+    // A filter takes a lone word that is no level for the name of a module.
+    let known = |word: &&str| word.contains(['=', '[']) || word.parse::<tracing::metadata::LevelFilter>().is_ok();
+    if let Some(word) = level.split(',').map(str::trim).find(|word| !known(word)) {
+        return Err(format!(
+            "{word:?} is no level: error, warn, info, debug, trace, off, or a filter such as info,vineyard_fs::fs=debug"
+        ));
+    }
     EnvFilter::try_new(level).map(|_| level.to_owned()).map_err(|error| error.to_string())
 }
 
@@ -54,5 +61,8 @@ mod tests {
         assert_eq!(check("debug"), Ok("debug".into()));
         assert!(check("info,vineyard_fs::fs=trace").is_ok());
         assert!(check("info,vineyard_fs=loudest").is_err());
+        for wrong in ["zzz", "info,zzz", "warning"] {
+            assert!(check(wrong).unwrap_err().contains("debug, trace"), "{wrong}");
+        }
     }
 }

@@ -139,7 +139,20 @@ fn plan(options: &LaunchOptions, environment: &Environment) -> Result<LaunchPlan
         Some(size) if size < SMALLEST => {
             return Err(Error::new(Kind::Invalid, format!("a store of {size} bytes is too small: at least 1 MiB")));
         }
-        Some(size) => size,
+        Some(size) => {
+            // It would take what is put into it until the kernel kills something.
+            let (memory, swap) = (cgroup::whole_memory()?, cgroup::swap()?);
+            if size > memory.saturating_add(swap) {
+                let message = format!(
+                    "a store of {} MiB is larger than what there is: {} MiB of memory and {} MiB of swap space; see --size",
+                    size / MIB,
+                    memory / MIB,
+                    swap / MIB,
+                );
+                return Err(Error::new(Kind::Invalid, message));
+            }
+            size
+        }
         None => default_size()?,
     };
     let (folder, own_folder) = match &options.folder {
