@@ -22,6 +22,8 @@ const SMALLEST: u64 = 1 << 20;
 /// Longest path of a Unix socket, without its NUL.
 const LONGEST_SOCKET: usize = 107;
 const MIB: u64 = 1 << 20;
+/// Makes a vineyardd log where its output goes; else it leaves files in the folder for temporary ones.
+pub const LOG: (&str, &str) = ("GLOG_logtostderr", "1");
 
 /// What of the process's surroundings decides; [`Environment::current`] for the real ones.
 #[derive(Clone, Debug, Default)]
@@ -288,7 +290,7 @@ pub fn command(plan: &LaunchPlan) -> Result<Command> {
     let log = log.context(|| format!("opening the log {}", plan.log.display()))?;
     let again = log.try_clone().context(|| format!("opening the log {}", plan.log.display()))?;
     let mut command = Command::new(&plan.program);
-    command.args(&plan.args).stdin(Stdio::null()).stdout(log).stderr(again).process_group(0);
+    command.args(&plan.args).stdin(Stdio::null()).stdout(log).stderr(again).process_group(0).env(LOG.0, LOG.1);
     Ok(command)
 }
 
