@@ -24,7 +24,7 @@ pub struct Args {
 pub fn run(arguments: &Args) -> Result<()> {
     let opened = arguments.place.open()?;
     let from = opened.fs.require(&opened.path(&arguments.old))?;
-    let mut new = opened.path(&arguments.new).into_owned();
+    let mut new = opened.new_path(&arguments.new)?;
     if new.ends_with('/') {
         new += &from.file_name(from.view);
     }

@@ -43,7 +43,7 @@ pub struct Args {
 pub fn run(arguments: &Args) -> Result<()> {
     let opened = arguments.place.open()?;
     let path = match &arguments.name {
-        Some(name) => path_of(&arguments.file, Some(&opened.path(name)))?,
+        Some(name) => path_of(&arguments.file, Some(&opened.new_path(name)?))?,
         None => path_of(&arguments.file, None)?,
     };
     let replace = arguments.on_conflict == Conflict::Replace;

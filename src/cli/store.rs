@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::FileSystem;
+use crate::fs::copies::HIDDEN;
 use crate::fuse::area::Maker;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::status;
@@ -79,6 +80,18 @@ impl Opened {
         match self.mounts.iter().filter(|_| text.starts_with('/')).find_map(below) {
             Some(path) => path.into(),
             None => text.into(),
+        }
+    }
+
+    /// As [`Opened::path`], for a name that is to be given.
+    ///
+    /// # Errors
+    /// `Invalid` for names that listings do not show.
+    pub fn new_path(&self, text: &str) -> Result<String> {
+        let path = self.path(text).into_owned();
+        match Path::new(&path).components().next() == Path::new(HIDDEN).components().next() {
+            true => Err(Error::new(Kind::Invalid, format!("names below {HIDDEN} are kept for copies: choose another"))),
+            false => Ok(path),
         }
     }
 
