@@ -172,6 +172,9 @@ fn text(report: &Value) -> String {
     let _ = writeln!(out, "  passthrough  {mode}");
     let (keeper, server, restarts) = (show("/keeper/pid"), show("/server/pid"), show("/server/restarts"));
     let _ = writeln!(out, "  processes    keeper {keeper}, server {server}, {restarts} restarts");
+    if let Value::String(address) = get("/metrics") {
+        let _ = writeln!(out, "  metrics      http://{address}/metrics");
+    }
     if let Value::String(why) = get("/server/last_end") {
         let _ = writeln!(out, "  last end     {why}");
     }

@@ -48,7 +48,8 @@ impl Keeper {
             },
             "runtime": self.config.runtime.to_string_lossy(),
             "remounts": self.remounts,
-            "metrics": self.config.metrics,
+            // The address that was bound: port 0 stands for any.
+            "metrics": self.metrics.as_ref().and_then(|listener| listener.local_addr().ok()),
             "store": {
                 "socket": self.config.socket.to_string_lossy(),
                 "private": self.store.is_private(),
