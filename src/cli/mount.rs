@@ -281,14 +281,22 @@ fn check_mountpoint(mountpoint: &Path, nonempty: bool, held: bool) -> Result<()>
 /// Where logs go if nothing is said, in a folder that only the owner reads.
 fn usual_log(mountpoint: &Path) -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let folder = match (nix::unistd::geteuid().is_root(), variable("XDG_STATE_HOME"), variable("HOME")) {
+    let usual = match (nix::unistd::geteuid().is_root(), variable("XDG_STATE_HOME"), variable("HOME")) {
         (true, ..) => PathBuf::from("/var/log/vineyard-fs"),
         (false, Some(state), _) => state.join("vineyard-fs"),
         (false, None, Some(home)) => home.join(".local/state/vineyard-fs"),
         (false, None, None) => crate::fuse::runtime::base(),
     };
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-    made.context(|| format!("cannot make the folder {folder:?} for logs: give --log-file"))?;
+    let usable = |folder: &PathBuf| {
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        made.is_ok() && nix::unistd::access(folder, nix::unistd::AccessFlags::W_OK).is_ok()
+    };
+    // Without a home to write to, as many containers are: beside the mount's sockets, which lie somewhere that is writable.
+    let folder = [usual.clone(), crate::fuse::runtime::base()].into_iter().find(usable);
+    let folder = folder.ok_or_else(|| {
+        let message = format!("cannot write into the folder {usual:?} for logs: give `mount` --log-file");
+        Error::new(Kind::NotPermitted, message)
+    })?;
     let name: String = mountpoint.to_string_lossy().trim_matches('/').chars().take(100).collect();
     let name = name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_', "-");
     Ok(folder.join(format!("{name}-{:.8}.log", mountinfo::digest(mountpoint))))
