@@ -71,9 +71,12 @@ fn report(opened: &Opened, named: &Named) -> Result<Value> {
     let Some(Ok(meta)) = meta else { return Ok(report) };
     add("instance", instance(opened, &meta)?);
     add("copies", copies(opened, named)?);
-    let ids: Vec<ObjectId> = meta.blobs().iter().map(|key| key.id).collect();
+    let (here, blobs) = (opened.store.instance()?.id, meta.blobs());
+    // Only an instance itself knows how large its blobs are.
+    let ids: Vec<ObjectId> = blobs.iter().filter(|key| key.instance == here).map(|key| key.id).collect();
     let sizes = opened.store.blob_sizes(&ids)?;
-    add("blobs", json!({"count": ids.len(), "bytes": sizes.values().sum::<u64>()}));
+    let bytes = (ids.len() == blobs.len()).then(|| sizes.values().sum::<u64>());
+    add("blobs", json!({"count": blobs.len(), "bytes": bytes}));
     add("attributes", FileAttributes::of(&meta).map_or(Value::Null, |attributes| attributes_json(&attributes)));
     if let Ok(dataset) = dataset::decode(&meta, &*opened.store) {
         add("kind", dataset.kind().into());
@@ -259,8 +262,10 @@ fn text(report: &Value) -> String {
         line("copy", format!("{} as {}", text("instance").unwrap_or_default(), text("id").unwrap_or_default()));
     }
     let number = |value: Option<&Value>| value.and_then(Value::as_u64);
-    if let Some(bytes) = number(report.pointer("/blobs/bytes")) {
-        line("memory", format!("{}, blobs: {}", HumanBytes(bytes), show("/blobs/count")));
+    if let Some(count) = number(report.pointer("/blobs/count")) {
+        let bytes = number(report.pointer("/blobs/bytes"));
+        let bytes = bytes.map_or("known where it lives".into(), |bytes| HumanBytes(bytes).to_string());
+        line("memory", format!("{bytes}, blobs: {count}"));
     }
     for view in get("/views").as_array().into_iter().flatten() {
         let bytes = number(view.get("bytes"))

@@ -57,6 +57,16 @@ def sha(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_info_does_not_invent_the_size_of_what_lives_elsewhere(cluster):
+    owner, other = cluster[0], cluster[1]
+    owner.client.put(numbers(1000, 2), name="x", persist=True)
+    assert told(owner, "info", "x")["blobs"]["bytes"] >= 16_000
+    assert until(lambda: told(other, "ls"))
+    assert told(other, "info", "x")["blobs"] == {**told(owner, "info", "x")["blobs"], "bytes": None}
+    text = cli("info", "x", "--socket", other.socket).stdout
+    assert "known where it lives" in text and "0 B" not in text, text
+
+
 def test_a_dataset_moves_and_stays_the_same(cluster):
     frame = numbers(300_000, 4)
     frame["s"] = [f"row {i}" for i in range(len(frame))]
