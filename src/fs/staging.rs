@@ -14,9 +14,11 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 mod note;
 mod redirects;
+mod room;
 
 pub(super) use self::note::{StagedNote, Writer, Writers};
 use self::redirects::Redirect;
+pub use self::room::StagingStatus;
 use super::buffer::Buffer;
 use super::host::MemoryFile;
 use super::inode::STAGED;
@@ -34,8 +36,6 @@ use crate::vineyard::{ObjectId, Store};
 /// How long a thread that was sent elsewhere may take to look the name up again and come there: on a machine that is busy
 /// far beyond its means, seconds pass between two steps. Only for threads that died meanwhile is it ever waited for.
 pub(super) const REDIRECT: Duration = Duration::from_secs(30);
-/// Most files that stay here after they were published.
-const MOST_FILES: usize = 4096;
 /// The coarsest clock tick that file times may have: a change within it may not show.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 
@@ -351,17 +351,6 @@ pub(super) fn full(error: std::io::Error) -> Error {
     }
 }
 
-/// Use of the staging area.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct StagingStatus {
-    /// Files that are being written or whose bytes are still held here.
-    pub files: usize,
-    /// Bytes of those.
-    pub bytes: u64,
-    /// Files whose publishing failed, and why.
-    pub failed: Vec<(String, String)>,
-}
-
 /// Where a staged file is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -586,57 +575,8 @@ impl Staging {
         })
     }
 
-    /// Counts bytes that the store has all of now and that stay here: true if it is time to [retire](Self::retire_old).
-    pub(super) fn add_settled(&self, bytes: u64, limit: u64) -> bool {
-        self.settled.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > limit / 4
-    }
-
-    /// Lets go of files that the store has all of, the oldest first, when there are too many (each costs two descriptors)
-    /// or more than `limit` bytes of them. Their paths lead to the published views from then on. The kernel, which
-    /// knows them still, is for the caller to tell.
-    pub(super) fn retire_old(&self, limit: u64) -> Vec<Arc<Staged>> {
-        let all: Vec<Arc<Staged>> = {
-            let by_path = self.by_path();
-            if by_path.len() < MOST_FILES && self.settled.load(Ordering::Relaxed) <= limit / 4 {
-                return Vec::new();
-            }
-            by_path.values().cloned().collect()
-        };
-        self.settled.store(0, Ordering::Relaxed);
-        let too_many = if all.len() < MOST_FILES { 0 } else { MOST_FILES / 2 };
-        let mut settled: Vec<Arc<Staged>> = all.into_iter().filter(|staged| staged.is_settled()).collect();
-        settled.sort_unstable_by_key(|staged| std::cmp::Reverse(staged.made));
-        let (most, mut bytes) = (settled.len().saturating_sub(too_many), 0);
-        let is_old = |(at, staged): &(usize, Arc<Staged>)| {
-            bytes += staged.stamp().map_or(0, |stamp| stamp.size);
-            *at >= most || bytes > limit
-        };
-        let mut old: Vec<Arc<Staged>> = settled.into_iter().enumerate().filter(is_old).map(|(_, old)| old).collect();
-        old.retain(|staged| {
-            let mut state = staged.state();
-            // Nobody has come meanwhile.
-            state.retired = state.opens == 0 && !state.has_writers();
-            state.retired
-        });
-        old.iter().for_each(|staged| self.detach(staged));
-        old
-    }
-
     /// Full names of the directories that staged files are in.
     pub(super) fn directories(&self) -> Vec<String> {
         self.by_path().values().map(|staged| staged.state().target.directory.clone()).collect()
-    }
-
-    /// Use of the staging area.
-    pub fn status(&self) -> StagingStatus {
-        let mut status = StagingStatus::default();
-        for staged in self.by_path().values() {
-            status.files += 1;
-            status.bytes += staged.stamp().map_or(0, |stamp| stamp.size);
-            let state = staged.state();
-            status.failed.extend(state.failed.clone().map(|why| (state.target.path(), why)));
-        }
-        status.failed.sort_unstable();
-        status
     }
 }

@@ -334,7 +334,8 @@ impl FileSystem {
         let mut state = staged.state();
         state.attributes = attributes;
         state.attributes_changed = true;
-        let settled = state.writers.is_empty() && state.published.is_some();
+        // The last step of a close may still be on its way.
+        let settled = state.is_closed() && state.published.is_some();
         drop(state);
         if settled {
             return self.publish_attributes(staged);
