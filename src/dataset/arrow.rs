@@ -7,7 +7,7 @@ use arrow_schema::{DataType, Field, Fields, Schema, SchemaRef, TimeUnit};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::column::{Column, item};
+use super::column::{Column, EXTENSION, NOTE, item};
 use super::derive;
 use super::dtype::Dtype;
 use super::frame::Cells;
@@ -327,6 +327,10 @@ fn assemble(
                 return Err(meta.error(format!("has batches of types {a} and {b} in column {:?}", field.name())));
             }
             let mut metadata = field.metadata().clone();
+            if column.metadata.contains_key(NOTE) {
+                // What stands there instead is not what the extension type is stored as.
+                metadata.retain(|key, _| !key.starts_with(EXTENSION));
+            }
             metadata.extend(column.metadata.clone());
             *field = retyped(field, &column.layout).with_metadata(metadata);
         }

@@ -13,6 +13,8 @@ use crate::error::Result;
 
 /// Key of the field metadata that says why a column is not what was put.
 pub const NOTE: &str = "vineyard_fs:note";
+/// What the keys begin with by which a field is marked as of an extension type (Arrow's columnar format).
+pub const EXTENSION: &str = "ARROW:extension:";
 
 /// What the `pandas` key of a schema says of one column.
 #[derive(Clone, Debug, PartialEq)]

@@ -108,6 +108,14 @@ def vineyard_meta(typename, **values):
     return meta
 
 
+def test_a_column_of_an_extension_type_that_cannot_be_shown_hides_no_other(store, mount):
+    table = pa.table({"id": pa.array([b"0" * 16, b"1" * 16], pa.uuid()), "value": [1, 2]})
+    store.put("ids", table)
+    found = pa.feather.read_table(mount / "ids.arrow")
+    assert found["value"].to_pylist() == [1, 2] and found["id"].type == pa.large_binary()
+    assert b"vineyard_fs:note" in found.schema.field("id").metadata
+
+
 def test_names_that_begin_with_a_slash_are_files_of_the_root(store, mount):
     values = {"/x": 1.0, "//": 2.0, "/": 3.0, "/a/b": 4.0, "a//b": 5.0}
     for name, value in values.items():
