@@ -378,7 +378,24 @@ fn a_prefix_is_a_root_of_its_own() {
 fn odd_names_are_all_listed_and_open() {
     let bed = bed();
     let long = "n".repeat(400);
-    let names = ["", ".", "..", "a//b", "nul\0here", "new\nline", "100%", "%00", "ünï", "*?[x]", &long, "x", "x.npy"];
+    let names = [
+        "",
+        ".",
+        "..",
+        "a//b",
+        "nul\0here",
+        "new\nline",
+        "100%",
+        "%00",
+        "ünï",
+        "*?[x]",
+        &long,
+        "x",
+        "x.npy",
+        "/",
+        "//",
+        "/x",
+    ];
     for (i, name) in names.iter().enumerate() {
         bed.put_tensor(name, &[i as f64]);
     }

