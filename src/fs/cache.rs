@@ -247,8 +247,8 @@ impl ImageCache {
     }
 
     /// A name was opened that leads to `object`. The images of what it led to before go: other clients replace and delete
-    /// objects without a word. Should another name lead there, they are made anew.
-    pub fn opened(&self, name: &str, object: ObjectId) {
+    /// objects without a word. Should another name lead there, they are made anew. Returns what it led to before.
+    pub fn opened(&self, name: &str, object: ObjectId) -> Option<ObjectId> {
         let former = {
             let mut state = self.state();
             if state.opened.len() > 2 * MOST_IMAGES {
@@ -256,9 +256,9 @@ impl ImageCache {
             }
             state.opened.insert(name.to_owned(), object)
         };
-        if let Some(former) = former.filter(|former| *former != object) {
-            self.forget(former);
-        }
+        let former = former.filter(|former| *former != object)?;
+        self.forget(former);
+        Some(former)
     }
 
     /// Keeps a memory file ready for the next image while images are being assembled. For a thread that has nothing else

@@ -112,8 +112,9 @@ impl FileSystem {
             return Err(Error::malformed(reason.to_string()));
         }
         let (mode, bytes_read) = self.join_or_choose_mode(inode, view)?;
-        if matches!(mode, Mode::Assembled(_)) {
-            self.cache.opened(&view.name, view.object);
+        if let Some(former) = self.cache.opened(&view.name, view.object) {
+            // What is known of it would be kept for ever.
+            self.objects.forget(former);
         }
         let is_lazy = matches!(mode, Mode::Lazy { .. });
         let serve = match &mode {
