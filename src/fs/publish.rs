@@ -47,35 +47,33 @@ impl FileSystem {
     /// # Errors
     /// Why it could not be published; the bytes stay readable and can be published again by `fsync`.
     pub fn flush(&self, ino: u64, fh: u64, caller: Caller) -> Result<()> {
-        let handle = self.handles().get(&fh).cloned();
-        match (handle, &self.inode(ino)?.node) {
-            (Some(Handle::Staged { writer: false, .. }), _) => Ok(()),
-            (_, Node::Staged(staged)) => {
-                // Who closes a file means what is in it; of a process that ends, nobody knows whether it was done. A
-                // child that has inherited a descriptor closes it to run a program, and means nothing by it.
-                let unfinished = if is_exiting(caller.pid) || self.opener_goes_on(fh, caller.pid) {
-                    Unfinished::Keep
-                } else {
-                    Unfinished::Publish
-                };
-                let published = self.publish_changed(staged, unfinished);
-                staged.state().closed_by = Some(caller.pid);
-                published
-            }
-            _ => Ok(()),
-        }
+        let Some(staged) = self.written_by(ino, fh)? else { return Ok(()) };
+        // Who closes a file means what is in it; of a process that ends, nobody knows whether it was done. A child that
+        // has inherited a descriptor closes it to run a program, and means nothing by it.
+        let means_nothing = is_exiting(caller.pid) || self.opener_goes_on(fh, caller.pid);
+        let unfinished = if means_nothing { Unfinished::Keep } else { Unfinished::Publish };
+        let published = self.publish_changed(&staged, unfinished);
+        staged.state().closed_by = Some(caller.pid);
+        published
     }
 
     /// Publishes what changed.
     ///
     /// # Errors
     /// As [`FileSystem::flush`].
-    pub fn fsync(&self, ino: u64, fh: u64, _caller: Caller) -> Result<()> {
-        let handle = self.handles().get(&fh).cloned();
-        match (handle, &self.inode(ino)?.node) {
-            (Some(Handle::Staged { writer: false, .. }), _) => Ok(()),
-            (_, Node::Staged(staged)) => self.publish_changed(staged, Unfinished::Publish),
-            _ => Ok(()),
+    pub fn fsync(&self, ino: u64, fh: u64) -> Result<()> {
+        match self.written_by(ino, fh)? {
+            Some(staged) => self.publish_changed(&staged, Unfinished::Publish),
+            None => Ok(()),
+        }
+    }
+
+    /// The file that a handle may write, or that one of a former server may have written.
+    fn written_by(&self, ino: u64, fh: u64) -> Result<Option<Arc<Staged>>> {
+        let only_reads = matches!(self.handles().get(&fh), Some(Handle::Staged { writer: false, .. }));
+        match &self.inode(ino)?.node {
+            Node::Staged(staged) if !only_reads => Ok(Some(staged.clone())),
+            _ => Ok(None),
         }
     }
 

@@ -146,7 +146,7 @@ fn a_failed_publish_keeps_both_versions_and_can_be_repeated() {
         assert_eq!((bed.store.object_count(), bed.store.blob_count()), (objects, blobs), "left over after {op:?}");
         assert_eq!(column(&bed.load("t.arrow").unwrap()), [1], "others still read the old value");
         assert_eq!(bed.fs.status()["staging"]["failed"].as_array().unwrap().len(), 1);
-        bed.fs.fsync(writer.0, writer.1.fh, ME).unwrap();
+        bed.fs.fsync(writer.0, writer.1.fh).unwrap();
         bed.close(writer, ME).unwrap();
         assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
     }

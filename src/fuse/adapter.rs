@@ -340,8 +340,7 @@ impl Filesystem for Adapter {
     }
 
     fn fsync(&self, request: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        let caller = caller(request);
-        let work = move |shared: &Shared| shared.fs.fsync(ino.0, fh.0, caller);
+        let work = move |shared: &Shared| shared.fs.fsync(ino.0, fh.0);
         self.answer(Op::Fsync, request, reply, inode(ino.0), work, send_empty);
     }
 

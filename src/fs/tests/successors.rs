@@ -49,7 +49,7 @@ fn who_appends_meets_those_who_appended_before_the_server_was_killed() {
     let bed = bed();
     let first = bed.create("log.txt", ME).unwrap();
     bed.write(first, 0, b"A\n");
-    bed.fs.fsync(first.0, first.1.fh, ME).unwrap();
+    bed.fs.fsync(first.0, first.1.fh).unwrap();
     let bed = next_server(bed, 1);
     let second = bed.open("log.txt", libc::O_WRONLY | libc::O_APPEND, OTHER).unwrap();
     assert_eq!((second.0, second.1.serve), (first.0, first.1.serve), "one file, served in one way");
@@ -65,7 +65,7 @@ fn what_is_open_for_writing_is_cut_by_its_writer() {
     let bed = bed();
     let writer = bed.create("a.txt", ME).unwrap();
     bed.write(writer, 0, b"longer");
-    bed.fs.fsync(writer.0, writer.1.fh, ME).unwrap();
+    bed.fs.fsync(writer.0, writer.1.fh).unwrap();
     let bed = next_server(bed, 1);
     let cut = SetAttr { size: Some(4), ..Default::default() };
     bed.fs.setattr(writer.0, Some(writer.1.fh), cut, ME).unwrap();
@@ -123,7 +123,7 @@ fn a_reader_of_a_former_server_that_closes_is_not_the_last_writer() {
     let writer = bed.create("a.txt", ME).unwrap();
     bed.write(writer, 0, b"one");
     let reader = bed.open("a.txt", libc::O_RDONLY, OTHER).unwrap();
-    bed.fs.fsync(writer.0, writer.1.fh, ME).unwrap();
+    bed.fs.fsync(writer.0, writer.1.fh).unwrap();
     let bed = next_server(bed, 1);
     bed.close(reader, OTHER).unwrap();
     bed.write(writer, 0, b"two");
