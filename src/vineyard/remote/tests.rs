@@ -11,7 +11,10 @@ use super::super::store::InstanceInfo;
 use super::*;
 
 const THERE: InstanceId = InstanceId(4);
-const PATIENCE: Duration = Duration::from_millis(400);
+/// With peers that do something wrong.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// With those that do not: a busy machine is no fault of theirs.
+const LONG: Duration = Duration::from_secs(30);
 
 /// What a peer does wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,7 +43,7 @@ enum Fault {
 }
 
 struct Shared {
-    blobs: Mutex<BTreeMap<u64, Vec<u8>>>,
+    blobs: Mutex<BTreeMap<u64, Arc<Vec<u8>>>>,
     fault: Mutex<Fault>,
     connections: AtomicUsize,
     downloads: AtomicUsize,
@@ -66,7 +69,8 @@ fn bytes(number: u64, len: usize) -> Vec<u8> {
 
 impl FakePeer {
     fn start(sizes: &[usize]) -> Self {
-        let blobs = sizes.iter().enumerate().map(|(i, len)| (id(i as u64 + 1), bytes(i as u64 + 1, *len))).collect();
+        let numbered = (1..).zip(sizes);
+        let blobs = numbered.map(|(number, len)| (id(number), Arc::new(bytes(number, *len)))).collect();
         let shared = Arc::new(Shared {
             blobs: Mutex::new(blobs),
             fault: Mutex::new(Fault::None),
@@ -131,7 +135,7 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
         let request: Value = serde_json::from_slice(&frame).unwrap();
         let fault = *shared.fault.lock().unwrap();
         if fault == Fault::Silent {
-            std::thread::sleep(PATIENCE * 10);
+            std::thread::sleep(LONG);
             return None;
         }
         let blobs = shared.blobs.lock().unwrap().clone();
@@ -156,8 +160,8 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
                 shared.downloads.fetch_add(1, Ordering::Relaxed);
                 assert_eq!((&request["compress"], &request["use_rdma"]), (&json!(false), &json!(false)));
                 let asked = (0..request["num"].as_u64()?).map(|i| request[i.to_string()].as_u64().unwrap());
-                let found: Vec<(u64, &Vec<u8>)> = asked.filter_map(|id| Some((id, blobs.get(&id)?))).collect();
-                let payload = |(id, blob): &(u64, &Vec<u8>)| {
+                let found: Vec<(u64, &Arc<Vec<u8>>)> = asked.filter_map(|id| Some((id, blobs.get(&id)?))).collect();
+                let payload = |(id, blob): &(u64, &Arc<Vec<u8>>)| {
                     let extra = usize::from(fault == Fault::Longer);
                     let id = if fault == Fault::Other { id + 1000 } else { *id };
                     json!({"object_id": id, "data_size": blob.len() + extra, "store_fd": -1, "data_offset": 0})
@@ -173,12 +177,12 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
                         Fault::Short | Fault::Stalls => {
                             stream.write_all(&blob[..blob.len() / 2]).ok()?;
                             if fault == Fault::Stalls {
-                                std::thread::sleep(PATIENCE * 10);
+                                std::thread::sleep(LONG);
                             }
                             return None;
                         }
                         Fault::Trickles => {
-                            for byte in blob {
+                            for byte in blob.iter() {
                                 stream.write_all(&[*byte]).ok()?;
                                 std::thread::sleep(PATIENCE / 100);
                             }
@@ -219,7 +223,11 @@ fn remote() -> Remote {
 }
 
 fn remote_with(options: RemoteOptions) -> Remote {
-    Remote::new(options, PATIENCE)
+    Remote::new(options, LONG)
+}
+
+fn impatient() -> Remote {
+    Remote::new(RemoteOptions::default(), PATIENCE)
 }
 
 fn read(remote: &Remote, peer: &FakePeer, number: u64, offset: u64, len: usize) -> Result<Vec<u8>> {
@@ -234,14 +242,15 @@ fn read(remote: &Remote, peer: &FakePeer, number: u64, offset: u64, len: usize) 
 fn blobs_come_once_however_many_read() {
     let peer = FakePeer::start(&[5 << 20, 3000, 100]);
     let remote = remote();
+    let whole = bytes(1, 5 << 20);
     std::thread::scope(|scope| {
         for reader in 0..8u64 {
-            let (remote, peer) = (&remote, &peer);
+            let (remote, peer, whole) = (&remote, &peer, &whole);
             scope.spawn(move || {
                 for piece in 0..40 {
                     let offset = (piece * 7 + reader * 5) % 40 * (128 << 10);
                     let found = read(remote, peer, 1, offset, 128 << 10).unwrap();
-                    assert!(found == bytes(1, 5 << 20)[offset as usize..][..128 << 10]);
+                    assert!(found == whole[offset as usize..][..128 << 10]);
                 }
             });
         }
@@ -303,7 +312,7 @@ fn faults_are_errors_in_time_and_pass() {
     ] {
         let len = 2 << 20;
         let peer = FakePeer::start(&[len]);
-        let remote = remote();
+        let remote = impatient();
         if fault != Fault::Stranger {
             remote.size(key(1), &|| peer.cluster()).unwrap();
         }
@@ -311,12 +320,12 @@ fn faults_are_errors_in_time_and_pass() {
         let start = Instant::now();
         let error = read(&remote, &peer, 1, 0, len).unwrap_err();
         assert!(kinds.contains(&error.kind()), "{fault:?}: {error}");
-        assert!(start.elapsed() < PATIENCE * 5, "{fault:?}: {:?}", start.elapsed());
+        assert!(start.elapsed() < LONG / 2, "{fault:?}: {:?}", start.elapsed());
         if !matches!(error.kind(), Kind::Stale if fault == Fault::Deletes) {
             assert!(error.to_string().contains("i4"), "{fault:?}: {error}");
         }
         peer.set(Fault::None);
-        peer.shared.blobs.lock().unwrap().insert(id(1), bytes(1, len));
+        peer.shared.blobs.lock().unwrap().insert(id(1), Arc::new(bytes(1, len)));
         // The same is not tried again at once.
         std::thread::sleep(Duration::from_millis(1100));
         assert!(read(&remote, &peer, 1, 0, len).unwrap() == bytes(1, len), "{fault:?}");
@@ -339,14 +348,14 @@ fn a_dead_or_filtered_peer_is_unreachable_and_not_asked_by_all() {
         assert!(held.len() < 100);
     }
     for port in [dead, port] {
-        let remote = remote();
+        let remote = impatient();
         let start = Instant::now();
         for _ in 0..20 {
             let error = remote.size(key(1), &|| cluster_at(port)).unwrap_err();
             assert_eq!(error.kind(), Kind::Unreachable);
             assert!(error.to_string().contains(&port.to_string()), "{error}");
         }
-        assert!(start.elapsed() < PATIENCE * 2);
+        assert!(start.elapsed() < PATIENCE * 10, "one waited for all");
     }
     let nobody = remote().size(key(1), &|| Ok(BTreeMap::new())).unwrap_err();
     assert_eq!(nobody.kind(), Kind::Unreachable);
@@ -423,7 +432,7 @@ fn large_blobs_are_received_to_where_they_stay() {
     assert_eq!(made.load(Ordering::Relaxed), 2, "small blobs need none");
     // The same connections go on.
     peer.set(Fault::Zstd);
-    peer.shared.blobs.lock().unwrap().insert(id(4), bytes(4, 6 << 20));
+    peer.shared.blobs.lock().unwrap().insert(id(4), Arc::new(bytes(4, 6 << 20)));
     assert!(read(&remote, &peer, 4, 0, 6 << 20).unwrap() == bytes(4, 6 << 20));
     // Without memory, small pages do.
     let none: MemoryMaker = Arc::new(|_| Err(Error::new(Kind::Full, "none")));
