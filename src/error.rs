@@ -99,9 +99,9 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error with a message of its own.
+    /// An error with a message of its own. Past 2,000 bytes it ends in `…`: what others wrote may be in it.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Error { kind, message: message.into(), source: None }
+        Error { kind, message: shortened(message.into()), source: None }
     }
 
     /// Metadata or content that breaks its format's rules.
@@ -155,6 +155,27 @@ impl fmt::Display for Error {
     }
 }
 
+/// Most bytes of a message.
+const LONGEST: usize = 2000;
+
+/// A message of at most 2,000 bytes, and a sign that there was more.
+pub fn shortened(mut message: String) -> String {
+    if message.len() > LONGEST {
+        let end = (0..=LONGEST).rev().find(|at| message.is_char_boundary(*at));
+        message.truncate(end.unwrap_or(0));
+        message.push('…');
+    }
+    message
+}
+
+/// A text in which control characters are escaped, so that it begins no line of a log and commands no terminal.
+pub fn one_line(text: &str) -> String {
+    let mut line = OneLine(String::with_capacity(text.len()));
+    // A string takes everything.
+    let _ = line.write_str(text);
+    line.0
+}
+
 /// Escapes control characters.
 struct OneLine<W>(W);
 
@@ -204,7 +225,7 @@ impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
     fn context(self, message: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|error| {
             let error = error.into();
-            Error { kind: error.kind, message: message(), source: Some(Box::new(error)) }
+            Error { kind: error.kind, message: shortened(message()), source: Some(Box::new(error)) }
         })
     }
 }
@@ -223,10 +244,20 @@ mod tests {
     }
 
     #[test]
+    fn what_others_wrote_is_cut() {
+        let long = "ä".repeat(1200);
+        let text = Err::<(), _>(Error::malformed(&*long)).context(|| long.clone()).unwrap_err().to_string();
+        let cut = format!("{}…", "ä".repeat(1000));
+        assert_eq!(text, format!("{cut}: {cut}"));
+        assert_eq!(shortened("x".repeat(2000)), "x".repeat(2000));
+    }
+
+    #[test]
     fn what_others_wrote_begins_no_line_and_commands_no_terminal() {
         let theirs = "evil\nINFO all is well\r\u{1b}[2J\u{9b}1m \u{fc}";
         let ours = "evil\\nINFO all is well\\r\\u{1b}[2J\\u{9b}1m \u{fc}";
         assert_eq!(Error::malformed(theirs).to_string(), ours);
+        assert_eq!(one_line(theirs), ours);
         let inner = Err::<(), _>(Error::malformed("x").with_source(std::io::Error::other(theirs)));
         let outer = inner.context(|| theirs.into()).unwrap_err();
         assert_eq!(outer.to_string(), format!("{ours}: x: {ours}"));

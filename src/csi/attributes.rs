@@ -38,7 +38,7 @@ impl std::str::FromStr for Instance {
             Some((namespace, name)) if is_label(namespace, 63) && is_label(name, 253) => {
                 Ok(Instance { namespace: namespace.into(), name: name.into() })
             }
-            _ => Err(format!("{text:.300?} is not NAMESPACE/NAME of a vineyardd, such as vineyard-system/vineyardd")),
+            _ => Err(format!("{text:?} is not NAMESPACE/NAME of a vineyardd, such as vineyard-system/vineyardd")),
         }
     }
 }
@@ -108,7 +108,7 @@ pub fn parse(context: &HashMap<String, String>, default: Option<&Instance>) -> O
         !["vineyard", "prefix", "format", "readOnly"].contains(*key) && !FOREIGN.iter().any(|f| key.starts_with(f))
     });
     if let Some(key) = unknown {
-        return Err(Failure::invalid(format!("volume attribute {key:.100?} is not known; there are {KNOWN}")));
+        return Err(Failure::invalid(format!("volume attribute {key:?} is not known; there are {KNOWN}")));
     }
     let vineyard = match (context.get("vineyard"), default) {
         (Some(text), _) => {
@@ -126,13 +126,13 @@ pub fn parse(context: &HashMap<String, String>, default: Option<&Instance>) -> O
     let format = match context.get("format") {
         None => Format::default(),
         Some(text) => Format::parse(text).ok_or_else(|| {
-            Failure::invalid(format!("volume attribute format: {text:.100?} is none of arrow, feather, parquet"))
+            Failure::invalid(format!("volume attribute format: {text:?} is none of arrow, feather, parquet"))
         })?,
     };
     let flag = |key: &str| match context.get(key).copied() {
         None | Some("false") => Ok(false),
         Some("true") => Ok(true),
-        Some(other) => Err(Failure::invalid(format!("volume attribute {key}: {other:.100?} is not true or false"))),
+        Some(other) => Err(Failure::invalid(format!("volume attribute {key}: {other:?} is not true or false"))),
     };
     Ok(Attributes { vineyard, prefix, format, read_only: flag("readOnly")?, ephemeral: flag(EPHEMERAL)? })
 }
@@ -141,7 +141,7 @@ pub fn parse(context: &HashMap<String, String>, default: Option<&Instance>) -> O
 fn prefix(text: &str) -> Outcome<Option<String>> {
     let refuse = |what: &str| {
         Err(Failure::invalid(format!(
-            "volume attribute prefix: {text:.100?} {what}; it is a name such as run-7 or team/run-7"
+            "volume attribute prefix: {text:?} {what}; it is a name such as run-7 or team/run-7"
         )))
     };
     if text.is_empty() {

@@ -2,7 +2,7 @@
 
 use tonic::{Code, Status};
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, shortened};
 
 /// A status that is not OK.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub type Outcome<T> = Result<T, Failure>;
 impl Failure {
     /// With this code and message.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Failure { code, message: message.into() }
+        Failure { code, message: shortened(message.into()) }
     }
 
     /// A request that will never work.

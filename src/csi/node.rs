@@ -163,7 +163,7 @@ fn capability(capability: Option<&VolumeCapability>) -> Outcome<(bool, Option<u3
         None => return Err(Failure::invalid("volume_capability has no access_type")),
     };
     if !["", "fuse.vineyard-fs", "vineyard-fs"].contains(&fs_type.as_str()) {
-        return Err(Failure::invalid(format!("fsType {fs_type:.100?} is not what this driver mounts: leave it out")));
+        return Err(Failure::invalid(format!("fsType {fs_type:?} is not what this driver mounts: leave it out")));
     }
     let mut read_only = false;
     for flag in mount_flags {
@@ -171,7 +171,7 @@ fn capability(capability: Option<&VolumeCapability>) -> Outcome<(bool, Option<u3
             "ro" => read_only = true,
             "rw" => {}
             _ => {
-                return Err(Failure::invalid(format!("mount option {flag:.100?} is not known; there are ro and rw")));
+                return Err(Failure::invalid(format!("mount option {flag:?} is not known; there are ro and rw")));
             }
         }
     }
@@ -183,9 +183,9 @@ fn capability(capability: Option<&VolumeCapability>) -> Outcome<(bool, Option<u3
     }
     let group = match volume_mount_group.as_str() {
         "" => None,
-        text => Some(
-            text.parse().map_err(|_| Failure::invalid(format!("volume_mount_group {text:.100?} is not a number")))?,
-        ),
+        text => {
+            Some(text.parse().map_err(|_| Failure::invalid(format!("volume_mount_group {text:?} is not a number")))?)
+        }
     };
     Ok((read_only, group))
 }

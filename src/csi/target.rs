@@ -33,11 +33,11 @@ pub fn check(target: &str, below: &Path) -> Outcome<PathBuf> {
         return Err(Failure::invalid("target_path is missing"));
     }
     if !path.is_absolute() || !plain || target.contains('\0') || path.file_name().is_none() {
-        return Err(Failure::invalid(format!("target_path {target:.300?} is not an absolute path of a directory")));
+        return Err(Failure::invalid(format!("target_path {target:?} is not an absolute path of a directory")));
     }
     if !path.starts_with(below) {
         let message = format!(
-            "target_path {target:.300?} is not below {}: is --kubelet-dir (kubeletDir of the chart) the kubelet's \
+            "target_path {target:?} is not below {}: is --kubelet-dir (kubeletDir of the chart) the kubelet's \
              --root-dir?",
             below.display()
         );

@@ -341,7 +341,7 @@ pub fn global_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Table> {
             Some(all) if all.schema.fields() == part.schema.fields() => all.batches.extend(part.batches),
             Some(all) => {
                 let (a, b) = (all.schema.fields(), part.schema.fields());
-                return Err(meta.error(format!("has parts of schemas {a:.200?} and {b:.200?}")));
+                return Err(meta.error(format!("has parts of schemas {a:?} and {b:?}")));
             }
         }
     }

@@ -108,7 +108,7 @@ impl FileSystem {
             return Err(Error::stale(format!("{:?} has another value now", view.name)));
         }
         if let Some(reason) = &view.summary.broken {
-            tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {}", reason.escape_debug());
+            tracing::warn!(name = ?view.name, object = %view.object, "cannot be opened: {reason}");
             return Err(Error::malformed(reason.to_string()));
         }
         let (mode, bytes_read) = self.join_or_choose_mode(inode, view)?;

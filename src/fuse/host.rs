@@ -190,7 +190,7 @@ impl KeeperLink {
 }
 
 fn unexpected(reply: &Reply) -> Error {
-    Error::new(Kind::Internal, format!("the keeper answered {reply:.60?}"))
+    Error::new(Kind::Internal, format!("the keeper answered {reply:?}"))
 }
 
 /// [`Host`] by a keeper process.

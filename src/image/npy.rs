@@ -60,7 +60,7 @@ fn data_len(tensor: &Tensor) -> Result<u64> {
 /// `Unsupported` for element types that the format does not have, `Malformed` if the shape does not fit the buffer.
 pub fn image(tensor: &Tensor) -> Result<Image> {
     if !supports(tensor) {
-        return Err(Error::new(Kind::Unsupported, format!("elements of type {:.80?} in a .npy file", tensor.descr)));
+        return Err(Error::new(Kind::Unsupported, format!("elements of type {:?} in a .npy file", tensor.descr)));
     }
     let len = data_len(tensor)?;
     let mut file = Builder::new();

@@ -378,7 +378,7 @@ impl Store for Client {
         let mut cluster = BTreeMap::new();
         for (key, entry) in reply.meta {
             let Some(number) = key.strip_prefix('i').and_then(|digits| digits.parse().ok()) else {
-                return Err(Error::malformed(format!("vineyardd lists an instance {key:.40?}")));
+                return Err(Error::malformed(format!("vineyardd lists an instance {key:?}")));
             };
             let super::request::ClusterEntry { hostname, rpc_endpoint, ipc_socket, member_id } = entry;
             let shared = member_id.is_some();
@@ -515,7 +515,7 @@ impl Store for Client {
     fn put_name(&self, name: &str, id: ObjectId) -> Result<()> {
         self.call::<Empty>(Repeat::Safe, &Request::PutName { object_id: id.0, name }, "put_name_reply")
             .map(|_| ())
-            .context(|| format!("giving {id} the name {name:.80?}"))
+            .context(|| format!("giving {id} the name {name:?}"))
     }
 
     fn drop_name(&self, name: &str) -> Result<()> {

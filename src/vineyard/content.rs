@@ -49,9 +49,7 @@ pub fn complete_in_place(content: &mut Map<String, Value>, instance: InstanceId)
         Some("") => return Err(refuse("has an empty \"typename\"")),
         // A link to a member is stored as "ID.TYPE@INSTANCE", the type cut at its first `<`.
         Some(name) if name.split('<').next().is_some_and(|base| base.contains(['.', '@'])) => {
-            return Err(refuse(format!(
-                "has a type {name:.80?} with a '.' or '@': no object could have it as a member"
-            )));
+            return Err(refuse(format!("has a type {name:?} with a '.' or '@': no object could have it as a member")));
         }
         Some(_) => {}
         None => return Err(refuse("has no \"typename\"")),
@@ -69,7 +67,7 @@ pub fn complete_in_place(content: &mut Map<String, Value>, instance: InstanceId)
         if let Value::Object(member) = value {
             complete_member(key, member, instance)?;
         } else if depth(value) > MAX_DEPTH {
-            return Err(refuse(format!("nests too deep at {key:.80?}")));
+            return Err(refuse(format!("nests too deep at {key:?}")));
         }
     }
     Ok(())
@@ -81,7 +79,7 @@ pub fn complete_in_place(content: &mut Map<String, Value>, instance: InstanceId)
 /// `Invalid`.
 pub fn check_key(key: &str) -> Result<()> {
     match key.contains(['/', '~']) {
-        true => Err(refuse(format!("has a key {key:.80?} with a '/' or '~'"))),
+        true => Err(refuse(format!("has a key {key:?} with a '/' or '~'"))),
         false => Ok(()),
     }
 }
@@ -89,11 +87,11 @@ pub fn check_key(key: &str) -> Result<()> {
 fn complete_member(key: &str, member: &mut Map<String, Value>, instance: InstanceId) -> Result<()> {
     let id = member.get("id").and_then(Value::as_str).and_then(|text| text.parse::<ObjectId>().ok());
     let Some(id) = id.filter(|&id| id != ObjectId::INVALID) else {
-        return Err(refuse(format!("has an object at {key:.80?} without a valid \"id\"; an object value is a member")));
+        return Err(refuse(format!("has an object at {key:?} without a valid \"id\"; an object value is a member")));
     };
     if id.is_blob() {
         if member.get("typename").and_then(Value::as_str) != Some(BLOB_TYPE) {
-            return Err(refuse(format!("has a blob at {key:.80?} without the typename {BLOB_TYPE:?}")));
+            return Err(refuse(format!("has a blob at {key:?} without the typename {BLOB_TYPE:?}")));
         }
         member.entry("instance_id").or_insert_with(|| json!(instance.0));
     }
@@ -107,7 +105,7 @@ fn complete_member(key: &str, member: &mut Map<String, Value>, instance: Instanc
 pub fn check_extra(extra: &Map<String, Value>) -> Result<()> {
     for (key, value) in extra {
         if value.is_object() || value.is_array() || key.contains(['/', '~']) {
-            return Err(refuse(format!("has a key {key:.80?} that a copy can't have")));
+            return Err(refuse(format!("has a key {key:?} that a copy can't have")));
         }
         if matches!(key.as_str(), "id" | "signature" | "instance_id" | "typename") {
             return Err(refuse(format!("has another {key:?} than the original")));

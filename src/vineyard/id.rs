@@ -70,7 +70,7 @@ impl FromStr for ObjectId {
             .filter(|hex| hex.len() == 16 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
             .and_then(|hex| u64::from_str_radix(hex, 16).ok())
             .map(ObjectId)
-            .ok_or_else(|| Error::malformed(format!("{text:.40?} is not an object id (o and 16 hexadecimal digits)")))
+            .ok_or_else(|| Error::malformed(format!("{text:?} is not an object id (o and 16 hexadecimal digits)")))
     }
 }
 

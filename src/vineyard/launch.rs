@@ -336,7 +336,7 @@ fn log_end(log: &Path) -> String {
 /// # Errors
 /// `Invalid`.
 pub fn parse_size(text: &str) -> Result<u64> {
-    let refuse = || Error::new(Kind::Invalid, format!("{text:.40?} is no size; sizes look like 4Gi, 512Mi or 2G"));
+    let refuse = || Error::new(Kind::Invalid, format!("{text:?} is no size; sizes look like 4Gi, 512Mi or 2G"));
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

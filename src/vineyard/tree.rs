@@ -92,7 +92,7 @@ impl Tree {
             for (key, member) in &object.members {
                 content::check_key(key)?;
                 if *member >= index || object.content.contains_key(key) {
-                    return Err(Error::new(Kind::Internal, format!("the member {key:.80?} is not before its object")));
+                    return Err(Error::new(Kind::Internal, format!("the member {key:?} is not before its object")));
                 }
             }
             // A member's own are chosen here.

@@ -147,7 +147,7 @@ pub fn parse<T: DeserializeOwned>(frame: &[u8], kind: &str) -> Result<Result<T, 
     }
     match envelope.kind.as_deref() {
         Some(found) if found == kind => serde_json::from_slice(frame).map(Ok).map_err(malformed),
-        Some(other) => Err(Error::malformed(format!("vineyardd answered {other:.40?} where {kind} is due"))),
+        Some(other) => Err(Error::malformed(format!("vineyardd answered {other:?} where {kind} is due"))),
         None => Err(Error::malformed(format!("vineyardd's {kind} has no type"))),
     }
 }

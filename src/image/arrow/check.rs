@@ -18,10 +18,7 @@ const MAX_FIELDS: usize = 1 << 21;
 pub fn schema(schema: &Schema) -> Result<()> {
     let mut totals = Totals::default();
     totals.text(schema.metadata().iter().map(|(key, value)| key.len() + value.len()).sum())?;
-    schema
-        .fields()
-        .iter()
-        .try_for_each(|field| totals.field(field, 0).context(|| format!("column {:.200?}", field.name())))
+    schema.fields().iter().try_for_each(|field| totals.field(field, 0).context(|| format!("column {:?}", field.name())))
 }
 
 #[derive(Default)]
@@ -113,7 +110,7 @@ pub fn batch(schema: &Schema, batch: &Batch) -> Result<()> {
         } else {
             typed(column, field.data_type())
         };
-        fits.context(|| format!("column {:.200?}", field.name()))?;
+        fits.context(|| format!("column {:?}", field.name()))?;
     }
     Ok(())
 }

@@ -205,7 +205,7 @@ impl<'a> Writer<'a> {
         let chunks = || self.chunks(column, &self.groups[group]);
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(chunks))
             .unwrap_or_else(|_| Err(Error::new(Kind::Internal, "encoding it as Parquet panicked")))
-            .context(|| format!("column {:.200?}", field.name()))
+            .context(|| format!("column {:?}", field.name()))
     }
 
     fn chunks(&self, column: usize, group: &Group) -> Result<Vec<Chunk>> {

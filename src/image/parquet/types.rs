@@ -16,7 +16,7 @@ pub fn convert(schema: &Schema) -> Result<(Arc<Schema>, SchemaDescPtr)> {
     super::super::arrow::check_schema(schema)?;
     let mut fields = Vec::with_capacity(schema.fields().len());
     for field in schema.fields() {
-        let context = || format!("column {:.200?}", field.name());
+        let context = || format!("column {:?}", field.name());
         let stored = stored_field(field).context(context)?;
         // Column by column, so that an error names the column.
         descriptor(&Schema::new(vec![stored.clone()])).context(context)?;

@@ -57,7 +57,7 @@ impl Client {
                             match text.parse::<ObjectId>() {
                                 Ok(id) if now.binary_search(&id.0).is_ok() => each(id, Ok(value)),
                                 _ => {
-                                    let what = format!("vineyardd sent metadata of {text:.40?} unasked");
+                                    let what = format!("vineyardd sent metadata of {text:?} unasked");
                                     return Err(Error::malformed(what));
                                 }
                             }

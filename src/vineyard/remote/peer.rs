@@ -291,7 +291,7 @@ pub fn sizes(connection: &mut Connection, ids: &[ObjectId]) -> Answer<HashMap<Ob
         for (text, value) in reply.content.map(|content| content.0).unwrap_or_default() {
             match (text.parse(), value.length) {
                 (Ok(id), Some(length)) => drop(sizes.insert(id, length)),
-                _ => return Err(bad_reply(format!("gives no size of blob {text:.40?}"))),
+                _ => return Err(bad_reply(format!("gives no size of blob {text:?}"))),
             }
         }
         Ok(())
@@ -306,7 +306,7 @@ pub fn sizes(connection: &mut Connection, ids: &[ObjectId]) -> Answer<HashMap<Ob
 /// Addresses of `host:port`, at least one. A host that is this one is sought on the loopback too: its name need not be
 /// known here.
 fn resolve(endpoint: &str, deadline: Instant) -> Result<Vec<SocketAddr>> {
-    let unusable = || Error::new(Kind::Unreachable, format!("{endpoint:.100?} is no address: has it no TCP side?"));
+    let unusable = || Error::new(Kind::Unreachable, format!("{endpoint:?} is no address: has it no TCP side?"));
     let (host, port) = endpoint.rsplit_once(':').ok_or_else(unusable)?;
     let port: u16 = port.parse().ok().filter(|port| *port != 0).ok_or_else(unusable)?;
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
@@ -327,7 +327,7 @@ fn resolve(endpoint: &str, deadline: Instant) -> Result<Vec<SocketAddr>> {
         addresses.push(loopback);
     }
     match failure.filter(|_| addresses.is_empty()) {
-        Some(failure) => Err(Error::new(Kind::Unreachable, format!("resolving host {host:.100?}: {failure}"))),
+        Some(failure) => Err(Error::new(Kind::Unreachable, format!("resolving host {host:?}: {failure}"))),
         None => Ok(addresses),
     }
 }
