@@ -33,6 +33,7 @@ mod room;
 mod saves;
 mod spare;
 pub mod staging;
+mod summaries;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
@@ -343,7 +344,7 @@ impl FileSystem {
 
     /// Keeps a warning for `status` and logs it.
     fn warn(&self, message: String) {
-        tracing::warn!("{}", message.escape_debug());
+        tracing::warn!("{}", crate::error::one_line(&message));
         let mut warnings = self.warnings.lock().unwrap_or_else(|e| e.into_inner());
         if warnings.len() == WARNINGS_KEPT {
             warnings.remove(0);

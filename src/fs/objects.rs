@@ -1,14 +1,15 @@
-//! What is known of objects: a small summary of each that was ever listed, and whole objects while they are in use.
+//! What is known of objects: a small summary of each that was listed, and whole objects while they are in use.
 //!
 //! An object never changes, so nothing here goes out of date; it only becomes useless when the object is deleted, and
 //! everything is dropped when vineyardd restarts ([`Objects::clear`]).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::copies::{Copy, copies_of};
 use super::deferred::{self, Deferred};
+use super::summaries::Summaries;
 use crate::dataset::publish::Outcome;
 use crate::dataset::recipe::{Recipe, Written, recipe_of, written_as};
 use crate::dataset::{self, Dataset, FileAttributes};
@@ -55,7 +56,7 @@ impl Summary {
         self.sizes.iter().find(|(v, _)| *v == view).map(|(_, size)| *size)
     }
 
-    fn broken(id: ObjectId, meta: Option<&Meta>, error: &Error) -> Summary {
+    pub(super) fn broken(id: ObjectId, meta: Option<&Meta>, error: &Error) -> Summary {
         Summary {
             id,
             instance: meta.map_or(InstanceId::UNSPECIFIED, Meta::instance),
@@ -160,7 +161,7 @@ impl Loaded {
 
 #[derive(Default)]
 struct Known {
-    summaries: HashMap<ObjectId, Arc<Summary>>,
+    summaries: Summaries,
     loaded: HashMap<ObjectId, (Arc<Loaded>, u64)>,
     /// What this mount has saved, of objects that were not looked at again yet.
     saved: HashMap<ObjectId, Outcome>,
@@ -193,7 +194,7 @@ impl Objects {
     /// Drops what is known of a deleted object.
     pub fn forget(&self, id: ObjectId) {
         let mut known = self.known();
-        known.summaries.remove(&id);
+        known.summaries.remove(id);
         known.loaded.remove(&id);
         known.saved.remove(&id);
     }
@@ -226,7 +227,7 @@ impl Objects {
 
     /// The summary of an object, if it was made before.
     pub fn known_summary(&self, id: ObjectId) -> Option<Arc<Summary>> {
-        self.known().summaries.get(&id).cloned()
+        self.known().summaries.get(id).cloned()
     }
 
     /// The summary of one object; `None` if the object does not exist.
@@ -249,8 +250,8 @@ impl Objects {
         deadline: Option<std::time::Instant>,
     ) -> Result<Vec<ObjectId>> {
         let unknown: Vec<ObjectId> = {
-            let known = self.known();
-            let mut unknown: Vec<_> = ids.iter().copied().filter(|id| !known.summaries.contains_key(id)).collect();
+            let mut known = self.known();
+            let mut unknown: Vec<_> = ids.iter().copied().filter(|id| known.summaries.get(*id).is_none()).collect();
             unknown.sort_unstable();
             unknown.dedup();
             unknown
@@ -316,11 +317,19 @@ impl Objects {
         let missing = ids.iter().copied().filter(|id| !metas.contains_key(id) && !summaries.contains_key(id)).collect();
         for summary in summaries.values() {
             if let Some(reason) = &summary.broken {
-                tracing::warn!(object = %summary.id, "cannot be shown: {}", reason.escape_debug());
+                tracing::warn!(object = %summary.id, "cannot be shown: {reason}");
             }
         }
-        self.known().summaries.extend(summaries.into_iter().map(|(id, s)| (id, Arc::new(s))));
+        self.known().summaries.extend(summaries);
         Ok((missing, absent))
+    }
+
+    /// Which of these objects have a copy on an instance that answers.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn copied(&self, store: &dyn Store, ids: &[ObjectId]) -> Result<HashSet<ObjectId>> {
+        Ok(summaries_of_copies(store, ids, self.tables)?.into_iter().map(|(id, _)| id).collect())
     }
 
     /// The whole object.
@@ -369,10 +378,9 @@ impl Objects {
     /// Remembers the size of a view that had to be encoded to be known.
     pub fn learn_size(&self, id: ObjectId, view: View, size: u64) {
         let mut known = self.known();
-        if let Some(summary) = known.summaries.get_mut(&id)
-            && summary.view(view) == Some(None)
+        if known.summaries.get(id).is_some_and(|summary| summary.view(view) == Some(None))
+            && let Some(summary) = known.summaries.get_mut(id)
         {
-            let summary = Arc::make_mut(summary);
             summary.sizes.iter_mut().filter(|(v, _)| *v == view).for_each(|(_, s)| *s = Some(size));
         }
     }
