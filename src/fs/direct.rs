@@ -23,10 +23,12 @@ use crate::dataset::recipe::Written;
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::{Image, View};
 use crate::vineyard::store::NameQuery;
-use crate::vineyard::{ObjectId, Store};
+use crate::vineyard::{InstanceId, ObjectId, Store};
 
 /// Names whose likeness to a wrong one is below this (Jaro-Winkler, 0 to 1) are not proposed.
 const ALIKE: f64 = 0.85;
+/// Beginning of the types of objects that have parts on several instances.
+const GLOBAL: &str = "vineyard::Global";
 /// Most names that are proposed.
 const PROPOSALS: usize = 3;
 
@@ -162,10 +164,31 @@ impl FileSystem {
             let view = summary.as_ref().map_or(View::Raw, |summary| summary.listed);
             out.push(Named { name, path, object, view, summary, life: None });
         }
+        self.drop_dead(&mut out)?;
         let lost: Vec<ObjectId> = out.iter().filter(|n| n.summary.is_none()).map(|named| named.object).collect();
         let lives = self.lives(&lost)?;
         out.iter_mut().filter(|named| named.summary.is_none()).for_each(|n| n.life = lives.get(&n.object).copied());
         Ok(out)
+    }
+
+    /// Metadata outlives the instance that holds the data: takes the summaries of objects whose instance is gone, unless
+    /// a copy goes on. Parts of global objects may live elsewhere.
+    fn drop_dead(&self, datasets: &mut [Named]) -> Result<()> {
+        let here = self.store.instance()?.id;
+        let instance = |named: &Named| {
+            let summary = named.summary.as_ref().filter(|summary| !summary.typename.starts_with(GLOBAL))?;
+            Some(summary.instance).filter(|instance| *instance != here && *instance != InstanceId::UNSPECIFIED)
+        };
+        if !datasets.iter().any(|named| instance(named).is_some()) {
+            return Ok(());
+        }
+        let cluster = self.store.cluster()?;
+        let is_dead = |named: &Named| instance(named).is_some_and(|instance| !cluster.contains_key(&instance));
+        let dead: Vec<ObjectId> = datasets.iter().filter(|named| is_dead(named)).map(|named| named.object).collect();
+        let copied = self.objects.copied(&*self.store, &dead)?;
+        let lost = datasets.iter_mut().filter(|named| is_dead(named) && !copied.contains(&named.object));
+        lost.for_each(|named| named.summary = None);
+        Ok(())
     }
 
     /// What a name, or a path below the root of a mount, leads to.

@@ -223,6 +223,19 @@ def test_an_instance_that_ended_leaves_names_that_gc_finds(cluster):
     assert len(pd.read_feather(there / "theirs.arrow")) == 10
 
 
+def test_files_that_died_with_their_instance_are_not_listed_as_fine(cluster):
+    there = cluster.mount(0)
+    for name in ["lost.txt", "kept.txt"]:
+        (there / name).write_bytes(b"what a file holds" * 1000)
+    cli("pin", "kept.txt", "--socket", cluster[1].socket)
+    cluster[1].put("mine", numbers(1000, 2))
+    expected = {"lost.txt": "dangling", "kept.txt": "ok", "mine": "ok"}
+    assert {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == dict.fromkeys(expected, "ok")
+    cluster[0].kill()
+    until(lambda: {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == expected, 90)
+    assert (cluster.mount(1) / "kept.txt").read_bytes() == b"what a file holds" * 1000
+
+
 def test_a_server_that_is_killed_in_a_save_leaves_nothing(store, make_mount):
     import random
     import signal
