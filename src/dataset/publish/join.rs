@@ -20,6 +20,7 @@ pub(super) fn part_bytes<'a>(part: &Part, staged: &'a [u8]) -> Result<Cow<'a, [u
         ),
         Part::Owned(buffer) => Cow::Owned(buffer.to_vec()),
         Part::Zeros(n) => Cow::Owned(vec![0; *n as usize]),
+        Part::Ones(n) => Cow::Owned(vec![0xff; *n as usize]),
         Part::Inflated(inflated) => Cow::Owned(inflated.to_vec(staged)?),
         Part::Shifted { .. } | Part::Unpacked { .. } | Part::Transposed(_) => {
             return Err(Error::new(Kind::Internal, "a part that was made for a blob is read"));

@@ -22,16 +22,17 @@ pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
         field("offset_", 0),
         field("nbytes", column.size()),
     ];
+    if !matches!(column.data_type, Null) && is_vineyards(&column.data_type) {
+        fields.push(("null_bitmap_".into(), validity(draft, column)));
+    }
     let mut blob = |draft: &mut Draft, key: &str, parts| fields.push((key.into(), draft.blob(parts)));
     Ok(match &column.data_type {
         Null => draft.object("vineyard::NullArray", vec![field("length_", column.len), field("nbytes", 0)]),
         Boolean => {
-            blob(draft, "null_bitmap_", column.buffer(0));
             blob(draft, "buffer_", column.buffer(1));
             draft.object("vineyard::BooleanArray", fields)
         }
         Utf8 | LargeUtf8 | Binary | LargeBinary => {
-            blob(draft, "null_bitmap_", column.buffer(0));
             blob(draft, "buffer_offsets_", widened(column)?);
             blob(draft, "buffer_data_", column.buffer(2));
             let text = matches!(column.data_type, Utf8 | LargeUtf8);
@@ -39,13 +40,11 @@ pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
             draft.object(format!("vineyard::BaseBinaryArray<arrow::{class}>"), fields)
         }
         FixedSizeBinary(n) if *n > 0 => {
-            blob(draft, "null_bitmap_", column.buffer(0));
             blob(draft, "buffer_", column.buffer(1));
             fields.push(field("byte_width_", *n));
             draft.object("vineyard::FixedSizeBinaryArray", fields)
         }
         List(_) | LargeList(_) => {
-            blob(draft, "null_bitmap_", column.buffer(0));
             blob(draft, "buffer_offsets_", widened(column)?);
             let child = column.children.first().ok_or_else(no_child)?;
             let values = array(draft, child)?;
@@ -54,13 +53,20 @@ pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
         }
         other => match numeric(other) {
             Some(name) => {
-                blob(draft, "null_bitmap_", column.buffer(0));
                 blob(draft, "buffer_", column.buffer(1));
                 draft.object(format!("vineyard::NumericArray<{name}>"), fields)
             }
             None => return generic(draft, column),
         },
     })
+}
+
+/// The validity bitmap of a type that has one.
+fn validity(draft: &mut Draft, column: &Column) -> Field {
+    match draft.blob(column.buffer(0)) {
+        Field::Empty => draft.all_valid(column.len),
+        bitmap => bitmap,
+    }
 }
 
 fn no_child() -> Error {
@@ -76,8 +82,9 @@ fn generic(draft: &mut Draft, column: &Column) -> Result<Field> {
         field("type_", column.data_type.to_string()),
         field("__buffers_-size", column.buffers.len()),
     ];
+    let has_validity = !matches!(column.data_type, DataType::Null | DataType::Union(..) | DataType::RunEndEncoded(..));
     for (i, parts) in column.buffers.iter().enumerate() {
-        let blob = draft.blob(parts.clone());
+        let blob = if i == 0 && has_validity { validity(draft, column) } else { draft.blob(parts.clone()) };
         fields.push((format!("__buffers_-{i}"), blob));
     }
     fields.push(field("__children_-size", column.children.len()));
@@ -109,7 +116,7 @@ fn widened(column: &Column) -> Result<Vec<Part>> {
                 let values = buffer.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 Ok(Part::owned(values.flat_map(|v| i64::from(v).to_le_bytes()).collect()))
             }
-            Part::Inflated(_) | Part::Shifted { .. } | Part::Unpacked { .. } | Part::Transposed(_) => {
+            Part::Ones(_) | Part::Inflated(_) | Part::Shifted { .. } | Part::Unpacked { .. } | Part::Transposed(_) => {
                 Err(Error::new(Kind::Internal, "offsets that were not looked at"))
             }
         })

@@ -17,6 +17,9 @@ use crate::dataset::recipe::{KEPT, RECIPE, Written, given_up};
 use crate::error::{Error, Kind, Result};
 use crate::vineyard::ObjectId;
 
+/// Most objects that get the same bitmap.
+const MOST_OWNERS: usize = 64;
+
 /// Consecutive bytes of a blob, and how to get them.
 #[derive(Clone, Debug)]
 pub enum Part {
@@ -26,6 +29,8 @@ pub enum Part {
     Owned(Buffer),
     /// So many zeros.
     Zeros(u64),
+    /// So many bytes of which every bit is set.
+    Ones(u64),
     /// A window of a buffer that the staged file holds compressed.
     Inflated(Inflated),
     /// Offsets of the staged file as 64-bit ones, each plus `shift`.
@@ -57,7 +62,7 @@ impl Part {
         match self {
             Part::Staged(range) => range.end - range.start,
             Part::Owned(buffer) => buffer.len() as u64,
-            Part::Zeros(n) => *n,
+            Part::Zeros(n) | Part::Ones(n) => *n,
             Part::Inflated(inflated) => inflated.len(),
             Part::Shifted { at, width, .. } => (at.end - at.start) / width.max(&1) * 8,
             Part::Unpacked { bits, .. } => *bits,
@@ -92,6 +97,7 @@ impl Part {
                 Part::Owned(buffer.slice_with_length(range.start as usize, (range.end - range.start) as usize))
             }
             Part::Zeros(_) => Part::Zeros(range.end - range.start),
+            Part::Ones(_) => Part::Ones(range.end - range.start),
             Part::Inflated(inflated) => Part::Inflated(inflated.window(range)),
             whole if range == (0..whole.len()) => whole.clone(),
             _ => return Err(Error::new(Kind::Internal, "cut of a part that is made as a whole")),
@@ -208,6 +214,8 @@ pub(super) struct Draft {
     pub(super) objects: Vec<PlannedObject>,
     /// Blobs that are one range of the staged file, so that buffers that share bytes share the blob.
     ranges: HashMap<(u64, u64), usize>,
+    /// Blobs of set bits by the number of bytes, and how many objects have each.
+    all_valid: HashMap<u64, (usize, usize)>,
     /// Objects of dictionaries that several columns share. The column is kept: its address is the key.
     dictionaries: HashMap<usize, (Arc<Column>, Field)>,
 }
@@ -232,6 +240,29 @@ impl Draft {
             self.ranges.insert(key, index);
         }
         Field::Blob(index)
+    }
+
+    /// The validity bitmap of `len` elements of which none is null.
+    ///
+    /// vineyard's own clients take the one empty blob of the store for it. For each member of a new object vineyardd walks
+    /// all the owners that the member has (`IMetaService::IncRef`, `src/server/services/meta_service.cc` of v6d 0.24):
+    /// with 16,000 such columns in the store, saving a table of 81 took a quarter of a second, and deleting it as long.
+    pub(super) fn all_valid(&mut self, len: u64) -> Field {
+        let size = len.div_ceil(8);
+        if size == 0 {
+            return Field::Empty;
+        }
+        let blobs = &mut self.blobs;
+        let new = |blobs: &mut Vec<PlannedBlob>| {
+            blobs.push(PlannedBlob { parts: vec![Part::Ones(size)] });
+            (blobs.len() - 1, 0)
+        };
+        let (index, owners) = self.all_valid.entry(size).or_insert_with(|| new(blobs));
+        if *owners == MOST_OWNERS {
+            (*index, *owners) = new(blobs);
+        }
+        *owners += 1;
+        Field::Blob(*index)
     }
 
     /// Adds an object.

@@ -342,11 +342,11 @@ fn write(job: &Job<'_>, blob: &NewBlob, staged: &[u8]) -> Result<()> {
         Part::Staged(at) => put(0, cut(&(at.start + job.from..at.start + job.to))?),
         Part::Owned(buffer) => put(0, buffer.get(job.from as usize..job.to as usize).ok_or_else(outside)?),
         Part::Inflated(inflated) => inflated.stream(staged, put),
-        Part::Zeros(_) => pieces(
+        Part::Zeros(_) | Part::Ones(_) => pieces(
             job,
             1,
             |_, out| {
-                out.fill(0);
+                out.fill(if matches!(job.part, Part::Ones(_)) { 0xff } else { 0 });
                 Ok(())
             },
             put,
