@@ -21,6 +21,7 @@ pub mod host;
 pub mod inode;
 mod moves;
 pub mod name;
+mod nameless;
 pub mod objects;
 mod open;
 mod options;
@@ -219,6 +220,7 @@ pub struct FileSystem {
     naming: Mutex<()>,
     /// Questions until it is looked again whether the store has few names.
     many_names: AtomicU32,
+    nameless: nameless::Nameless,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
     wishes: copies::Wishes,
     generation: AtomicU64,
@@ -274,6 +276,7 @@ impl FileSystem {
             doomed: Mutex::default(),
             naming: Mutex::default(),
             many_names: AtomicU32::default(),
+            nameless: nameless::Nameless::default(),
             store_status: Mutex::default(),
             wishes: copies::Wishes::default(),
             generation: AtomicU64::new(u64::MAX),

@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::inode::{Inode, Node, ViewNode};
@@ -25,10 +24,6 @@ use crate::vineyard::store::{NameQuery, NamedObject};
 const ATTEMPTS: usize = 3;
 /// For how long it does so, where each attempt is short.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Names that are asked for at once; about 0.1 ms of vineyardd's time.
-const FEW_NAMES: u64 = 256;
-/// How many questions later it is looked again whether there are few names.
-const MANY_NAMES_FOR: u32 = 64;
 
 /// What becomes of a file that begins like its format and does not end like it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -315,48 +310,6 @@ impl FileSystem {
             }
         }
         Ok(())
-    }
-
-    /// Deletes an object unless another name points to it.
-    pub(super) fn delete_unnamed(&self, object: ObjectId) {
-        self.delete_without(object, &[]);
-    }
-
-    /// As [`FileSystem::delete_unnamed`]; that these names do not lead to it any more is known.
-    fn delete_without(&self, object: ObjectId, names: &[&str]) {
-        // Several names of one object are rare and are made by other clients: only then is its `__name` another one.
-        match self.other_names_of(object, names) {
-            Ok(false) => self.delete_object(object),
-            Ok(true) => {}
-            Err(error) => self.warn(format!("object {object} may be left over: {error}")),
-        }
-    }
-
-    fn other_names_of(&self, object: ObjectId, names: &[&str]) -> Result<bool> {
-        if let Some(all) = self.all_names_if_few()? {
-            return Ok(all.iter().any(|(name, id)| *id == object && !names.contains(&name.as_str())));
-        }
-        let Some(last) = self.store.last_name(object)? else { return Ok(false) };
-        Ok(!names.contains(&last.as_str()) && self.object_of(&last)? == Some(object))
-    }
-
-    /// All names, if they are so few that asking for them takes less time than asking for the metadata of an object.
-    fn all_names_if_few(&self) -> Result<Option<Vec<NamedObject>>> {
-        // In a cluster each question about names is one to etcd.
-        if self.is_shared()? {
-            return Ok(None);
-        }
-        let skip = |left: u32| left.checked_sub(1);
-        if self.many_names.fetch_update(Ordering::Relaxed, Ordering::Relaxed, skip).is_ok() {
-            return Ok(None);
-        }
-        let all = NameQuery::Prefix { prefix: String::new(), limit: Some(FEW_NAMES) };
-        let names: Vec<NamedObject> = self.store.names(&[all])?.into_iter().flatten().collect();
-        if names.len() as u64 >= FEW_NAMES {
-            self.many_names.store(MANY_NAMES_FOR, Ordering::Relaxed);
-            return Ok(None);
-        }
-        Ok(Some(names))
     }
 
     /// Stores changed attributes of a published file that nobody writes to.

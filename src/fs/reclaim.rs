@@ -63,7 +63,8 @@ impl FileSystem {
         let suspects = journal.kept();
         // Deletions that wait for readers of this server are no remains.
         let waiting = self.doomed.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        let suspects: Vec<ObjectId> = suspects.into_iter().filter(|id| !waiting.contains(id)).collect();
+        let is_remains = |id: &ObjectId| !waiting.contains(id) && !self.nameless.contains(*id);
+        let suspects: Vec<ObjectId> = suspects.into_iter().filter(is_remains).collect();
         if suspects.is_empty() {
             return Ok(0);
         }

@@ -19,6 +19,9 @@ impl FileSystem {
     pub(super) fn realize(&self, plan: &Plan, input: &Staged<'_>) -> Result<Published> {
         let mut result = publish::realize(&*self.store, plan, input);
         let is_full = |result: &Result<Published>| result.as_ref().is_err_and(|error| error.kind() == Kind::Full);
+        if is_full(&result) && self.delete_nameless()? > 0 {
+            result = publish::realize(&*self.store, plan, input);
+        }
         if is_full(&result) && self.give_up_kept(plan.size())? > 0 {
             result = publish::realize(&*self.store, plan, input);
         }

@@ -495,16 +495,29 @@ impl FileSystem {
         }
     }
 
+    /// As [`FileSystem::delete_object`], for one that is noted as one that is to go.
+    pub(super) fn delete_suspect(&self, object: ObjectId) {
+        if self.delete_or_note(object) {
+            self.forget_suspects(&[object]);
+        }
+    }
+
     /// Deletes an object that nothing names any more, as soon as no open handle reads its blobs.
     pub(super) fn delete_object(&self, object: ObjectId) {
+        let _noted_if_not = self.delete_or_note(object);
+    }
+
+    /// False if the object is still there, and is noted as one that is to go.
+    fn delete_or_note(&self, object: ObjectId) -> bool {
         // The last reader looks for what it is to delete after it has given up its place: no other order misses nothing.
         let opens = self.lazy_opens();
         if opens.contains_key(&object) {
             self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
             self.suspect_for_long(object);
+            false
         } else {
             drop(opens);
-            let _noted_if_not = self.delete_now(object);
+            self.delete_now(object)
         }
     }
 

@@ -139,6 +139,8 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     thread("housekeeping", move || keep_house(&fs))?;
     let fs = shared.fs.clone();
+    thread("deletions", move || fs.attend_nameless())?;
+    let fs = shared.fs.clone();
     thread("spare memory", move || {
         loop {
             std::thread::sleep(SPARE);
@@ -149,6 +151,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
         let fs = shared.fs.clone();
         thread("copies", move || fs.copy_wishes())?;
     }
+    let fs = shared.fs.clone();
     let reporter = Arc::new(Reporter {
         shared,
         restarts: hello.restarts,
@@ -171,7 +174,11 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
         refuse_unanswered(&fuse, &unanswered);
     }
     drop(fuse);
-    session.run().context(|| "the connection to the kernel".into())
+    session.run().context(|| "the connection to the kernel".into())?;
+    if let Err(error) = fs.delete_nameless() {
+        tracing::warn!("objects without a name are left over: {error}");
+    }
+    Ok(())
 }
 
 /// Removes what a former server, or a request that failed, left over in the store, and what readers did not come for.

@@ -29,6 +29,7 @@ use super::request::{
 };
 use super::store::{
     BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, NewObject, Store, StoreStatus,
+    check_name,
 };
 use super::wire::{Broken, Refusal, bad_reply};
 use crate::error::{Context, Error, Kind, Result};
@@ -513,6 +514,7 @@ impl Store for Client {
     }
 
     fn put_name(&self, name: &str, id: ObjectId) -> Result<()> {
+        check_name(name)?;
         self.call::<Empty>(Repeat::Safe, &Request::PutName { object_id: id.0, name }, "put_name_reply")
             .map(|_| ())
             .context(|| format!("giving {id} the name {name:?}"))
@@ -545,10 +547,6 @@ impl Store for Client {
                 Ok(shared)
             }
         }
-    }
-
-    fn last_name(&self, id: ObjectId) -> Result<Option<String>> {
-        self.name_of(id)
     }
 
     fn unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {

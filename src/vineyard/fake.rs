@@ -19,7 +19,9 @@ use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
 use super::memory::{Blob, Segment, WritableFile};
 use super::meta::Meta;
-use super::store::{BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus};
+use super::store::{
+    BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, Store, StoreStatus, check_name,
+};
 use crate::error::{Error, Kind, Result};
 use crate::sync::{Mutex, MutexGuard};
 
@@ -397,6 +399,7 @@ impl Store for FakeStore {
     }
 
     fn put_name(&self, name: &str, id: ObjectId) -> Result<()> {
+        check_name(name)?;
         let mut state = self.enter(Op::PutName)?;
         let Some(tree) = state.objects.get_mut(&id) else {
             return Err(Error::not_found(format!("no object {id} to name {name:?}")));
@@ -404,7 +407,6 @@ impl Store for FakeStore {
         if tree.get("transient") != Some(&json!(false)) {
             return Err(Error::new(Kind::Invalid, format!("object {id} is not persisted and cannot be named")));
         }
-        tree.insert("__name".into(), json!(name.replace('~', "~0").replace('/', "~1")));
         state.names.insert(name.into(), id);
         Ok(())
     }

@@ -178,21 +178,6 @@ pub struct BlobSize {
     pub length: Option<u64>,
 }
 
-/// `get_data_reply`, of which only the last names are wanted: a tree of many columns is long.
-#[derive(Deserialize, Debug)]
-pub struct LastNameReply {
-    /// The roots of metadata trees.
-    pub content: Option<Entries<LastName>>,
-}
-
-/// The root of a metadata tree.
-#[derive(Deserialize, Debug)]
-pub struct LastName {
-    /// The name that was given to it last, escaped.
-    #[serde(rename = "__name")]
-    pub name: Option<String>,
-}
-
 /// `shallow_copy_reply`.
 #[derive(Deserialize, Debug)]
 pub struct ShallowCopyReply {

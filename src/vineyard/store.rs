@@ -213,15 +213,6 @@ pub trait Store: BlobSource {
         Ok(self.cluster()?.values().any(|info| info.shared))
     }
 
-    /// The name that was given to an object last; `None` if it does not exist or has none.
-    ///
-    /// # Errors
-    /// `Malformed` if its metadata is unusable; what the store answers.
-    fn last_name(&self, id: ObjectId) -> Result<Option<String>> {
-        let Some(meta) = self.metas(&[id], false)?.remove(&id).transpose()? else { return Ok(None) };
-        Ok(meta.get("__name").and_then(Value::as_str).map(plain_name))
-    }
-
     /// What came from other instances; `None` for a store that knows no others.
     fn remote_status(&self) -> Option<RemoteStatus> {
         None
@@ -335,7 +326,11 @@ pub trait Store: BlobSource {
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId>;
 }
 
-/// A name as it was given: in metadata names are escaped like JSON pointers (RFC 6901).
-pub(super) fn plain_name(escaped: &str) -> String {
-    escaped.replace("~1", "/").replace("~0", "~")
+/// The empty name must not be given: vineyardd keeps names as the children of one node, and then puts the object in the
+/// place of all of them (`put_name`, `src/server/server/vineyard_server.cc` of v6d 0.24).
+pub(super) fn check_name(name: &str) -> Result<()> {
+    match name.is_empty() {
+        true => Err(Error::new(Kind::Invalid, "no dataset can have the empty name: give it another one")),
+        false => Ok(()),
+    }
 }

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -229,8 +230,31 @@ fn zero_copy_stores_column_bytes_once() {
     let bytes = arrow_bytes(&[batch], Default::default());
     let size = bytes.len() as u64;
     let (_, _, plan) = round_trip(bytes, Written::Arrow);
-    // The 32-bit offsets became 64-bit ones; nothing else is there twice.
-    assert!(plan.size() < size + 400_004 + 2048, "{} of {size}", plan.size());
+    // The 32-bit offsets became 64-bit ones, and a bitmap says that nothing is null; nothing else is there twice.
+    assert!(plan.size() < size + 400_004 + 12_500 + 2048, "{} of {size}", plan.size());
+}
+
+#[test]
+fn columns_without_nulls_share_few_bitmaps_and_never_the_empty_blob() {
+    let column = |rows: usize| Arc::new(Int64Array::from_iter_values(0..rows as i64)) as ArrayRef;
+    for (rows, columns) in [(1000, 200), (9, 3), (1, 65)] {
+        let named = (0..columns).map(|i| (format!("c{i}"), column(rows)));
+        let batch = RecordBatch::try_from_iter(named).unwrap();
+        let (store, meta, plan) =
+            round_trip(arrow_bytes(std::slice::from_ref(&batch), Default::default()), Written::Arrow);
+        let bitmap = |field: &(String, Field)| (field.0 == "null_bitmap_").then(|| field.1.clone());
+        let bitmaps: Vec<Field> = plan.objects.iter().flat_map(|o| o.fields.iter().filter_map(bitmap)).collect();
+        assert_eq!(bitmaps.len(), columns);
+        let mut owners: HashMap<usize, usize> = HashMap::new();
+        for bitmap in bitmaps {
+            let Field::Blob(index) = bitmap else { panic!("{bitmap:?}") };
+            assert_eq!(plan.blobs[index].size(), rows.div_ceil(8) as u64);
+            *owners.entry(index).or_default() += 1;
+        }
+        assert_eq!(owners.len(), columns.div_ceil(64));
+        assert!(owners.values().all(|&n| n <= 64), "{owners:?}");
+        same_table(&store, &meta, &[batch]);
+    }
 }
 
 #[test]

@@ -5,8 +5,7 @@ use serde_json::Value;
 use super::{Client, Repeat};
 use crate::error::{Error, Kind, Result};
 use crate::vineyard::ObjectId;
-use crate::vineyard::request::{GetDataReply, LastNameReply, Request};
-use crate::vineyard::store::plain_name;
+use crate::vineyard::request::{GetDataReply, Request};
 
 /// Objects in the first `get_data` of many; later ones are sized by what came back.
 const FIRST_BATCH: usize = 64;
@@ -81,23 +80,5 @@ impl Client {
             }
         }
         Ok(())
-    }
-
-    /// As [`Store::last_name`](crate::vineyard::Store::last_name), without reading the rest of the metadata.
-    pub(super) fn name_of(&self, id: ObjectId) -> Result<Option<String>> {
-        let request = [Request::GetData { id: vec![id.0], sync_remote: false, wait: false }];
-        let answer = self.run(Repeat::Safe, |connection| {
-            let answers = connection.calls(&request, "get_data_reply", |_, reply: LastNameReply| Ok(reply));
-            answers.map(|answers| answers.map(|mut answers| answers.pop()))
-        })?;
-        match answer {
-            Some(Ok(reply)) => {
-                let roots = reply.content.map_or_else(Vec::new, |content| content.0);
-                Ok(roots.into_iter().find_map(|(_, root)| root.name).as_deref().map(plain_name))
-            }
-            Some(Err(refusal)) if refusal.is_absence() => Ok(None),
-            Some(Err(refusal)) => Err(refusal.into()),
-            None => Ok(None),
-        }
     }
 }
