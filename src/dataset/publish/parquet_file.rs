@@ -151,6 +151,11 @@ impl Decode {
         })
     }
 
+    /// Number of arrays that a batch of it has, nested ones included.
+    pub(super) fn arrays(&self) -> usize {
+        self.schema.flattened_fields().len()
+    }
+
     /// Number of rows.
     pub(super) fn rows(&self) -> u64 {
         self.partitions.iter().map(|(_, rows)| rows).sum()

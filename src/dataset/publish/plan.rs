@@ -201,6 +201,11 @@ impl Plan {
         Some(plan)
     }
 
+    /// How many objects are made with one request.
+    pub(super) fn objects_at_once(&self) -> usize {
+        self.objects.len().max(self.decode.as_ref().map_or(0, |decode| decode.arrays()))
+    }
+
     /// Sum of the blobs' sizes in bytes, without those that decoding will add.
     pub fn size(&self) -> u64 {
         self.blobs.iter().map(PlannedBlob::size).sum()

@@ -258,6 +258,25 @@ fn columns_without_nulls_share_few_bitmaps_and_never_the_empty_blob() {
 }
 
 #[test]
+fn more_columns_than_vineyard_makes_in_time_stay_a_file() {
+    let column = Arc::new(Int64Array::from_iter_values(0..2)) as ArrayRef;
+    for (columns, outcome) in [(8000, Outcome::Table), (9000, Outcome::File)] {
+        let batch = RecordBatch::try_from_iter((0..columns).map(|i| (format!("c{i}"), column.clone()))).unwrap();
+        let arrow = Temp::new(arrow_bytes(std::slice::from_ref(&batch), Default::default()));
+        let mut parquet = Vec::new();
+        let mut writer = parquet::arrow::ArrowWriter::try_new(&mut parquet, batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let parquet = Temp::new(parquet);
+        for (file, view) in [(&arrow, Written::Arrow), (&parquet, Written::Parquet)] {
+            let plan = plan(&file.staged(), view, &attrs(), Limits::default()).unwrap();
+            assert_eq!(plan.outcome, outcome, "{columns} {view:?}");
+            assert_eq!(plan.warnings.len(), usize::from(outcome == Outcome::File), "{:?}", plan.warnings);
+        }
+    }
+}
+
+#[test]
 fn streams_and_compressed_files() {
     let batch = all_types(500);
     let (store, meta, _) = round_trip(stream_bytes(&batch), Written::Arrow);
