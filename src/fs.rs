@@ -22,6 +22,7 @@ pub mod inode;
 mod moves;
 pub mod name;
 mod nameless;
+pub mod naming;
 pub mod objects;
 mod open;
 mod options;
@@ -217,7 +218,7 @@ pub struct FileSystem {
     /// Objects that nothing names any more, to be deleted when their last such handle is closed.
     doomed: Mutex<HashSet<ObjectId>>,
     /// Held while names are changed: what a name pointed to is read and replaced as one step.
-    naming: Mutex<()>,
+    naming: naming::Naming,
     /// Questions until it is looked again whether the store has few names.
     many_names: AtomicU32,
     nameless: nameless::Nameless,
@@ -274,7 +275,7 @@ impl FileSystem {
             moves: Mutex::default(),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
-            naming: Mutex::default(),
+            naming: naming::Naming::default(),
             many_names: AtomicU32::default(),
             nameless: nameless::Nameless::default(),
             store_status: Mutex::default(),
@@ -286,6 +287,13 @@ impl FileSystem {
             host,
             options,
         }
+    }
+
+    /// Changes of names also keep out who else holds this [lock](naming::lock_of).
+    #[must_use]
+    pub fn locked_by(mut self, folder: Option<std::fs::File>) -> Self {
+        self.naming = naming::Naming::new(folder);
+        self
     }
 
     fn handles(&self) -> MutexGuard<'_, HashMap<u64, Handle>> {
@@ -328,6 +336,7 @@ impl FileSystem {
     /// Keeps memory ready for the next large file that is opened, while such files are being opened. For a thread that has
     /// nothing else to do, now and then.
     pub fn keep_spare(&self) {
+        self.objects.tidy();
         self.cache.keep_spare(|| {
             // Other clients remove objects without a word: images that no name leads to make room.
             let all = NameQuery::Prefix { prefix: String::new(), limit: None };

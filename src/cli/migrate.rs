@@ -10,6 +10,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::FileSystem;
 use crate::fs::copies::Brought;
 use crate::fs::direct::Named;
+use crate::fs::naming::lock_of;
 use crate::vineyard::copy::{Progress, copy_size};
 use crate::vineyard::store::InstanceInfo;
 use crate::vineyard::{Client, ClientOptions, InstanceId, Store};
@@ -155,7 +156,7 @@ fn target(text: &str, here: InstanceId, source: &dyn Store) -> Result<Target> {
     match beside.filter(|client| client.instance().is_ok_and(|instance| instance.rpc_endpoint == info.rpc_endpoint)) {
         Some(client) if client.instance()?.id == id => {
             let client = Arc::new(client);
-            let fs = FileSystem::unmounted(client.clone() as Arc<dyn Store>);
+            let fs = FileSystem::unmounted(client.clone() as Arc<dyn Store>).locked_by(lock_of(socket));
             Ok(Target::Beside(id, client, Box::new(fs)))
         }
         _ => Ok(Target::Far(id)),

@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::error::{Context, Error, Kind, Result};
 use crate::fs::FileSystem;
 use crate::fs::copies::HIDDEN;
+use crate::fs::naming::lock_of;
 use crate::fuse::area::Maker;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::status;
@@ -64,7 +65,7 @@ impl Place {
         let mounts = mounts();
         let socket = choose(self.socket.as_deref(), &Environment::current(), &mounts)?;
         let store = Arc::new(Client::connect(ClientOptions::socket(&socket).remote(remote()))?);
-        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>).locked_by(lock_of(&socket));
         let mounts = mounts.into_iter().filter(|mount| mount.socket == socket);
         Ok(Opened { store, fs, mounts: mounts.map(|mount| (mount.mountpoint, mount.prefix)).collect() })
     }

@@ -27,7 +27,7 @@ impl FileSystem {
             }
             Node::Staged(staged) => Ok((staged.attr(&self.options)?, Duration::ZERO)),
             Node::View(view) => {
-                let size = self.view_size(inode, view);
+                let size = self.view_size(inode, view)?;
                 let stored = view.summary.attributes.as_deref();
                 let mtime = stored.and_then(|a| a.mtime).map_or(view.summary.created, from_nanos);
                 Ok((self.attr(inode.ino, FileKind::File, size, mtime, stored), FOREVER))
@@ -53,30 +53,29 @@ impl FileSystem {
 
     /// Size of a view: from its summary, or from the image where that had to be made to know it. 0 if the object
     /// cannot be shown; its open says why.
-    fn view_size(&self, inode: &Inode, view: &ViewNode) -> u64 {
+    ///
+    /// # Errors
+    /// Why the image can't be made now: a size that is not known must not be taken for one, as the kernel keeps it.
+    fn view_size(&self, inode: &Inode, view: &ViewNode) -> Result<u64> {
         if let Some(Some(size)) = view.summary.view(view.view) {
-            return size;
+            return Ok(size);
         }
         match &inode.state().mode {
-            Some(Mode::Lazy { image, .. }) => return image.size(),
-            Some(Mode::Copied(bytes)) => return bytes.len() as u64,
-            Some(Mode::Assembled(file)) => return file.size(),
+            Some(Mode::Lazy { image, .. }) => return Ok(image.size()),
+            Some(Mode::Copied(bytes)) => return Ok(bytes.len() as u64),
+            Some(Mode::Assembled(file)) => return Ok(file.size()),
             None => {}
         }
         let known = self.objects.known_summary(view.object);
         if let Some(Some(size)) = known.and_then(|summary| summary.view(view.view)) {
-            return size;
+            return Ok(size);
         }
-        let image = self.objects.load(&*self.store, view.object).and_then(|l| l.image(view.view, &*self.store));
-        match image {
-            Ok(image) => {
-                self.objects.learn_size(view.object, view.view, image.size());
-                image.size()
-            }
-            Err(error) => {
+        match self.objects.size(&*self.store, view.object, view.view) {
+            Err(error) if matches!(error.kind(), Kind::Malformed | Kind::Unsupported) => {
                 tracing::warn!(name = ?view.name, object = %view.object, "size is not known: {error}");
-                0
+                Ok(0)
             }
+            sized => sized,
         }
     }
 
@@ -133,10 +132,6 @@ impl FileSystem {
         let absent = || Error::new(Kind::NoAttribute, "no such attribute");
         let name = name.to_str().ok_or_else(absent)?;
         if !name.starts_with("user.") {
-            // `ls -l` asks for an access list and a security context, and after this answer for no other file's.
-            if let Some(Node::View(view)) = self.inodes.get(ino).as_deref().map(|inode| &inode.node) {
-                self.note_looks(&view.directory);
-            }
             return Err(Error::new(Kind::Unsupported, "only user.* attributes are kept"));
         }
         let inode = self.inode(ino)?;

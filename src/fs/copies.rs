@@ -265,7 +265,7 @@ impl FileSystem {
     /// `Stale` if the name points elsewhere by now; what the store answers.
     pub fn promote(&self, name: &str, object: ObjectId, copy: ObjectId) -> Result<()> {
         {
-            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            let _naming = self.naming();
             if self.object_of(name)? != Some(object) {
                 return Err(Error::stale(format!("{name:?} has got another value meanwhile")));
             }

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::inode::Node;
 use super::objects::Summary;
@@ -12,14 +13,11 @@ use super::staging::Staged;
 use super::{DirEntry, FileKind, FileSystem, Handle, ROOT, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
-use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::ObjectId;
 use crate::vineyard::store::NamedObject;
 
-/// Listings that are kept, so that an unchanged directory is answered from the kernel's own cache.
+/// Listings that are kept, so that one of an unchanged directory is not made again.
 const LISTINGS_KEPT: usize = 64;
-/// For how long a directory is taken to be one whose files are looked at.
-const ATTENTIVE: Duration = Duration::from_secs(60);
 
 /// What an entry of a listing is.
 #[derive(Clone, Debug)]
@@ -40,71 +38,54 @@ enum Item {
 #[derive(Debug)]
 pub(super) struct Listing {
     directory: String,
+    /// In the order of their cookies.
     entries: Vec<(String, Item)>,
+    /// Where a reader goes on after each: the same for a name in every listing, so that one who goes on in a later
+    /// listing, because the server was replaced, gets each name that was there all the time.
+    cookies: Vec<u64>,
     /// Fingerprint of the name map's part and of the staged files that it was made of.
     fingerprint: u64,
     /// Every object's type was known.
     complete: bool,
-    attention: Mutex<Attention>,
+    /// How many changes of names it knows of, as [`FileSystem::changes`] counts them.
+    changes: AtomicU64,
 }
 
-/// Whether a directory's readers look at each of its files, as `ls -l` does. A listing that the kernel keeps costs them a
-/// lookup for every name whose time is over; one that is asked for anew brings all attributes at once.
-#[derive(Debug, Default)]
-struct Attention {
-    /// Files that were looked at since the listing was opened last.
-    looks: usize,
-    /// The last listing most of whose files were looked at.
-    since: Option<Instant>,
-    /// When the kernel got all attributes last.
-    sent: Option<Instant>,
+/// Cookies of `.` and `..`.
+const DOTS: u64 = 2;
+
+fn cookie(component: &str) -> u64 {
+    (name::stable_hash(&[component.as_bytes()]) >> 1).max(DOTS + 1)
 }
 
 impl Listing {
-    fn attention(&self) -> MutexGuard<'_, Attention> {
-        self.attention.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    /// Whether the listing is opened by somebody who is likely to look at files that the kernel is about to ask for again.
-    fn wants_attributes(&self, entry_ttl: Duration) -> bool {
-        let mut attention = self.attention();
-        if std::mem::take(&mut attention.looks) > self.entries.len() / 4 {
-            attention.since = Some(Instant::now());
-        }
-        attention.since.is_some_and(|since| since.elapsed() < ATTENTIVE)
-            && attention.sent.is_none_or(|sent| sent.elapsed() > entry_ttl / 2)
+    fn new(directory: &str, mut entries: Vec<(String, Item)>, fingerprint: u64, complete: bool, changes: u64) -> Self {
+        entries.sort_by_cached_key(|(component, _)| (cookie(component), component.clone()));
+        let mut last = DOTS;
+        let next = |(component, _): &(String, Item)| {
+            last = cookie(component).max(last + 1);
+            last
+        };
+        let cookies = entries.iter().map(next).collect();
+        Listing { directory: directory.to_owned(), entries, cookies, fingerprint, complete, changes: changes.into() }
     }
 }
 
 impl FileSystem {
-    /// Opens a directory: the handle, and whether the kernel may keep the listing that it has.
+    /// Opens a directory.
     ///
     /// # Errors
     /// `NotDirectory`; what the store answers.
-    pub fn opendir(&self, ino: u64) -> Result<(u64, bool)> {
+    pub fn opendir(&self, ino: u64) -> Result<u64> {
         self.follow_store()?;
         let directory = self.directory_name(ino)?;
-        let (listing, unchanged) = self.list(&directory)?;
-        let keep = unchanged && !listing.wants_attributes(self.options.entry_ttl);
-        Ok((self.add_handle(Handle::Directory(listing)), keep))
+        let listing = self.list(&directory)?;
+        Ok(self.add_handle(Handle::Directory(listing)))
     }
 
-    /// Somebody looks at a file of a directory.
-    pub(super) fn note_look(&self, directory: &str) {
-        if let Some(listing) = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory) {
-            listing.attention().looks += 1;
-        }
-    }
-
-    /// Somebody is about to look at all files of a directory.
-    pub(super) fn note_looks(&self, directory: &str) {
-        if let Some(listing) = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory) {
-            listing.attention().since = Some(Instant::now());
-        }
-    }
-
-    /// The listing of a directory, and whether it is the one that was made last.
-    fn list(&self, directory: &str) -> Result<(Arc<Listing>, bool)> {
+    /// The listing of a directory.
+    fn list(&self, directory: &str) -> Result<Arc<Listing>> {
+        let changes = self.changes();
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
         let names = self.names_below(&prefix)?;
         let mut staged = self.staging.below(directory);
@@ -120,7 +101,8 @@ impl FileSystem {
         let fingerprint = fingerprint(&names, &staged, &local);
         let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();
         if let Some(former) = former.filter(|l| l.fingerprint == fingerprint && l.complete) {
-            return Ok((former, true));
+            former.changes.store(changes, Ordering::Relaxed);
+            return Ok(former);
         }
 
         let (names, missing) = self.summarize_below(names, &prefix)?;
@@ -197,19 +179,13 @@ impl FileSystem {
             taken.insert(component.clone());
             entries.push((component, item));
         }
-        let listing = Arc::new(Listing {
-            directory: directory.to_owned(),
-            entries,
-            fingerprint,
-            complete,
-            attention: Mutex::default(),
-        });
+        let listing = Arc::new(Listing::new(directory, entries, fingerprint, complete, changes));
         let mut listings = self.listings.lock().unwrap_or_else(|e| e.into_inner());
         if listings.len() >= LISTINGS_KEPT && !listings.contains_key(directory) {
             listings.clear();
         }
         listings.insert(directory.to_owned(), listing.clone());
-        Ok((listing, false))
+        Ok(listing)
     }
 
     /// Makes summaries of what names directly below a prefix lead to. Returns the names, and which objects do not exist:
@@ -242,7 +218,7 @@ impl FileSystem {
 
     /// The file names of a directory that show datasets, by the names of those.
     pub(super) fn components(&self, directory: &str) -> Result<HashMap<String, String>> {
-        let (listing, _) = self.list(directory)?;
+        let listing = self.list(directory)?;
         let views = listing.entries.iter().filter_map(|(component, item)| match item {
             Item::View { name, .. } => Some((name.clone(), component.clone())),
             _ => None,
@@ -267,11 +243,8 @@ impl FileSystem {
             Some(Handle::Directory(listing)) => listing,
             Some(_) => return Err(Error::new(Kind::Invalid, "not a directory's handle")),
             // Opened before the server was replaced.
-            None => self.list(&self.directory_name(ino)?)?.0,
+            None => self.list(&self.directory_name(ino)?)?,
         };
-        if with_attributes && offset == 0 {
-            listing.attention().sent = Some(Instant::now());
-        }
         for (index, dots) in [".", ".."].iter().enumerate().skip(offset as usize) {
             let next = index as u64 + 1;
             let entry = DirEntry { next, name: OsString::from(dots), ino, kind: FileKind::Directory, entry: None };
@@ -279,9 +252,11 @@ impl FileSystem {
                 return Ok(());
             }
         }
-        let first = (offset.max(2) - 2) as usize;
-        for (index, (component, item)) in listing.entries.iter().enumerate().skip(first) {
-            let entry = self.dir_entry(&listing.directory, component, item, index as u64 + 3, with_attributes);
+        let first = listing.cookies.partition_point(|cookie| *cookie <= offset);
+        for ((component, item), next) in listing.entries.iter().zip(&listing.cookies).skip(first) {
+            // What is not there any more must not be entered again.
+            let plus = with_attributes && listing.changes.load(Ordering::Relaxed) == self.changes();
+            let entry = self.dir_entry(&listing.directory, component, item, *next, plus);
             let counted = entry.entry.is_some();
             let entry_ino = entry.ino;
             if add(entry) {
@@ -361,7 +336,7 @@ impl FileSystem {
 
     /// Whether a directory has anything in it.
     pub(super) fn is_empty_directory(&self, directory: &str) -> Result<bool> {
-        Ok(self.list(directory)?.0.entries.is_empty())
+        Ok(self.list(directory)?.entries.is_empty())
     }
 
     /// Learns the types of all names ahead of the first listing, a batch at a time, until all are known.

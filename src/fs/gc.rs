@@ -170,7 +170,7 @@ impl FileSystem {
     pub fn clean(&self, finding: &Finding) -> Result<bool> {
         match finding {
             Finding::Dangling { name, object, .. } => {
-                let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+                let _naming = self.naming();
                 let still = self.object_of(name)? == Some(*object);
                 if still {
                     self.store.drop_name(name)?;

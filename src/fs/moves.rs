@@ -154,7 +154,14 @@ impl FileSystem {
 
     fn take_steps(&self, plan: &Move) -> Result<()> {
         for (from, to) in &plan.trees {
-            for staged in self.staging.tree(from) {
+            let tree = self.staging.tree(from);
+            let names = if tree.is_empty() { Vec::new() } else { self.names_below(&format!("{from}/"))? };
+            for staged in tree {
+                // Replaced or removed elsewhere: the store leads to what is there now.
+                if staged.is_superseded(&names) {
+                    self.staging.detach(&staged);
+                    continue;
+                }
                 // Of two directories that change places all files are published: the store leads to them.
                 if plan.trees.len() > 1 && staged.published().is_some() {
                     self.staging.detach(&staged);
@@ -186,7 +193,7 @@ impl FileSystem {
     }
 
     fn move_names(&self, plan: &Move) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let _naming = self.naming();
         let mut now: HashMap<String, ObjectId> = HashMap::new();
         if plan.trees.is_empty() {
             let names: Vec<&str> = plan.names.iter().map(|(old, ..)| old.as_str()).collect();
@@ -209,7 +216,7 @@ impl FileSystem {
                 None => continue,
             };
             if now.get(new) != Some(&object) {
-                self.store.put_name(new, object)?;
+                self.put_name(new, object)?;
             }
         }
         for (old, ..) in plan.names.iter().filter(|(old, ..)| !new.contains(old.as_str()) && now.contains_key(old)) {

@@ -95,7 +95,7 @@ impl FileSystem {
     /// What the store answers; they go on waiting then.
     pub fn delete_nameless(&self) -> Result<usize> {
         // Nobody moves an object from one name to another while it is looked for.
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let _naming = self.naming();
         self.delete_all_nameless()
     }
 

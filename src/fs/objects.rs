@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::copies::{Copy, copies_of};
 use super::deferred::{self, Deferred};
@@ -24,6 +24,9 @@ const LOADED_KEPT: usize = 256;
 const BATCH: usize = 256;
 /// Saved objects whose kind is remembered (about 24 bytes each).
 const SAVED_KEPT: usize = 1 << 16;
+
+/// For how long an image is kept that was made to know its size.
+const SIZED_KEPT: Duration = Duration::from_secs(10);
 
 /// What a listing needs of an object, and no more: there may be 100,000 of them.
 #[derive(Clone, Debug)]
@@ -138,6 +141,14 @@ impl Loaded {
         Ok(cell.get_or_init(|| Arc::new(image)).clone())
     }
 
+    /// Drops the image of a view that nobody uses: what was encoded for it lies in memory of this process.
+    fn drop_image(&self, view: View) {
+        let mut images = self.images.lock().unwrap_or_else(|e| e.into_inner());
+        if images.get(&view).and_then(|cell| cell.get()).is_some_and(|image| Arc::strong_count(image) == 1) {
+            images.remove(&view);
+        }
+    }
+
     /// True if some of the data lives on other instances.
     pub fn is_remote(&self) -> bool {
         self.remote.is_some()
@@ -174,6 +185,8 @@ pub struct Objects {
     known: Mutex<Known>,
     /// The listed view of tables that were not saved as files.
     tables: View,
+    /// Whose image was made last to know its size, and when.
+    sized: Mutex<Option<(Arc<Loaded>, View, Instant)>>,
 }
 
 impl Objects {
@@ -243,12 +256,7 @@ impl Objects {
 
     /// Makes summaries of all of these objects that have none, in batches, until `deadline`. Returns those that do not
     /// exist.
-    pub fn summarize(
-        &self,
-        store: &dyn Store,
-        ids: &[ObjectId],
-        deadline: Option<std::time::Instant>,
-    ) -> Result<Vec<ObjectId>> {
+    pub fn summarize(&self, store: &dyn Store, ids: &[ObjectId], deadline: Option<Instant>) -> Result<Vec<ObjectId>> {
         let unknown: Vec<ObjectId> = {
             let mut known = self.known();
             let mut unknown: Vec<_> = ids.iter().copied().filter(|id| known.summaries.get(*id).is_none()).collect();
@@ -258,7 +266,7 @@ impl Objects {
         };
         let mut missing = Vec::new();
         for batch in unknown.chunks(BATCH) {
-            if deadline.is_some_and(|d| std::time::Instant::now() >= d) {
+            if deadline.is_some_and(|d| Instant::now() >= d) {
                 break;
             }
             missing.extend(self.learn(store, batch)?.0);
@@ -373,6 +381,40 @@ impl Objects {
             }
         }
         Ok(loaded)
+    }
+
+    /// Size in bytes of a view whose image has to be made to know it. The image is kept until the next one is made, or for
+    /// a while: whoever asks for a size often opens the file then.
+    ///
+    /// # Errors
+    /// As [`Objects::load`] and [`Loaded::image`].
+    pub fn size(&self, store: &dyn Store, id: ObjectId, view: View) -> Result<u64> {
+        let loaded = self.load(store, id)?;
+        let size = loaded.image(view, store)?.size();
+        let mut sized = self.sized.lock().unwrap_or_else(|e| e.into_inner());
+        let former = sized.replace((loaded, view, Instant::now()));
+        drop(sized);
+        if let Some((former, view_of_former, _)) = former.filter(|(f, v, _)| (f.meta.id(), *v) != (id, view)) {
+            former.drop_image(view_of_former);
+        }
+        self.learn_size(id, view, size);
+        Ok(size)
+    }
+
+    /// Number of images that are kept.
+    #[cfg(test)]
+    pub(super) fn images(&self) -> usize {
+        let images = |loaded: &Loaded| loaded.images.lock().unwrap_or_else(|e| e.into_inner()).len();
+        self.known().loaded.values().map(|(loaded, _)| images(loaded)).sum()
+    }
+
+    /// Drops the image that was made to know its size if that was a while ago. For a thread, now and then.
+    pub fn tidy(&self) {
+        let mut sized = self.sized.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((loaded, view, _)) = sized.take_if(|(_, _, made)| made.elapsed() > SIZED_KEPT) {
+            drop(sized);
+            loaded.drop_image(view);
+        }
     }
 
     /// Remembers the size of a view that had to be encoded to be known.

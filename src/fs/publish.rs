@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::inode::{Inode, Node, ViewNode};
+use super::naming::is_clear;
 use super::resolve::Target;
 use super::staging::Staged;
 use super::{Caller, FileSystem, Handle};
@@ -203,9 +204,17 @@ impl FileSystem {
         match named {
             Ok(name) => Ok(Some((name, published.id))),
             Err(error) => {
-                self.delete_object(published.id);
+                self.take_back(published.id, &error);
                 Err(error)
             }
+        }
+    }
+
+    /// A new object did not get its name because of an error: it goes, if that is sure.
+    pub(super) fn take_back(&self, object: ObjectId, error: &Error) {
+        match is_clear(error) {
+            true => self.delete_object(object),
+            false => self.leave_open([object]),
         }
     }
 
@@ -224,20 +233,24 @@ impl FileSystem {
     /// table beside which a `.pkl` is saved, the object gets the whole file name as its own.
     pub(super) fn point_path(&self, target: &Target, native: bool, object: ObjectId) -> Result<String> {
         let _unit = self.unit();
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let _naming = self.naming();
         let mut replaced = vec![target.plain.as_str()];
         let mut name = target.plain.clone();
         let mut there = None;
         if let Some((dataset, view)) = &target.view {
             let old = self.pointees(&[&target.plain, dataset])?;
-            let other_kind = match old.iter().find(|(name, _)| name == dataset).map(|(_, object)| *object) {
-                Some(there) if self.objects.is_saved_as(there, *view) => false,
-                Some(there) => {
-                    let summary = self.objects.summary(&*self.store, there)?;
-                    summary.is_some_and(|summary| summary.broken.is_none() && summary.view(*view).is_none())
-                }
-                None => false,
-            };
+            // A dataset with the whole file name as its own is another one than that of the stem.
+            let has_own = old.iter().any(|(name, _)| *name == target.plain);
+            let other_kind = has_own && old.iter().any(|(name, _)| name == dataset);
+            let other_kind = other_kind
+                || match old.iter().find(|(name, _)| name == dataset).map(|(_, object)| *object) {
+                    Some(there) if self.objects.is_saved_as(there, *view) => false,
+                    Some(there) => {
+                        let summary = self.objects.summary(&*self.store, there)?;
+                        summary.is_some_and(|summary| summary.broken.is_none() && summary.view(*view).is_none())
+                    }
+                    None => false,
+                };
             if !other_kind {
                 replaced.push(dataset);
                 if native {
@@ -253,7 +266,7 @@ impl FileSystem {
     /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
     pub(super) fn point_name(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
         let _unit = self.unit();
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let _naming = self.naming();
         self.point_locked(name, object, path_names, None)
     }
 
@@ -286,8 +299,15 @@ impl FileSystem {
         };
         let put = old.and_then(|old| {
             self.suspect(&old.iter().map(|(_, id)| *id).collect::<Vec<_>>());
-            self.store.put_name(name, object).context(|| format!("naming {name:?}"))?;
-            Ok(old)
+            match self.put_name(name, object) {
+                Ok(()) => Ok(old),
+                Err(error) => {
+                    if !is_clear(&error) {
+                        self.leave_open(old.iter().map(|(_, id)| *id));
+                    }
+                    Err(error)
+                }
+            }
         });
         let old = match put {
             Ok(old) => old,
@@ -356,16 +376,23 @@ impl FileSystem {
         self.suspect(&[object]);
         let mut extra = serde_json::Map::new();
         extra.insert(ATTRIBUTES_KEY.to_owned(), attributes.to_text().into());
-        let copy = self.store.shallow_copy(object, extra)?;
+        let another = || Error::stale(format!("{name:?} has another value now"));
+        let copy = self.store.shallow_copy(object, extra).map_err(|error| match error.kind() {
+            Kind::NotFound => another().with_source(error),
+            _ => error,
+        })?;
         let named = self.store.persist(copy).and_then(|()| {
-            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            let _naming = self.naming();
             if self.object_of(name)? != Some(object) {
-                return Err(Error::stale(format!("{name:?} has another value now")));
+                return Err(another());
             }
-            self.store.put_name(name, copy)
+            self.put_name(name, copy)
         });
         if let Err(error) = named {
-            self.store.delete(&[copy])?;
+            if !is_clear(&error) {
+                self.leave_open([object]);
+            }
+            self.take_back(copy, &error);
             return Err(error);
         }
         // The same bytes: whoever opens the copy gets the image that is there.

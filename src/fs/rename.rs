@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::inode::{Node, ViewNode};
 use super::publish::Unfinished;
-use super::resolve::{Found, Target};
+use super::resolve::{Found, Target, check_new};
 use super::staging::Staged;
 use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
@@ -25,6 +25,7 @@ impl FileSystem {
     pub fn mkdir(&self, parent: u64, name: &OsStr, mode: u32, umask: u32, caller: Caller) -> Result<Entry> {
         self.writable()?;
         let target = self.target(parent, name)?;
+        check_new(&target)?;
         match self.resolve(&target, caller.pid)? {
             Some(Found::Directory { name }) if caller.resent => return self.enter(&target, Found::Directory { name }),
             // A dataset whose own name is the directory's, without extension, is not in the way: its file is its view.
@@ -53,6 +54,7 @@ impl FileSystem {
                 }
                 self.folders.remove(&name);
                 self.folders.touch(&target.directory);
+                self.note_change();
                 Ok(())
             }
             Some(_) => Err(Error::new(Kind::NotDirectory, "not a directory")),
@@ -107,6 +109,7 @@ impl FileSystem {
         }
         self.staging.detach(staged);
         staged.state().detached = true;
+        self.note_change();
         super::adopt::note_staged(staged);
         Ok(())
     }
@@ -118,7 +121,7 @@ impl FileSystem {
 
     /// Removes a name, and what it points to now unless another name does too.
     pub(super) fn remove_name(&self, name: &str) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let _naming = self.naming();
         // Somebody may have replaced it since it was looked up: the name goes with its present object.
         let object = self.object_of(name)?;
         let _unit = self.unit();
@@ -132,7 +135,7 @@ impl FileSystem {
 
     /// As [`FileSystem::remove_name`], unless the name leads to another object by now.
     fn remove_version(&self, name: &str, object: ObjectId) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let _naming = self.naming();
         if self.object_of(name)? == Some(object) {
             let _unit = self.unit();
             self.suspect(&[object]);
@@ -144,7 +147,7 @@ impl FileSystem {
 
     /// Removes a name whose object has another one, unless it leads elsewhere by now.
     fn drop_old_name(&self, name: &str, object: ObjectId) -> Result<()> {
-        let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+        let _naming = self.naming();
         if self.object_of(name)? == Some(object) {
             self.store.drop_name(name)?;
         }
@@ -178,6 +181,7 @@ impl FileSystem {
         }
         let from = self.target(parent, name)?;
         let to = self.target(new_parent, new_name)?;
+        check_new(&to)?;
         let source = self.resolve(&from, 0)?;
         let there = self.resolve(&to, 0)?;
         let Some(source) = source else {
@@ -210,6 +214,7 @@ impl FileSystem {
         }
         self.folders.touch(&from.directory);
         self.folders.touch(&new_directory);
+        self.note_change();
         Ok(())
     }
 

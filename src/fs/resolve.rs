@@ -97,6 +97,21 @@ impl Target {
     }
 }
 
+/// Whether a file or a directory may be made at a path.
+///
+/// # Errors
+/// `NotPermitted` where listings show nothing, `Invalid` for the empty name.
+pub(super) fn check_new(target: &Target) -> Result<()> {
+    let below = |name: &str| name.starts_with(HIDDEN) || HIDDEN.strip_suffix('/') == Some(name);
+    if below(&target.plain) || below(&target.directory) {
+        return Err(Error::new(Kind::NotPermitted, format!("{HIDDEN} is kept for copies of datasets")));
+    }
+    if target.plain.is_empty() || target.view.as_ref().is_some_and(|(name, _)| name.is_empty()) {
+        return Err(Error::new(Kind::Invalid, "no dataset can have the empty name"));
+    }
+    Ok(())
+}
+
 impl FileSystem {
     /// The name prefix of a directory inode.
     pub(super) fn directory_name(&self, ino: u64) -> Result<String> {
@@ -230,7 +245,6 @@ impl FileSystem {
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
         self.end_old_redirects();
-        self.note_look(&directory);
         let mut found = self.resolve_for(&target, caller)?;
         for _ in 0..HOLD_ATTEMPTS {
             match &found {
@@ -264,7 +278,7 @@ impl FileSystem {
             return Ok(true);
         }
         let former = {
-            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            let _naming = self.naming();
             if self.object_of(&view.name)? != Some(view.object) {
                 return Ok(false);
             }

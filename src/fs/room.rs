@@ -69,18 +69,19 @@ impl FileSystem {
         let _unit = self.unit();
         let Some(created) = self.store.create_objects(vec![content])?.pop() else { return Ok(0) };
         let named = self.store.persist(created.id).and_then(|()| {
-            let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+            let _naming = self.naming();
             if self.object_of(name)? != Some(meta.id()) {
                 return Ok(false);
             }
             self.suspect(&[meta.id()]);
-            self.store.put_name(name, created.id).map(|()| true)
+            self.put_name(name, created.id).map(|()| true)
         });
         match named {
             Ok(true) => self.delete_unnamed(meta.id()),
             Ok(false) => self.delete_object(created.id),
             Err(error) => {
-                self.delete_object(created.id);
+                self.leave_open([meta.id()]);
+                self.take_back(created.id, &error);
                 return Err(error);
             }
         }

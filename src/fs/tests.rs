@@ -4,6 +4,7 @@ mod bed;
 mod kills;
 mod model;
 mod opens;
+mod others;
 mod retries;
 #[cfg(feature = "shuttle")]
 mod schedules;
@@ -279,26 +280,53 @@ fn a_listing_keeps_no_memory_of_removed_files() {
     assert!(bed.host.files.lock().unwrap().is_empty(), "its memory is free");
 }
 
+/// Entries of a directory from a cookie on, at most so many: names, whether they came with attributes, and the next cookie.
+fn entries(bed: &Bed, fh: u64, offset: u64, most: usize) -> (Vec<(String, bool)>, u64) {
+    let (mut found, mut next) = (Vec::new(), offset);
+    let mut add = |entry: DirEntry| {
+        if found.len() == most {
+            return true;
+        }
+        if let Some(attributes) = &entry.entry {
+            bed.fs.forget(attributes.attr.ino, 1);
+        }
+        next = entry.next;
+        found.push((entry.name.to_str().unwrap().to_owned(), entry.entry.is_some()));
+        false
+    };
+    bed.fs.readdir(ROOT, fh, offset, true, &mut add).unwrap();
+    found.retain(|(name, _)| !name.starts_with('.'));
+    (found, next)
+}
+
 #[test]
-fn a_listing_whose_files_are_looked_at_comes_with_their_attributes() {
-    for (ttl, again) in [(0, false), (3600, true)] {
-        let bed = bed_with(true, Options { entry_ttl: Duration::from_secs(ttl), ..Options::default() });
-        for i in 0..8 {
-            bed.put_tensor(&format!("x{i}"), &[1.0]);
-        }
-        assert_eq!(bed.list("").len(), 8);
-        let keep = || {
-            let (fh, keep) = bed.fs.opendir(ROOT).unwrap();
-            bed.fs.releasedir(ROOT, fh);
-            keep
-        };
-        assert!(keep() && keep(), "nobody looks");
-        for i in 0..8 {
-            bed.lookup(&format!("x{i}.npy"), ME).unwrap();
-        }
-        // Attributes that the kernel has got a moment ago are good for half their time.
-        assert_eq!((keep(), keep()), (again, again), "{ttl}");
+fn who_lists_while_names_change_gets_all_that_stayed_and_no_attributes_of_what_went() {
+    let bed = bed();
+    let name = |i: usize| format!("x{i}.npy");
+    (0..200).for_each(|i| {
+        bed.put_tensor(&format!("x{i}"), &[1.0]);
+    });
+    let fh = bed.fs.opendir(ROOT).unwrap();
+    let (first, next) = entries(&bed, fh, 0, 60);
+    assert!(first.iter().all(|(_, attributes)| *attributes));
+    let seen: HashSet<&str> = first.iter().map(|(name, _)| name.as_str()).collect();
+    // Half of those that come later go, and others come.
+    let gone: Vec<String> = (0..200).map(name).filter(|name| !seen.contains(name.as_str())).step_by(2).collect();
+    gone.iter().for_each(|name| bed.fs.unlink(ROOT, OsStr::new(name), ME).unwrap());
+    (0..100).for_each(|i| {
+        bed.put_tensor(&format!("y{i}"), &[1.0]);
+    });
+    let (rest, _) = entries(&bed, fh, next, 1000);
+    assert!(rest.iter().all(|(_, attributes)| !attributes), "they are of the former listing");
+    assert_eq!(rest.len() + first.len(), 200);
+    // The same from a server that does not know the handle.
+    let (rest, _) = entries(&bed, fh + 1000, next, 1000);
+    assert!(rest.iter().all(|(_, attributes)| *attributes));
+    let rest: HashSet<String> = rest.into_iter().map(|(name, _)| name).collect();
+    for name in (0..200).map(name).filter(|name| !seen.contains(name.as_str())) {
+        assert_eq!(rest.contains(&name), !gone.contains(&name), "{name}");
     }
+    bed.fs.releasedir(ROOT, fh);
 }
 
 #[test]

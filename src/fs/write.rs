@@ -11,7 +11,7 @@ use super::host::{Area, MemoryFile};
 use super::inode::{Inode, Node, ViewNode};
 use super::open::wants_write;
 use super::publish::Unfinished;
-use super::resolve::{Found, Target};
+use super::resolve::{Found, Target, check_new};
 use super::staging::{Staged, Writer};
 use super::{Caller, Entry, FileSystem, Handle, Opened, Serve, SetAttr, name};
 use crate::dataset::FileAttributes;
@@ -41,6 +41,7 @@ impl FileSystem {
         self.follow_store()?;
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
+        check_new(&target)?;
         let absent = self.retries.is_absent(&target.path(), caller) && flags & libc::O_EXCL == 0;
         let found = if absent { self.resolve_here(&target, caller.pid)? } else { self.resolve(&target, caller.pid)? };
         match found {

@@ -366,11 +366,8 @@ impl Filesystem for Adapter {
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let work = move |shared: &Shared| shared.fs.opendir(ino.0);
-        let send = |reply: ReplyOpen, (fh, unchanged): (u64, bool)| {
-            let mut flags = FopenFlags::FOPEN_CACHE_DIR;
-            flags.set(FopenFlags::FOPEN_KEEP_CACHE, unchanged);
-            reply.opened(FileHandle(fh), flags);
-        };
+        // The kernel keeps no listing: readers of an older one would fill it in for all.
+        let send = |reply: ReplyOpen, fh: u64| reply.opened(FileHandle(fh), FopenFlags::empty());
         self.answer(Op::Opendir, request, reply, inode(ino.0), work, send);
     }
 

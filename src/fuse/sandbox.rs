@@ -111,6 +111,7 @@ fn filter() -> Result<BpfProgram> {
         libc::SYS_dup,
         libc::SYS_dup3,
         libc::SYS_fcntl,
+        libc::SYS_flock,
         libc::SYS_pipe2,
         libc::SYS_memfd_create,
         libc::SYS_ppoll,

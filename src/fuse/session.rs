@@ -4,6 +4,7 @@
 //! made from what was agreed, and its descriptor is then replaced by the real one. A final notification makes the
 //! kernel repeat what an earlier server read and did not answer.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ use super::stats::Stats;
 use super::workers::Workers;
 use super::{metrics, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fs::naming::lock_of;
 use crate::fs::{FileSystem, Host, Options};
 use crate::vineyard::journal::Journal;
 use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemotePolicy};
@@ -109,6 +111,8 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let unanswered = journal.begin();
     let journal = Arc::new(journal);
     journal.beat();
+    // Where the lock on names is, as long as it can be opened.
+    let names = lock_of(&hello.config.socket);
     let sandbox = prepare_process(&hello)?;
     let beating = journal.clone();
     thread("heartbeat", move || {
@@ -120,7 +124,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
 
     release_unknown_files(link)?;
     let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
-    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host))?);
+    let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host), names)?);
     let shared = Arc::new(Shared {
         fs,
         stats: Stats::default(),
@@ -290,7 +294,12 @@ fn session(adapter: Adapter, fuse: &OwnedFd, agreed: &Agreed, loops: usize) -> R
 }
 
 /// The filesystem over the store that the keeper connects to.
-fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -> Result<FileSystem> {
+fn open_filesystem(
+    hello: &Hello,
+    link: &Arc<KeeperLink>,
+    host: Arc<dyn Host>,
+    names: Option<File>,
+) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
     let leftovers = match link.leftovers().and_then(|file| file.map(Journal::open).transpose()) {
@@ -318,7 +327,7 @@ fn open_filesystem(hello: &Hello, link: &Arc<KeeperLink>, host: Arc<dyn Host>) -
         _ => Client::new(options)?,
     };
     let options = Options { epoch: hello.epoch, ..config.filesystem() };
-    let fs = FileSystem::new(Arc::new(client), host, options);
+    let fs = FileSystem::new(Arc::new(client), host, options).locked_by(names);
     fs.adopt();
     Ok(fs)
 }

@@ -14,6 +14,7 @@ use std::sync::{Arc, PoisonError};
 
 use serde_json::{Map, Value, json};
 
+pub use self::state::Late;
 use self::state::{Place, State};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
@@ -110,6 +111,18 @@ impl FakeStore {
     /// Takes a step. False if the caller is dead.
     pub fn step(&self) -> bool {
         self.lock().step()
+    }
+
+    /// The answer to the next name that is put does not come in time.
+    pub fn delay_name(&self, late: Late) {
+        self.lock().late = Some(late);
+    }
+
+    /// Does what was not done in time.
+    pub fn catch_up(&self) {
+        let mut state = self.lock();
+        let names = std::mem::take(&mut state.put_later);
+        state.names.extend(names);
     }
 
     /// How often `op` was called, failures included.
@@ -407,8 +420,14 @@ impl Store for FakeStore {
         if tree.get("transient") != Some(&json!(false)) {
             return Err(Error::new(Kind::Invalid, format!("object {id} is not persisted and cannot be named")));
         }
-        state.names.insert(name.into(), id);
-        Ok(())
+        match state.late {
+            Some(Late::Everything) => state.put_later.push((name.into(), id)),
+            _ => drop(state.names.insert(name.into(), id)),
+        }
+        match state.late.take() {
+            Some(_) => Err(Error::new(Kind::Timeout, "no answer in time")),
+            None => Ok(()),
+        }
     }
 
     fn drop_name(&self, name: &str) -> Result<()> {

@@ -220,7 +220,7 @@ impl Bed {
     }
     pub fn list(&self, path: &str) -> Vec<String> {
         let ino = if path.is_empty() { ROOT } else { self.lookup(path, ME).unwrap().attr.ino };
-        let (fh, _) = self.fs.opendir(ino).unwrap();
+        let fh = self.fs.opendir(ino).unwrap();
         let mut names = Vec::new();
         let mut offset = 0;
         loop {

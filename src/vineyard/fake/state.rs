@@ -28,9 +28,21 @@ pub(super) struct State {
     pub(super) objects: HashMap<ObjectId, Map<String, Value>>,
     pub(super) names: BTreeMap<String, ObjectId>,
     pub(super) failures: HashMap<Op, (usize, Kind)>,
+    /// Names that are put without an answer, once [`Late`] is set; those that are put later.
+    pub(super) late: Option<Late>,
+    pub(super) put_later: Vec<(String, ObjectId)>,
     pub(super) calls: HashMap<Op, u64>,
     /// Steps until the caller is dead; none if it lives.
     pub(super) steps: Option<usize>,
+}
+
+/// When a name is put whose answer does not come in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Late {
+    /// At once.
+    Answer,
+    /// When [`FakeStore::catch_up`](super::FakeStore::catch_up) is called.
+    Everything,
 }
 
 impl State {

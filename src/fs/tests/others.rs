@@ -1,0 +1,113 @@
+//! What other mounts and clients of the same store do meanwhile.
+
+use super::super::*;
+use super::bed::*;
+use super::*;
+use crate::vineyard::fake::FakeStore;
+use crate::vineyard::store::NameQuery;
+
+/// Two mounts of one store that shares its names with no other.
+fn two() -> (Arc<FakeStore>, Bed, Bed) {
+    let store = Arc::new(FakeStore::new(64 << 20).alone());
+    let mount = || {
+        let host = Arc::new(LocalHost {
+            passthrough: true,
+            next: AtomicU64::new(1),
+            store: Some(store.clone()),
+            ..LocalHost::default()
+        });
+        Bed::of(FileSystem::new(store.clone(), host.clone(), Options::default()), store.clone(), host)
+    };
+    let beds = (mount(), mount());
+    (store, beds.0, beds.1)
+}
+
+fn names(store: &FakeStore) -> Vec<String> {
+    let all = store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }]).unwrap().concat();
+    all.into_iter().map(|(name, _)| name).collect()
+}
+
+#[test]
+fn a_file_whose_name_is_all_its_own_replaces_no_other_dataset() {
+    let (store, bed, _) = two();
+    let other = bed.put_tensor("a", &[1.0, 2.0]);
+    bed.put_tensor("a.npy", &[3.0]);
+    let before = bed.load("a.npy").unwrap();
+    bed.put_tensor("b", &[7.0]);
+    let saved = bed.load("b.npy").unwrap();
+    bed.save("a.npy", &saved).unwrap();
+    assert_ne!(bed.load("a.npy").unwrap(), before);
+    assert_eq!(bed.load("a.npy").unwrap(), saved);
+    assert_eq!(names(&store), ["a", "a.npy", "b"]);
+    assert_eq!(bed.fs.object_of("a").unwrap(), Some(other));
+}
+
+#[test]
+fn attributes_of_a_file_that_was_replaced_elsewhere_are_asked_for_again() {
+    let (_, one, other) = two();
+    one.save("t.arrow", &table_file(&[1])).unwrap();
+    let ino = other.lookup("t.arrow", OTHER).unwrap().attr.ino;
+    one.save("t.arrow", &table_file(&[2])).unwrap();
+    let change = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+    // The kernel looks the name up again after this, and after no other answer.
+    assert_eq!(other.fs.setattr(ino, None, change, OTHER).unwrap_err().kind(), Kind::Stale);
+    let ino = other.lookup("t.arrow", OTHER).unwrap().attr.ino;
+    assert_eq!(other.fs.setattr(ino, None, change, OTHER).unwrap().0.perm, 0o600);
+    assert_eq!(column(&other.load("t.arrow").unwrap()), [2]);
+}
+
+#[test]
+fn a_directory_moves_with_what_was_replaced_elsewhere() {
+    let (store, one, other) = two();
+    one.fs.mkdir(ROOT, OsStr::new("d"), 0o755, 0, ME).unwrap();
+    for i in 0..3 {
+        one.save(&format!("d/f{i}.arrow"), &table_file(&[i])).unwrap();
+    }
+    other.save("d/f1.arrow", &table_file(&[10])).unwrap();
+    one.fs.rename(ROOT, OsStr::new("d"), ROOT, OsStr::new("e"), 0, ME).unwrap();
+    assert_eq!(names(&store), ["e/f0", "e/f1", "e/f2"]);
+    for bed in [&one, &other] {
+        assert_eq!(column(&bed.load("e/f1.arrow").unwrap()), [10]);
+        assert_eq!(column(&bed.load("e/f2.arrow").unwrap()), [2]);
+    }
+}
+
+#[test]
+fn a_size_that_is_not_known_now_is_an_error_and_no_size() {
+    let (store, bed, _) = two();
+    bed.save("t.arrow", &table_file(&[1, 2, 3])).unwrap();
+    store.fail_next(Op::Prepare, 100, Kind::Timeout);
+    assert_eq!(bed.lookup("t.parquet", OTHER).unwrap_err().kind(), Kind::Timeout);
+    store.fail_next(Op::Prepare, 0, Kind::Timeout);
+    assert!(bed.lookup("t.parquet", OTHER).unwrap().attr.size > 12);
+    assert!(bed.load("t.parquet").unwrap().starts_with(b"PAR1"));
+}
+
+#[test]
+fn what_was_encoded_to_know_its_size_does_not_add_up() {
+    let (_, bed, _) = two();
+    let inodes: Vec<u64> = (0..20)
+        .map(|i| {
+            bed.save(&format!("t{i}.arrow"), &table_file(&[1, 2, 3])).unwrap();
+            bed.lookup(&format!("t{i}.parquet"), OTHER).unwrap().attr.ino
+        })
+        .collect();
+    assert_eq!(bed.fs.objects.images(), 1, "the last one, which may be opened next");
+    let sizes: Vec<u64> = inodes.iter().map(|ino| bed.fs.getattr(*ino, None).unwrap().0.size).collect();
+    assert!(sizes.iter().all(|size| *size == sizes[0] && *size > 12), "{sizes:?}");
+    assert_eq!(bed.fs.objects.images(), 1);
+}
+
+#[test]
+fn nothing_is_made_where_nothing_is_listed() {
+    let (store, bed, _) = two();
+    let hidden = OsStr::new(".vineyard-fs");
+    assert_eq!(bed.fs.mkdir(ROOT, hidden, 0o755, 0, ME).unwrap_err().kind(), Kind::NotPermitted);
+    let flags = libc::O_WRONLY | libc::O_CREAT;
+    let made = |name: &str| bed.fs.create(ROOT, OsStr::new(name), 0o644, 0, flags, ME).map(drop).unwrap_err().kind();
+    assert_eq!((made(".vineyard-fs"), made("%2F.npy")), (Kind::NotPermitted, Kind::Invalid));
+    bed.fs.mkdir(ROOT, OsStr::new("d"), 0o755, 0, ME).unwrap();
+    let moved = bed.fs.rename(ROOT, OsStr::new("d"), ROOT, hidden, 0, ME);
+    assert_eq!(moved.unwrap_err().kind(), Kind::NotPermitted);
+    assert!(names(&store).is_empty());
+}
