@@ -75,7 +75,7 @@ impl Named {
         let (_, part) = name::split(&self.name);
         let own = part.rsplit_once('.').and_then(|(_, extension)| View::from_extension(extension));
         let suffix = if own == Some(view) { String::new() } else { suffix(view) };
-        name::encode_part(part, &suffix, &self.name)
+        name::encode_file(part, &suffix, &self.name)
     }
 }
 
@@ -117,7 +117,7 @@ fn target(path: &str) -> Target {
     let (directory, component) = path.rsplit_once('/').unwrap_or(("", path));
     let mut decoded = String::new();
     for part in directory.split('/').filter(|_| !directory.is_empty()) {
-        decoded = name::join(&decoded, &name::decode_part(part));
+        decoded = name::join(&decoded, &name::decode_folder(&decoded, part));
     }
     Target::new(&decoded, component)
 }
@@ -128,7 +128,7 @@ fn directory_path(directory: &str) -> String {
     let mut start = 0;
     let mut path = String::new();
     for end in ends.filter(|_| !directory.is_empty()) {
-        path = name::join(&path, &name::encode_part(&directory[start..end], "", &directory[..end]));
+        path = name::join(&path, &name::encode_folder(&directory[start..end], &directory[..end]));
         start = end + 1;
     }
     path
@@ -158,7 +158,7 @@ impl FileSystem {
             }
             let listed = directories.get(directory);
             let component = listed.and_then(|(_, components)| components.get(&name)).cloned();
-            let component = component.unwrap_or_else(|| name::encode_part(part, "", &name));
+            let component = component.unwrap_or_else(|| name::encode_file(part, "", &name));
             let path = name::join(listed.map_or("", |(path, _)| path), &component);
             let summary = self.objects.known_summary(object).filter(|_| !missing.contains(&object));
             let view = summary.as_ref().map_or(View::Raw, |summary| summary.listed);

@@ -126,7 +126,7 @@ impl FileSystem {
         let mut complete = true;
         for name in directories {
             let part = &name[prefix.len()..];
-            let component = name::encode_part(part, "", &name);
+            let component = name::encode_folder(part, &name);
             taken.insert(component.clone());
             entries.push((component, Item::Directory { name }));
         }
@@ -139,6 +139,10 @@ impl FileSystem {
         }
         // Plain files first: a view gives way to the plain file of the same path.
         let mut views = Vec::new();
+        // A name that reads like the shortened file name of another one is not listed as it is: that leads to the other.
+        let hash_of = |name: &str| name::stable_hash(&[name.as_bytes()]);
+        let reads_shortened = files.iter().any(|(name, _)| name::split_hash(name).is_some());
+        let hashes: HashSet<u64> = files.iter().filter(|_| reads_shortened).map(|(name, _)| hash_of(name)).collect();
         for (name, object) in files {
             let summary = self.objects.known_summary(object);
             complete &= summary.is_some();
@@ -146,8 +150,14 @@ impl FileSystem {
                 // A name that outlived its object: nothing to open.
                 continue;
             }
-            let component = Self::listed_component(&name[prefix.len()..], &name, summary.as_deref());
-            let is_plain = component == name[prefix.len()..];
+            let part = &name[prefix.len()..];
+            let mut component = Self::listed_component(part, &name, summary.as_deref());
+            let is_plain = component == part;
+            let hash = name::split_hash(&component).map(|(hash, _)| hash);
+            if hash.is_some_and(|hash| hashes.contains(&hash) && hash != hash_of(&name)) {
+                let listed = summary.as_ref().map_or(View::Raw, |summary| summary.listed);
+                component = name::hashed_part(part, &suffix(listed), &name);
+            }
             let item = Item::View { name, object, summary };
             if is_plain && taken.insert(component.clone()) {
                 entries.push((component, item));
@@ -170,7 +180,7 @@ impl FileSystem {
             let other = summary
                 .iter()
                 .flat_map(|s| s.sizes.iter())
-                .map(|(view, _)| name::encode_part(part, &suffix(*view), name))
+                .map(|(view, _)| name::encode_file(part, &suffix(*view), name))
                 .find(|component| !taken.contains(component));
             let component = other.unwrap_or_else(|| {
                 let listed = summary.as_ref().map_or(View::Raw, |s| s.listed);
@@ -326,7 +336,8 @@ impl FileSystem {
             .iter()
             .chain(&staged)
             .filter_map(|directory| directory.strip_prefix(prefix))
-            .filter(|rest| !rest.is_empty())
+            // An empty part is a directory's name below others, not in the root.
+            .filter(|rest| !rest.is_empty() || !prefix.is_empty())
             .map(|rest| format!("{prefix}{}", rest.split('/').next().unwrap_or(rest)))
             .collect();
         out.sort_unstable();

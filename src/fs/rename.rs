@@ -29,15 +29,15 @@ impl FileSystem {
         match self.resolve(&target, caller.pid)? {
             Some(Found::Directory { name }) if caller.resent => return self.enter(&target, Found::Directory { name }),
             // A dataset whose own name is the directory's, without extension, is not in the way: its file is its view.
-            Some(Found::View(view)) if view.name == target.plain && view.view != View::Raw && target.view.is_none() => {
-            }
+            Some(Found::View(view))
+                if view.name == target.folder && view.view != View::Raw && target.view.is_none() => {}
             Some(_) => return Err(Error::new(Kind::Exists, "the name exists")),
             None => {}
         }
         let mode = (mode & !umask & 0o7777) as u16;
-        self.folders.make(&target.directory, target.plain.clone(), mode, caller);
+        self.folders.make(&target.directory, target.folder.clone(), mode, caller);
         self.folders.touch(&target.directory);
-        self.enter(&target, Found::Directory { name: target.plain.clone() })
+        self.enter(&target, Found::Directory { name: target.folder.clone() })
     }
 
     /// Removes an empty directory.
@@ -204,6 +204,15 @@ impl FileSystem {
             return Err(Error::new(Kind::Exists, "the new name exists"));
         }
         let new_directory = to.directory.clone();
+        let replaced = match &there {
+            Some(Found::View(view)) => Some(view.name.clone()),
+            Some(Found::Staged(other)) => Some(other.state().target.dataset().to_owned()),
+            _ => None,
+        };
+        let to = match replaced {
+            Some(name) => to.of_name(&name),
+            None => to,
+        };
         match (source, there) {
             (Found::Directory { name }, there) => self.rename_directory(&name, &to, there, caller)?,
             (_, Some(Found::Directory { .. })) => {
@@ -227,10 +236,10 @@ impl FileSystem {
             Some(Found::Directory { .. }) | None => {}
             Some(_) => return Err(Error::new(Kind::NotDirectory, "the new name is a file")),
         }
-        if to.plain.starts_with(&format!("{from}/")) {
+        if to.folder.starts_with(&format!("{from}/")) {
             return Err(Error::new(Kind::Invalid, "a directory cannot move into itself"));
         }
-        self.move_directory(from, &to.plain, caller)
+        self.move_directory(from, &to.folder, caller)
     }
 
     /// Moves a staged file, and the name of what it published, to another path of the same format.

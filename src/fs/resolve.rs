@@ -51,8 +51,10 @@ pub(super) struct Target {
     pub directory: String,
     /// File name, as the kernel gave it.
     pub component: String,
-    /// The name of a plain file (or of a directory) at this path.
+    /// The name of a plain file at this path.
     pub plain: String,
+    /// The name of a directory at this path.
+    pub folder: String,
     /// The name of the dataset whose view this path is, and the format, if the extension is one of a view.
     pub view: Option<(String, View)>,
 }
@@ -61,14 +63,28 @@ impl Target {
     pub(super) fn new(directory: &str, component: &str) -> Target {
         let view = component.rsplit_once('.').and_then(|(stem, extension)| {
             let view = View::from_extension(extension)?;
-            (!stem.is_empty()).then(|| (name::join(directory, &name::decode_file(directory, stem)), view))
+            (!stem.is_empty())
+                .then(|| (name::join(directory, &name::decode_file(directory, stem, &suffix(view))), view))
         });
         Target {
             directory: directory.to_owned(),
             component: component.to_owned(),
-            plain: name::join(directory, &name::decode_file(directory, component)),
+            plain: name::join(directory, &name::decode_file(directory, component, "")),
+            folder: name::join(directory, &name::decode_folder(directory, component)),
             view,
         }
+    }
+
+    /// This path, where a name is known to be: a shortened file name does not tell it.
+    pub(super) fn of_name(mut self, name: &str) -> Target {
+        if let Some((hash, rest)) = name::split_hash(&self.component)
+            && name::stable_hash(&[name.as_bytes()]) == hash
+        {
+            let view = rest.strip_prefix('.').and_then(View::from_extension);
+            self.view = view.map(|view| (name.to_owned(), view));
+            self.plain = name.to_owned();
+        }
+        self
     }
 
     /// The node of a view at this path.
@@ -90,7 +106,7 @@ impl Target {
     pub(super) fn queries(&self) -> Vec<NameQuery> {
         let mut queries = vec![
             NameQuery::Exact(self.plain.clone()),
-            NameQuery::Prefix { prefix: format!("{}/", self.plain), limit: Some(1) },
+            NameQuery::Prefix { prefix: format!("{}/", self.folder), limit: Some(1) },
         ];
         queries.extend(self.view.iter().map(|(name, _)| NameQuery::Exact(name.clone())));
         queries
@@ -143,8 +159,8 @@ impl FileSystem {
             }
             self.staging.leave_path(&staged);
         }
-        if self.folders.exists(&target.plain) {
-            return Ok(Some(Found::Directory { name: target.plain.clone() }));
+        if self.folders.exists(&target.folder) {
+            return Ok(Some(Found::Directory { name: target.folder.clone() }));
         }
         if let Some((hash, rest)) = name::split_hash(&target.component) {
             return self.resolve_hashed(target, hash, rest);
@@ -162,8 +178,8 @@ impl FileSystem {
         let plain = answers.next().unwrap_or_default();
         let below = answers.next().unwrap_or_default();
         let dataset = answers.next().unwrap_or_default();
-        if !below.is_empty() && !target.plain.is_empty() {
-            return Ok(Some(Found::Directory { name: target.plain.clone() }));
+        if !below.is_empty() && !target.folder.is_empty() {
+            return Ok(Some(Found::Directory { name: target.folder.clone() }));
         }
         if let Some((name, object)) = plain.into_iter().next() {
             if let Some(summary) = self.objects.summary(&*self.store, object)? {
@@ -352,7 +368,7 @@ impl FileSystem {
             let (directory, part) = name::split(&name);
             for view in View::ALL {
                 for suffix in [suffix(view), String::new()] {
-                    let component = name::encode_part(part, &suffix, &name);
+                    let component = name::encode_file(part, &suffix, &name);
                     let path = name::join(directory, &component);
                     if self.inodes.view_number(&path, object, view) != ino {
                         continue;
@@ -381,7 +397,7 @@ impl FileSystem {
                 }
             }
         };
-        name::encode_part(part, &suffix, whole)
+        name::encode_file(part, &suffix, whole)
     }
 }
 

@@ -3,6 +3,7 @@
 mod bed;
 mod kills;
 mod model;
+mod names;
 mod opens;
 mod others;
 mod retries;

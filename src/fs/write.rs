@@ -125,6 +125,7 @@ impl FileSystem {
         });
         let attributes = FileAttributes { mtime: None, atime: None, ctime: None, ..attributes };
         let version = (view.name.clone(), view.object);
+        let target = target.clone().of_name(&view.name);
         let staged = self.prepare_staged(target.clone(), attributes, Some(version.clone()))?;
         staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
         if truncates {

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -140,3 +141,46 @@ def test_a_sparse_file_that_has_no_room_is_an_error_and_not_the_end(make_mount):
         file.write(b"middle")
     assert (mount / "sparse.bin").read_bytes() == bytes(10 << 20) + b"middle" + bytes((10 << 20) - 6)
     assert mount.status()["server"]["restarts"] == 0
+
+
+def test_a_partitioned_table_has_the_values_that_were_saved(mount, make_mount, tmp_path):
+    """Hive's names of directories hold escapes of their own, which read like the mount's."""
+    values = ["a/b", "%41", "50%", "50%25", "100%", "..", "plain"]
+    frame = pd.DataFrame({"k": values, "v": range(len(values))})
+    for folder in (tmp_path / "table", mount / "table"):
+        frame.to_parquet(folder, partition_cols=["k"])
+    assert sorted(os.listdir(mount / "table")) == sorted(os.listdir(tmp_path / "table"))
+    for folder in (mount / "table", make_mount(name="second") / "table"):
+        back = pd.read_parquet(folder)
+        assert dict(zip(back["k"].astype(str), back["v"])) == dict(zip(values, range(len(values))))
+
+
+ODD = ["50%25", "50%", "a%2Fb", "a%252Fb", "x%00y", "%2E", "%2e", "%252E", "%2F", "%2Fx", "%252Fx", "q%~0123456789abcdef", "%41"]
+
+
+def test_files_and_directories_are_called_what_programs_call_them(store, mount, make_mount, tmp_path):
+    """Also where they read like names that no file can have."""
+    source = tmp_path / "source"
+    for name in ODD:
+        (source / "folders" / name).mkdir(parents=True)
+        (source / "folders" / name / f"{name}.csv").write_text(name)
+        (source / name).write_text(name)
+    subprocess.run(["cp", "-r", source, mount / "copy"], check=True)
+    for name in ODD:
+        (mount / name).write_text(name)
+        (mount / f"d{name}").mkdir()
+        assert name in os.listdir(mount.path) and f"d{name}" in os.listdir(mount.path)
+    assert sorted(os.listdir(mount.path)) == sorted([*ODD, *(f"d{name}" for name in ODD), "copy"])
+    for name in ODD:
+        (mount / f"d{name}").rmdir()
+    for each in (mount, make_mount(name="second")):
+        subprocess.run(["diff", "-r", source, each / "copy"], check=True)
+        assert sorted(os.listdir(each.path)) == sorted([*ODD, "copy"])
+        assert [(each / name).read_text() for name in ODD] == ODD
+        with subprocess.Popen(["tar", "-C", each / "copy", "-c", "."], stdout=subprocess.PIPE) as tar:
+            text = subprocess.check_output(["tar", "-t"], stdin=tar.stdout, text=True)
+        assert len(text.splitlines()) == 2 + 3 * len(ODD)
+    shutil.rmtree(mount / "copy")
+    for name in ODD:
+        (mount / name).unlink()
+    assert os.listdir(mount.path) == [] and store.client.list_names("*", limit=100) == {}

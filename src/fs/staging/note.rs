@@ -145,7 +145,10 @@ impl Staging {
     /// Puts the staged file of a former server back to its place, under its number. Also returns of which object its
     /// extended attributes are, if they were too long for the note.
     pub(in crate::fs) fn adopt(&self, file: Arc<MemoryFile>, note: StagedNote) -> (Arc<Staged>, Option<ObjectId>) {
-        let target = Target::new(&note.directory, &note.component);
+        let mut target = Target::new(&note.directory, &note.component);
+        if let Some((name, _)) = note.published.as_ref().or(note.replaces.as_ref()) {
+            target = target.of_name(name);
+        }
         let path = target.path();
         let object = |of: Option<(String, u64)>| of.map(|(name, object)| (name, ObjectId(object)));
         let (published, replaces) = (object(note.published), object(note.replaces));
