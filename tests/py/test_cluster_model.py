@@ -58,9 +58,10 @@ class Model:
                 entry.append(action(mount, *names))
                 self.count(action.__name__)
             except (OSError, pa.ArrowException) as error:
+                # What is read is whole: pyarrow's complaint about what a file holds is never the answer to a loss.
                 number = getattr(error, "errno", None)
-                assert number in LOST or number is None, f"{entry}: {error!r}"
-                self.count(f"{action.__name__}: {errno.errorcode.get(number, 'error')}")
+                assert isinstance(error, OSError) and number in LOST, f"{entry}: {error!r}"
+                self.count(f"{action.__name__}: {errno.errorcode[number]}")
                 entry.append(repr(error)[:60])
         except AssertionError as error:
             before = "\n".join(map(str, self.history[-80:]))
