@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.request
 
-from conftest import Mount, vineyardd_binary
+from conftest import Mount, unmount_all, vineyardd_binary
 
 
 def etcd_binary() -> str:
@@ -200,11 +200,12 @@ class Cluster:
         return mount
 
     def stop(self):
-        for mount in self.mounts:
-            mount.unmount()
-        for instance in self.instances:
-            instance.kill()
-        if hasattr(self, "etcd"):
-            self.etcd.stop()
-        if self.link:
-            self.link.remove()
+        try:
+            unmount_all(self.mounts)
+        finally:
+            for instance in self.instances:
+                instance.kill()
+            if hasattr(self, "etcd"):
+                self.etcd.stop()
+            if self.link:
+                self.link.remove()

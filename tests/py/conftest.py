@@ -96,6 +96,10 @@ def cli(*arguments, check=True, timeout=120, **kwargs):
 class Mount:
     """A mount over a store; a path below it by `/`."""
 
+    #: How many of its servers a test takes down; `None` for any number. Others are seen by nobody who reads and writes,
+    #: and so the end of a test asks.
+    expected_restarts: int | None = 0
+
     def __init__(self, folder: pathlib.Path, store: Store, *options: str):
         self.path = folder
         self.store = store
@@ -111,8 +115,50 @@ class Mount:
 
         return json.loads(cli("status", self.path, "--json").stdout)
 
+    def kill_server(self) -> int:
+        """Kills the server; the keeper starts another. Returns the process number."""
+        pid = self.status()["server"]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        self.expected_restarts += 1
+        return pid
+
+    def faults(self) -> list[str]:
+        """What is wrong with the mount: servers that ended by themselves, and panics."""
+        found = []
+        mounted = any(line.split(" ")[4] == str(self.path) for line in open("/proc/self/mountinfo"))
+        if mounted and self.expected_restarts is not None:
+            # One that was killed a moment ago may not be replaced yet.
+            patience = time.monotonic() + 20
+            while (server := self.status().get("server", {})).get("restarts", 0) < self.expected_restarts:
+                if time.monotonic() > patience:
+                    break
+                time.sleep(0.05)
+            if server.get("restarts") != self.expected_restarts:
+                found.append(f"{self.path}: {self.expected_restarts} restarts are expected: {server}")
+        if self.log.exists():
+            lines = self.log.read_text(errors="replace").splitlines()
+            found += [line for line in lines if "panicked" in line or "ended with a panic" in line]
+        return found
+
     def unmount(self):
+        """Unmounts; fails if a server was taken down by anything but the test."""
+        try:
+            faults = self.faults()
+        except Exception as error:
+            faults = [f"{self.path} has no status: {error}"]
         cli("unmount", self.path, "--force", check=False)
+        assert not faults, "\n".join(faults)
+
+
+def unmount_all(mounts):
+    """Unmounts each; fails if a server of one was taken down by anything but the test."""
+    faults = []
+    for mount in mounts:
+        try:
+            mount.unmount()
+        except AssertionError as error:
+            faults.append(str(error))
+    assert not faults, "\n".join(faults)
 
 
 @pytest.fixture
@@ -154,8 +200,7 @@ def make_mount(folder, store):
         return mount
 
     yield make
-    for mount in mounts:
-        mount.unmount()
+    unmount_all(mounts)
 
 
 def pytest_sessionstart(session):

@@ -256,7 +256,7 @@ def test_a_large_table_is_read_in_every_way_while_it_comes(cluster):
 
     with open(there / "killed.arrow", "rb", buffering=0) as file:
         parts = [file.read(1 << 20)]
-        os.kill(there.status()["server"]["pid"], signal.SIGKILL)
+        there.kill_server()
         while part := file.read(1 << 20):
             parts.append(part)
     assert b"".join(parts) == expected

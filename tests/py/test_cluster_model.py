@@ -39,6 +39,7 @@ class Model:
         #: What could not be saved stays readable on the mount that it was written on.
         self.unsaved = {}
         self.dead_ids = set()
+        self.killed = set()
 
     def frame(self, version):
         rows = 1 + version * 7919 % 40_000
@@ -132,7 +133,11 @@ class Model:
         return self.cluster[self.mounts.index(mount)]
 
     def kill_server(self, mount):
-        os.kill(mount.status()["server"]["pid"], signal.SIGKILL)
+        pid = mount.status()["server"]["pid"]
+        # It may be one that is dead already and not yet replaced.
+        if pid not in self.killed:
+            self.killed.add(pid)
+            mount.kill_server()
 
     def restart_instance(self, mount):
         instance = self.instance(mount)

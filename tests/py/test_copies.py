@@ -259,6 +259,7 @@ def test_a_server_that_is_killed_in_a_save_leaves_nothing(store, make_mount):
         until(lambda: store.usage() > before or not saver.is_alive(), 30)
         time.sleep(chance.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
+        mount.expected_restarts += 1
         saver.join(60)
         assert not saver.is_alive()
         if (mount / f"x{turn}.arrow").exists():

@@ -109,7 +109,7 @@ def test_crash_matrix(store, make_mount, victim):
         if victim == "writer":
             writer.kill()
         elif victim == "server":
-            os.kill(status["server"]["pid"], signal.SIGKILL)
+            mount.kill_server()
             # The writer sees nothing of it.
             writer.wait_for(writer.acknowledged + 2)
             writer.kill()
@@ -117,8 +117,10 @@ def test_crash_matrix(store, make_mount, victim):
             kill_all(status)
             time.sleep(0.1)
             writer.kill()
+            mount.expected_restarts = None
             mount.unmount()
             cli("mount", mount.path, "--socket", store.socket, "--log-file", mount.log)
+            mount.expected_restarts = 0
         else:
             store.process.kill()
             store.process.wait()

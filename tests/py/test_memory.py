@@ -95,8 +95,7 @@ def limited(folder, store, group):
         return mount
 
     yield make
-    for mount in mounts:
-        mount.unmount()
+    conftest.unmount_all(mounts)
 
 
 def in_time(code, *arguments, patience=120):

@@ -19,7 +19,7 @@ import pytest
 
 import images
 import values
-from conftest import Mount, Store
+from conftest import Mount, Store, unmount_all
 
 NOTE = b"vineyard_fs:note"
 CASES = {case.name: case for case in values.cases()}
@@ -38,10 +38,11 @@ def filled():
         mounts["requests"] = Mount(folder / "requests", store, "--serve", "lazy")
         yield mounts
     finally:
-        for mount in mounts.values():
-            mount.unmount()
-        store.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            unmount_all(mounts.values())
+        finally:
+            store.stop()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["passthrough", "requests"])

@@ -46,8 +46,7 @@ def test_lines_for_scripts(busy):
     refused = conftest.cli("top", "/", check=False)
     assert refused.returncode == 1 and "not a mount of vineyard-fs" in refused.stderr
     # Counters of a new server begin at 0.
-    busy_server = busy.status()["server"]["pid"]
-    os.kill(busy_server, signal.SIGKILL)
+    busy.kill_server()
     lines = conftest.cli("top", busy.path, "--interval", "1", "--count", "2").stdout.splitlines()
     assert "restarts 1" in lines[-1], lines
 
