@@ -150,12 +150,35 @@ def test_tables_by_duckdb(served, case):
     dataset = pyarrow.dataset.dataset(path, format="ipc")
     assert images.equal(by_duckdb("from t", t=dataset), expected)
     parquet = path.with_suffix(".parquet")
-    if parquet.exists():
-        found = by_duckdb(f"from read_parquet('{parquet}')")
-        if "" not in table.column_names:  # DuckDB makes up a name for it, another one each time
-            assert found.column_names == expected.column_names
-        assert found.num_rows == expected.num_rows
-        assert images.equal(by_duckdb("from t", t=pq.ParquetFile(parquet).read()), expected)
+    found = by_duckdb(f"from read_parquet('{parquet}')")
+    if "" not in table.column_names:  # DuckDB makes up a name for it, another one each time
+        assert found.column_names == expected.column_names
+    assert found.num_rows == expected.num_rows
+    assert images.equal(by_duckdb("from t", t=pq.ParquetFile(parquet).read()), expected)
+
+
+@named("arrow")
+def test_every_table_that_the_official_client_stores_has_a_parquet_view(served, case):
+    path = served / case.file
+    metadata = pq.ParquetFile(path.with_suffix(".parquet")).metadata
+    table = arrow_tables(path)
+    assert (metadata.num_rows, pq.ParquetFile(path.with_suffix(".parquet")).schema_arrow.names) == (table.num_rows, table.column_names)
+
+
+def test_types_that_parquet_does_not_have(mount):
+    numbers = pa.array([1, 1, 2])
+    columns = {
+        "interval": pa.array([pa.MonthDayNano([1, 2, 3])] * 3, pa.month_day_nano_interval()),
+        "runs": pa.RunEndEncodedArray.from_arrays(pa.array([1, 3], pa.int32()), pa.array([7, 8])),
+        "union": pa.UnionArray.from_sparse(pa.array([0, 0, 1], pa.int8()), [numbers, pa.array(["a", "b", "c"])]),
+    }
+    for name, column in columns.items():
+        table = pa.table({"n": numbers, name: column})
+        with pa.ipc.new_file(str(mount / f"{name}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        assert arrow_tables(mount / f"{name}.arrow").equals(table)
+        assert not (mount / f"{name}.parquet").exists(), name
+    assert sorted(path.name for path in mount.path.iterdir()) == sorted(f"{name}.arrow" for name in columns)
 
 
 @named("npy")
