@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::FileSystem;
+use super::{FileSystem, saves};
 use crate::error::Result;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::vineyard::ObjectId;
@@ -23,6 +23,11 @@ const MANY_NAMES_FOR: u32 = 64;
 const PAUSE: Duration = Duration::from_millis(20);
 /// Part of the time that such questions may take: vineyardd answers nobody else meanwhile.
 const SHARE: u32 = 5;
+
+/// Whether a name keeps its object: the announcement of a save does not, and goes with that save.
+fn is_name(name: &str) -> bool {
+    !name.starts_with(&saves::prefix())
+}
 
 /// Objects that wait until it is known whether a name leads to them.
 #[derive(Default)]
@@ -65,7 +70,8 @@ impl FileSystem {
     pub(super) fn delete_without(&self, object: ObjectId, names: &[&str]) {
         match self.all_names_if_few() {
             Ok(Some(all)) => {
-                if !all.iter().any(|(name, id)| *id == object && !names.contains(&name.as_str())) {
+                let leads = |(name, id): &NamedObject| *id == object && is_name(name) && !names.contains(&name.as_str());
+                if !all.iter().any(leads) {
                     self.delete_object(object);
                 }
                 return;
@@ -119,7 +125,8 @@ impl FileSystem {
     /// Deletes those of these objects that no name leads to.
     fn delete_of(&self, objects: &[ObjectId]) -> Result<()> {
         let all = NameQuery::Prefix { prefix: String::new(), limit: None };
-        let named: HashSet<ObjectId> = self.store.names(&[all])?.into_iter().flatten().map(|(_, id)| id).collect();
+        let names = self.store.names(&[all])?.into_iter().flatten().filter(|(name, _)| is_name(name));
+        let named: HashSet<ObjectId> = names.map(|(_, id)| id).collect();
         let (stay, go): (Vec<ObjectId>, Vec<ObjectId>) = objects.iter().partition(|object| named.contains(object));
         self.forget_suspects(&stay);
         go.iter().for_each(|object| self.delete_suspect(*object));
