@@ -1,5 +1,7 @@
 //! Arrow arrays in this process' memory, for whoever must compute with values.
 
+use std::sync::Arc;
+
 use arrow_array::{ArrayRef, make_array};
 use arrow_buffer::Buffer;
 use arrow_data::{ArrayData, ArrayDataBuilder};
@@ -76,7 +78,7 @@ pub fn literal(data: &ArrayData) -> Result<ArrayLayout> {
     layout.buffers.extend(data.buffers().iter().map(|buffer| Span::literal(buffer.as_slice())));
     let children = data.child_data().iter().map(literal).collect::<Result<Vec<_>>>()?;
     match data.data_type() {
-        DataType::Dictionary(..) => layout.dictionary = children.into_iter().next().map(std::sync::Arc::new),
+        DataType::Dictionary(..) => layout.dictionary = children.into_iter().next().map(Arc::new),
         _ => layout.children = children,
     }
     let mut layout = layout.slice(offset, len)?;
@@ -92,34 +94,49 @@ pub fn literal(data: &ArrayData) -> Result<ArrayLayout> {
 const MAX_DICTIONARY: u64 = 64 << 20;
 
 /// Makes columns of several batches share one dictionary, as Arrow files want it: the first one if all are equal, else
-/// one with every value once, and keys that are looked up when they are read.
+/// one with every value once, and keys that are looked up when they are read. No data is touched where all are the same
+/// places, which is so in every table that was saved as a file.
 ///
 /// # Errors
-/// `Unsupported` if the keys have no room for that many values or dictionaries are nested or large.
+/// `Unsupported` if the keys have no room for that many values, or dictionaries that differ are large or hold others.
 pub fn unify_dictionaries(columns: &mut [&mut ArrayLayout], source: &dyn BlobSource) -> Result<()> {
     let refuse = |why: &str| Error::new(Kind::Unsupported, format!("dictionaries of several batches: {why}"));
-    let DataType::Dictionary(key, _) = columns.first().map_or(DataType::Null, |c| c.data_type.clone()) else {
+    let DataType::Dictionary(key, value) = columns.first().map_or(DataType::Null, |c| c.data_type.clone()) else {
         return Ok(());
     };
-    let mut bytes = 0u64;
-    let mut values = Vec::new();
+    // Dictionaries in a row that are the same places count once. Without values nothing can be a key: any other will do.
+    let mut distinct: Vec<Arc<ArrayLayout>> = Vec::new();
+    let mut which = Vec::with_capacity(columns.len());
     for column in columns.iter() {
-        let Some(dictionary) = &column.dictionary else { return Err(refuse("one is missing")) };
-        bytes = dictionary.buffers.iter().fold(bytes, |sum, span| sum.saturating_add(span.len()));
-        if bytes > MAX_DICTIONARY || !dictionary.children.is_empty() {
-            return Err(refuse("they are large or nested"));
+        let dictionary = column.dictionary.as_ref().ok_or_else(|| refuse("one is missing"))?;
+        let known = distinct.last().is_some_and(|last| Arc::ptr_eq(last, dictionary) || last.is_same(dictionary));
+        if dictionary.len > 0 && !known {
+            distinct.push(dictionary.clone());
         }
-        values.push(materialize(dictionary, source)?);
+        which.push((dictionary.len > 0).then(|| distinct.len() - 1));
     }
-    let first = columns.first().and_then(|c| c.dictionary.clone());
+    let Some(first) = distinct.first().or(columns.first().and_then(|c| c.dictionary.as_ref())).cloned() else {
+        return Ok(());
+    };
+    let share = |columns: &mut [&mut ArrayLayout], whole: &Arc<ArrayLayout>| {
+        columns.iter_mut().for_each(|column| column.dictionary = Some(whole.clone()));
+    };
+    if distinct.len() <= 1 {
+        share(columns, &first);
+        return Ok(());
+    }
+    let size = distinct.iter().fold(0u64, |sum, dictionary| sum.saturating_add(dictionary.size()));
+    if size > MAX_DICTIONARY || holds_dictionary(&value) {
+        return Err(refuse("they differ and are large, or hold others"));
+    }
+    let values = distinct.iter().map(|dictionary| materialize(dictionary, source)).collect::<Result<Vec<_>>>()?;
     if values.windows(2).all(|pair| *pair[0] == *pair[1]) {
-        columns.iter_mut().for_each(|column| column.dictionary = first.clone());
+        share(columns, &first);
         return Ok(());
     }
     // Each value once, in the order in which the batches bring it.
     let differ = |e| refuse("they do not fit together").with_source(e);
-    let sort = arrow::row::SortField::new(values.first().map_or(DataType::Null, |v| v.data_type().clone()));
-    let converter = arrow::row::RowConverter::new(vec![sort]).map_err(differ)?;
+    let converter = arrow::row::RowConverter::new(vec![arrow::row::SortField::new(*value)]).map_err(differ)?;
     let mut known = std::collections::HashMap::new();
     let mut kept = Vec::new();
     let mut lists = Vec::new();
@@ -131,7 +148,7 @@ pub fn unify_dictionaries(columns: &mut [&mut ArrayLayout], source: &dyn BlobSou
                 kept.len() as u64 - 1
             })
         };
-        lists.push(rows.iter().enumerate().map(&mut place).collect::<std::sync::Arc<[u64]>>());
+        lists.push(rows.iter().enumerate().map(&mut place).collect::<Arc<[u64]>>());
     }
     let width = super::table::fixed_width(&key).unwrap_or(1);
     let room = 1u64 << (8 * width.min(7) - u64::from(key.is_signed_integer()));
@@ -140,12 +157,28 @@ pub fn unify_dictionaries(columns: &mut [&mut ArrayLayout], source: &dyn BlobSou
     }
     let all: Vec<&dyn arrow_array::Array> = values.iter().map(|v| v.as_ref()).collect();
     let whole = arrow::compute::interleave(&all, &kept).map_err(differ)?;
-    let whole = std::sync::Arc::new(literal(&whole.to_data())?);
-    for (column, list) in columns.iter_mut().zip(lists) {
-        if let Some(keys) = column.buffers.get_mut(1) {
-            *keys = derive::map(keys.clone(), width, derive::Map::Look(list));
+    let whole = Arc::new(literal(&whole.to_data())?);
+    for (column, which) in columns.iter_mut().zip(which) {
+        let list = which.and_then(|which| lists.get(which));
+        if let (Some(keys), Some(list)) = (column.buffers.get_mut(1), list) {
+            *keys = derive::map(keys.clone(), width, derive::Map::Look(list.clone()));
         }
-        column.dictionary = Some(whole.clone());
     }
+    share(columns, &whole);
     Ok(())
+}
+
+/// True if arrays of the type have a dictionary somewhere.
+fn holds_dictionary(data_type: &DataType) -> bool {
+    use DataType::*;
+    match data_type {
+        Dictionary(..) => true,
+        List(f) | LargeList(f) | ListView(f) | LargeListView(f) | FixedSizeList(f, _) | Map(f, _) => {
+            holds_dictionary(f.data_type())
+        }
+        Struct(fields) => fields.iter().any(|f| holds_dictionary(f.data_type())),
+        Union(fields, _) => fields.iter().any(|(_, f)| holds_dictionary(f.data_type())),
+        RunEndEncoded(_, values) => holds_dictionary(values.data_type()),
+        _ => false,
+    }
 }

@@ -159,6 +159,21 @@ impl Span {
         }
     }
 
+    /// True if both are the same place, or the same bytes of this process. Touches no data.
+    pub fn is_same(&self, other: &Span) -> bool {
+        match (self, other) {
+            (Span::Zeros(a), Span::Zeros(b)) => a == b,
+            (Span::Literal(a), Span::Literal(b)) => a == b,
+            (Span::Blob { key: k, offset: o, len: l }, Span::Blob { key, offset, len }) => {
+                (k, o, l) == (key, offset, len)
+            }
+            (Span::Derived { from: f, offset: o, len: l }, Span::Derived { from, offset, len }) => {
+                Arc::ptr_eq(f, from) && (o, l) == (offset, len)
+            }
+            _ => false,
+        }
+    }
+
     /// Checks that the bytes lie inside their blobs.
     ///
     /// # Errors

@@ -80,6 +80,29 @@ impl ArrayLayout {
         ArrayLayout::flat(DataType::Null, len, Some(len), Vec::new())
     }
 
+    /// True if both are the same places in memory. Touches no data.
+    pub fn is_same(&self, other: &ArrayLayout) -> bool {
+        let dictionaries = match (&self.dictionary, &other.dictionary) {
+            (None, None) => true,
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a.is_same(b),
+            _ => false,
+        };
+        dictionaries
+            && self.data_type == other.data_type
+            && self.len == other.len
+            && self.buffers.len() == other.buffers.len()
+            && self.children.len() == other.children.len()
+            && self.buffers.iter().zip(&other.buffers).all(|(a, b)| a.is_same(b))
+            && self.children.iter().zip(&other.children).all(|(a, b)| a.is_same(b))
+    }
+
+    /// Sum of the lengths of all buffers, children and dictionaries.
+    pub fn size(&self) -> u64 {
+        let own = self.buffers.iter().map(Span::len);
+        let below = self.children.iter().chain(self.dictionary.as_deref()).map(ArrayLayout::size);
+        own.chain(below).fold(0, u64::saturating_add)
+    }
+
     /// Checks that every buffer lies inside its blobs. Touches no data.
     ///
     /// # Errors

@@ -110,7 +110,7 @@ impl Dictionaries {
             }
             match &self.found[id] {
                 None => self.found[id] = Some(values.clone()),
-                Some(first) if same(first, values) => {}
+                Some(first) if Arc::ptr_eq(first, values) || first.is_same(values) => {}
                 Some(_) => {
                     return Err(Error::new(
                         Kind::Unsupported,
@@ -121,37 +121,6 @@ impl Dictionaries {
         }
         Ok(())
     }
-}
-
-/// True if two arrays are the same places in memory.
-pub(super) fn same(a: &Arc<ArrayLayout>, b: &Arc<ArrayLayout>) -> bool {
-    fn span(a: &Span, b: &Span) -> bool {
-        match (a, b) {
-            (Span::Zeros(a), Span::Zeros(b)) => a == b,
-            (Span::Literal(a), Span::Literal(b)) => a == b,
-            (Span::Blob { key: k, offset: o, len: l }, Span::Blob { key, offset, len }) => {
-                (k, o, l) == (key, offset, len)
-            }
-            (Span::Derived { from: f, offset: o, len: l }, Span::Derived { from, offset, len }) => {
-                Arc::ptr_eq(f, from) && (o, l) == (offset, len)
-            }
-            _ => false,
-        }
-    }
-    fn array(a: &ArrayLayout, b: &ArrayLayout) -> bool {
-        a.data_type == b.data_type
-            && a.len == b.len
-            && a.buffers.len() == b.buffers.len()
-            && a.children.len() == b.children.len()
-            && a.buffers.iter().zip(&b.buffers).all(|(a, b)| span(a, b))
-            && a.children.iter().zip(&b.children).all(|(a, b)| array(a, b))
-            && match (&a.dictionary, &b.dictionary) {
-                (None, None) => true,
-                (Some(a), Some(b)) => same(a, b),
-                _ => false,
-            }
-    }
-    Arc::ptr_eq(a, b) || array(a, b)
 }
 
 fn encode_schema<'b>(buffer: &mut FlatBufferBuilder<'b>, schema: &Schema) -> WIPOffset<arrow_ipc::Schema<'b>> {

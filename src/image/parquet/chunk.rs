@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use arrow_schema::{DataType, Field, Schema};
 use parquet::basic::{Encoding, Type};
@@ -15,7 +15,7 @@ use super::group::{Group, Piece};
 use super::{Layout, delta, dictionary, internal, page, signed};
 use crate::dataset::{ArrayLayout, Span, Table};
 use crate::error::{Context, Error, Kind, Result};
-use crate::image::arrow::{Counts, buffers, has_validity, same, width};
+use crate::image::arrow::{Counts, buffers, has_validity, width};
 use crate::vineyard::BlobSource;
 
 /// Most threads that encode one table.
@@ -94,7 +94,8 @@ fn may_have_nulls(array: &ArrayLayout) -> bool {
 /// True if arrays have one dictionary, which can be written as it is.
 fn one_dictionary<'a>(mut arrays: impl Iterator<Item = &'a ArrayLayout>) -> bool {
     let Some(first) = arrays.next().and_then(|array| array.dictionary.as_ref()) else { return false };
-    dictionary::fits(first) && arrays.all(|array| array.dictionary.as_ref().is_some_and(|other| same(first, other)))
+    let is_first = |other: &Arc<ArrayLayout>| Arc::ptr_eq(first, other) || first.is_same(other);
+    dictionary::fits(first) && arrays.all(|array| array.dictionary.as_ref().is_some_and(is_first))
 }
 
 /// How a column without nulls is written: as it is if its values have the same bytes in both formats.
