@@ -1,5 +1,6 @@
 //! Parquet files: columns are decoded while their blobs are made, so that memory holds a piece of a column at a time.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -236,13 +237,25 @@ impl Decode {
     ) -> Result<Vec<PlannedObject>> {
         let columns = self.schema.fields().len();
         let made: Mutex<Vec<Vec<Option<Field>>>> = Mutex::new(vec![vec![None; columns]; self.partitions.len()]);
-        let store = |column: &Column| {
+        // The objects of dictionaries by their columns: all partitions of a column share one.
+        let dictionaries: Mutex<HashMap<usize, Field>> = Mutex::default();
+        let store = |number: usize, column: &Column| {
             let mut draft = Draft::default();
+            let known = lock(&dictionaries).get(&number).cloned();
+            if let (Some(values), Some(known)) = (&column.dictionary, known) {
+                draft.share(values, known);
+            }
             native::array(&mut draft, column)?;
-            Ok(add(&draft)?.last().copied().map(Field::Existing))
+            let made = add(&draft)?;
+            if let Some(Field::Object(index)) = column.dictionary.as_ref().and_then(|values| draft.field_of(values))
+                && let Some(id) = made.get(*index)
+            {
+                lock(&dictionaries).insert(number, Field::Existing(*id));
+            }
+            Ok(made.last().copied().map(Field::Existing))
         };
         self.each(&|partition, number, column| {
-            let field = store(&column)?;
+            let field = store(number, &column)?;
             if let Some(slot) = lock(&made).get_mut(partition).and_then(|p| p.get_mut(number)) {
                 *slot = field;
             }
@@ -255,7 +268,8 @@ impl Decode {
         }
         if partitions.is_empty() {
             // A table has at least one partition: see `table`.
-            let columns = self.schema.fields().iter().map(|f| store(&Column::empty(f.data_type())));
+            let empty = |(i, field): (usize, &Arc<ArrowField>)| store(i, &Column::empty(field.data_type()));
+            let columns = self.schema.fields().iter().enumerate().map(empty);
             partitions.push((0, columns.collect::<Result<Option<_>>>()?.unwrap_or_default()));
         }
         self.finish(root, partitions)

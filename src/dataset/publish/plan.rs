@@ -175,7 +175,8 @@ pub struct Plan {
     pub objects: Vec<PlannedObject>,
     /// What the user should know, such as why a file is stored as it is.
     pub warnings: Vec<String>,
-    /// What to store if the data turns out to be broken while it is copied; only compressed and encoded data can.
+    /// What to store if the data turns out to be broken while it is copied, as compressed and encoded data can, or if what
+    /// was made of it cannot be read again.
     pub fallback: Option<Box<Plan>>,
     /// A Parquet file to be decoded while its columns are stored; the root gets its partitions then.
     pub(super) decode: Option<Arc<Decode>>,
@@ -289,6 +290,16 @@ impl Draft {
         let field = make(self, column)?;
         self.dictionaries.insert(key, (column.clone(), field.clone()));
         Ok(field)
+    }
+
+    /// Lets columns with this dictionary refer to an object that exists.
+    pub(super) fn share(&mut self, column: &Arc<Column>, field: Field) {
+        self.dictionaries.insert(Arc::as_ptr(column) as usize, (column.clone(), field));
+    }
+
+    /// The object of a dictionary, if one was made or is known.
+    pub(super) fn field_of(&self, column: &Arc<Column>) -> Option<&Field> {
+        self.dictionaries.get(&(Arc::as_ptr(column) as usize)).map(|(_, field)| field)
     }
 
     /// The plan; the object that was added last is its root.
