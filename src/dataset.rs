@@ -30,7 +30,8 @@ pub use materialize::{literal, materialize};
 pub use span::{Derive, Span};
 pub use table::{ArrayLayout, Batch, Table};
 
-use crate::error::{Context, Result};
+use self::recipe::{Recipe, recipe_of};
+use crate::error::{Context, Kind, Result};
 use crate::vineyard::{BlobSource, Meta};
 
 /// What an object is, as far as files can show it.
@@ -48,6 +49,8 @@ pub enum Dataset {
     Blob(Span),
     /// A file that was written through a mount and is stored as it is, under its full file name.
     File(Span),
+    /// An object that was written as a file and whose value cannot be told, and why: it has that file and nothing else.
+    Written(String),
 }
 
 /// A dense array in row-major order.
@@ -109,6 +112,22 @@ pub fn decode(meta: &Meta, source: &dyn BlobSource) -> Result<Dataset> {
     })
 }
 
+/// As [`decode`], with the file that the object was written as. Where its value cannot be told, that file is left.
+///
+/// # Errors
+/// As [`decode`], and `Malformed` if the recipe of the file is broken.
+pub fn decode_with_file(meta: &Meta, source: &dyn BlobSource) -> Result<(Dataset, Option<Recipe>)> {
+    match (decode(meta, source), recipe_of(meta)) {
+        (Err(error), Ok(Some(recipe)))
+            if matches!(error.kind(), Kind::Malformed | Kind::Unsupported | Kind::TooLarge) =>
+        {
+            Ok((Dataset::Written(error.to_string()), Some(recipe)))
+        }
+        (Ok(dataset), recipe) => Ok((dataset, recipe?)),
+        (Err(error), _) => Err(error),
+    }
+}
+
 impl Dataset {
     /// Checks that every buffer lies inside its blobs. Touches no data.
     ///
@@ -122,7 +141,7 @@ impl Dataset {
                 tensor.table.iter().try_for_each(|table| table.validate(source))
             }
             Dataset::Pickle(span) | Dataset::Blob(span) | Dataset::File(span) => span.validate(source),
-            Dataset::Json(_) => Ok(()),
+            Dataset::Json(_) | Dataset::Written(_) => Ok(()),
         }
     }
 
@@ -167,7 +186,7 @@ impl Dataset {
             Dataset::Pickle(_) => "pickle",
             Dataset::Json(_) => "json",
             Dataset::Blob(_) => "blob",
-            Dataset::File(_) => "file",
+            Dataset::File(_) | Dataset::Written(_) => "file",
         }
     }
 }

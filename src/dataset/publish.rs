@@ -10,6 +10,8 @@ mod check;
 mod column;
 mod datetimes;
 mod decode;
+#[cfg(test)]
+mod dictionaries;
 mod frame;
 #[cfg(test)]
 mod hostile;
@@ -20,6 +22,7 @@ mod native;
 mod npy;
 mod parquet_file;
 mod plan;
+mod proof;
 mod recipe;
 mod store;
 mod table;
@@ -257,8 +260,6 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
     draft.object(typename, root);
     let mut plan = draft.finish(outcome);
     plan.decode = decoding;
-    if !exact {
-        plan.fallback = Some(Box::new(plain(staged, attrs)));
-    }
+    plan.fallback = Some(Box::new(plain(staged, attrs)));
     Ok(plan)
 }

@@ -11,7 +11,7 @@ use super::copies::{Copy, copies_of};
 use super::deferred::{self, Deferred};
 use super::summaries::Summaries;
 use crate::dataset::publish::Outcome;
-use crate::dataset::recipe::{Recipe, Written, recipe_of, written_as};
+use crate::dataset::recipe::{Recipe, Written, written_as};
 use crate::dataset::{self, Dataset, FileAttributes};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Counts, Image, View};
@@ -359,8 +359,10 @@ impl Objects {
             metas = store.metas(&[id], true)?;
         }
         let meta = metas.remove(&id).ok_or_else(|| Error::stale(format!("object {id} was deleted")))??;
-        let dataset = dataset::decode(&meta, store)?;
-        let recipe = recipe_of(&meta)?;
+        let (dataset, recipe) = dataset::decode_with_file(&meta, store)?;
+        if let Dataset::Written(why) = &dataset {
+            tracing::warn!(object = %id, "is shown only as the file that was written: {why}");
+        }
         let here = store.instance()?.id;
         let elsewhere = meta.blobs().iter().any(|key| key.instance != here);
         let remote = elsewhere.then(|| Deferred::of(&dataset));
@@ -451,22 +453,31 @@ fn is_elsewhere(error: &Error) -> bool {
     matches!(error.kind(), Kind::Unreachable | Kind::Remote)
 }
 
+/// The sizes of all views, as far as metadata tells them.
+fn sizes(dataset: &Dataset) -> Result<Vec<(View, Option<u64>)>> {
+    let mut sizes: Vec<(View, Option<u64>)> = Vec::new();
+    for view in image::views_of(dataset) {
+        // Feather is the same file under another name: not worth laying out again.
+        let same = sizes.iter().find(|(v, _)| *v == View::Arrow && view == View::Feather).map(|(_, size)| *size);
+        let size = same.map_or_else(|| image::size(dataset, view), Ok)?;
+        sizes.push((view, size));
+    }
+    Ok(sizes)
+}
+
 /// # Errors
 /// Only what says nothing about the object itself.
 fn summarize(meta: &Meta, source: &dyn BlobSource, tables: View) -> Result<Summary> {
-    let described = dataset::decode(meta, source).and_then(|dataset| {
-        let mut sizes: Vec<(View, Option<u64>)> = Vec::new();
-        for view in image::views_of(&dataset) {
-            // Feather is the same file under another name: not worth laying out again.
-            let same = sizes.iter().find(|(v, _)| *v == View::Arrow && view == View::Feather).map(|(_, size)| *size);
-            let size = same.map_or_else(|| image::size(&dataset, view), Ok)?;
-            sizes.push((view, size));
-        }
+    let described = dataset::decode_with_file(meta, source).and_then(|(dataset, recipe)| {
+        let mut sizes = match sizes(&dataset) {
+            Err(_) if recipe.is_some() => Vec::new(),
+            sizes => sizes?,
+        };
         let mut listed = image::listed_view(&dataset);
         if listed == View::Arrow && sizes.iter().any(|(view, _)| *view == tables) {
             listed = tables;
         }
-        if let Some(recipe) = recipe_of(meta)? {
+        if let Some(recipe) = recipe {
             let written = view_of(recipe.view);
             sizes.retain(|(view, _)| *view != written);
             sizes.push((written, Some(recipe.size)));

@@ -2,9 +2,12 @@
 //! they are given up before a save fails.
 
 use super::FileSystem;
+use super::objects::view_of;
+use crate::dataset;
 use crate::dataset::publish::{self, Plan, Published, Staged};
-use crate::dataset::recipe::without_kept;
+use crate::dataset::recipe::{without_kept, written_as};
 use crate::error::{Kind, Result};
+use crate::image::{self, View};
 use crate::vineyard::store::NameQuery;
 use crate::vineyard::{Meta, ObjectId};
 
@@ -65,6 +68,9 @@ impl FileSystem {
             return Ok(0);
         }
         let Some(content) = without_kept(meta) else { return Ok(0) };
+        // Only what can be made anew may go.
+        let view = written_as(meta).map_or(View::Raw, view_of);
+        dataset::decode(meta, &*self.store).and_then(|dataset| image::size(&dataset, view))?;
         let before = self.store.status()?.memory_usage;
         let _unit = self.unit();
         let Some(created) = self.store.create_objects(vec![content])?.pop() else { return Ok(0) };

@@ -78,6 +78,7 @@ pub fn views_of(dataset: &Dataset) -> Vec<View> {
         Dataset::Pickle(_) => views.push(View::Pickle),
         Dataset::Json(_) => views.push(View::Json),
         Dataset::Blob(_) | Dataset::File(_) => views.push(View::Raw),
+        Dataset::Written(_) => {}
     }
     views
 }
@@ -90,7 +91,7 @@ pub fn listed_view(dataset: &Dataset) -> View {
         Dataset::Tensor(_) => View::Arrow,
         Dataset::Pickle(_) => View::Pickle,
         Dataset::Json(_) => View::Json,
-        Dataset::Blob(_) | Dataset::File(_) => View::Raw,
+        Dataset::Blob(_) | Dataset::File(_) | Dataset::Written(_) => View::Raw,
     }
 }
 

@@ -36,8 +36,8 @@ pub struct Published {
 /// Creates, fills and persists what is planned. If that fails, nothing stays in the store.
 ///
 /// # Errors
-/// `Full` if the store has no room, `Malformed` if compressed data turns out to be broken (see [`Plan::fallback`]), and
-/// what the store answers.
+/// `Full` if the store has no room, `Malformed` if compressed data turns out to be broken or what was made cannot be read
+/// again (see [`Plan::fallback`]), and what the store answers.
 pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Published> {
     let made = Made {
         store,
@@ -63,16 +63,20 @@ pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Pu
         }
     };
     let root = root.ok_or_else(|| Error::new(Kind::Internal, "a plan without objects"))?;
+    // Bytes as they are need no proof.
+    if !matches!(plan.outcome, Outcome::File | Outcome::Pickle) {
+        super::proof::prove(store, root, lock(&made.blobs).iter().copied().collect())?;
+    }
     if !made.alone {
         store.persist(root).context(|| "persisting the object".into())?;
     }
     made.keep.store(true, Ordering::Relaxed);
-    let blobs = std::mem::take(&mut *lock(&made.blobs));
+    let blobs = lock(&made.blobs).drain(..).map(|(id, _)| id).collect();
     Ok(Published { id: root, blobs, outcome: plan.outcome, warnings: plan.warnings.clone() })
 }
 
-/// As [`execute`]; where the content turns out broken only while it is decoded, in the plan's next form, at last as a
-/// plain file. [`Published::outcome`] says which.
+/// As [`execute`]; where the content turns out broken only while it is decoded, or what was made of it cannot be read
+/// again, in the plan's next form, at last as a plain file. [`Published::outcome`] says which.
 ///
 /// # Errors
 /// As [`execute`].
@@ -126,7 +130,8 @@ pub fn publish(
 /// What exists in the store so far; taken back on drop.
 struct Made<'a> {
     store: &'a dyn Store,
-    blobs: Mutex<Vec<ObjectId>>,
+    /// With their sizes.
+    blobs: Mutex<Vec<(ObjectId, u64)>>,
     objects: Mutex<Vec<ObjectId>>,
     keep: AtomicBool,
     /// Nobody else hears of what becomes permanent. Persisting then only marks objects, one by one, which takes vineyardd
@@ -156,7 +161,7 @@ impl Made<'_> {
         let sizes: Vec<u64> = planned.iter().map(PlannedBlob::size).collect();
         let blobs =
             self.store.create_blobs(&sizes).context(|| format!("room for {} bytes", sizes.iter().sum::<u64>()))?;
-        lock(&self.blobs).extend(blobs.iter().map(|blob| blob.id).filter(|id| id.is_stored_blob()));
+        lock(&self.blobs).extend(blobs.iter().map(|b| (b.id, b.size)).filter(|(id, _)| id.is_stored_blob()));
         if blobs.len() != planned.len() {
             return Err(Error::malformed(format!("the store made {} blobs of {}", blobs.len(), planned.len())));
         }
@@ -214,7 +219,8 @@ impl Drop for Made<'_> {
         if self.keep.load(Ordering::Relaxed) {
             return;
         }
-        let (mut objects, blobs) = (std::mem::take(&mut *lock(&self.objects)), std::mem::take(&mut *lock(&self.blobs)));
+        let mut objects = std::mem::take(&mut *lock(&self.objects));
+        let blobs: Vec<ObjectId> = lock(&self.blobs).drain(..).map(|(id, _)| id).collect();
         // Parents were made last: deleting them first frees their members.
         objects.reverse();
         self.store.take_back(&objects, &blobs);

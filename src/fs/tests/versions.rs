@@ -124,3 +124,25 @@ fn a_file_that_is_being_replaced_moves_with_its_directory() {
         }
     }
 }
+
+/// An object that was written as a file is that file, whatever else of it cannot be read.
+#[test]
+fn a_written_file_outlives_its_columns() {
+    for passthrough in [true, false] {
+        let bed = bed_with(passthrough, Options::default());
+        let file = table_file(&[3, 1, 2]);
+        let blob = bed.store.put_blob(&file).unwrap();
+        let kept = json!({"id": blob.id.to_string(), "typename": "vineyard::Blob", "instance_id": blob.instance.0});
+        let recipe = json!({"view": "arrow", "size": file.len()}).to_string();
+        let content = json!({"typename": "vineyard::Table", "vineyard_fs_schema_": "{}", "num_rows_": 3,
+            "vineyard_fs_recipe_": recipe, "vineyard_fs_kept_": kept});
+        bed.store.put_object("t", content).unwrap();
+        assert_eq!(bed.list(""), ["t.arrow"]);
+        assert_eq!(bed.load("t.arrow").unwrap(), file);
+        assert_eq!(bed.load("t.parquet").unwrap_err().kind(), Kind::NotFound);
+        // Its bytes are the last that is left: they are not given up, however little room there is.
+        let large = vec![1; 65 << 20];
+        assert_eq!(bed.save("large.bin", &large).unwrap_err().kind(), Kind::Full);
+        assert_eq!(bed.load("t.arrow").unwrap(), file);
+    }
+}
