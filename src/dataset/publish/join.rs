@@ -55,7 +55,8 @@ pub(super) fn joinable(data_type: &DataType) -> bool {
 
 /// One column of all the elements, in order. Offsets of strings and lists come out as 64-bit ones, whatever the type.
 ///
-/// Returns `None` if the layouts do not allow it: types that are not [`joinable`], lists whose values have gaps.
+/// Returns `None` if the layouts do not allow it: types that are not [`joinable`], lists whose values have gaps, more
+/// elements or bytes than the type's own offsets reach.
 pub(super) fn join(columns: &[&Column], staged: &[u8]) -> Result<Option<Column>> {
     use DataType::*;
     let Some(first) = columns.first() else { return Ok(None) };
@@ -82,7 +83,7 @@ pub(super) fn join(columns: &[&Column], staged: &[u8]) -> Result<Option<Column>>
             let mut data = Vec::new();
             let mut offsets = Offsets::default();
             for column in columns {
-                let (from, to) = offsets.add(column, narrow, staged)?;
+                let Some((from, to)) = offsets.add(column, narrow, staged)? else { return Ok(None) };
                 for part in column.buffer(2) {
                     data.push(part.slice(from.min(part.len())..to.min(part.len()))?);
                 }
@@ -94,7 +95,7 @@ pub(super) fn join(columns: &[&Column], staged: &[u8]) -> Result<Option<Column>>
             let mut offsets = Offsets::default();
             let mut children = Vec::new();
             for column in columns {
-                let (from, to) = offsets.add(column, narrow, staged)?;
+                let Some((from, to)) = offsets.add(column, narrow, staged)? else { return Ok(None) };
                 let Some(child) = column.children.first() else { return Ok(None) };
                 if from != 0 || to != child.len {
                     return Ok(None);
@@ -118,13 +119,17 @@ struct Offsets {
 }
 
 impl Offsets {
-    /// Adds a column's; returns its first and last offset.
-    fn add(&mut self, column: &Column, narrow: bool, staged: &[u8]) -> Result<(u64, u64)> {
+    /// Adds a column's; returns its first and last offset, or `None` if the type is `narrow` and 32 bits are not enough
+    /// for the sum: readers get offsets of that width back.
+    fn add(&mut self, column: &Column, narrow: bool, staged: &[u8]) -> Result<Option<(u64, u64)>> {
         let parts = column.buffer(1);
         let bytes = buffer_bytes(&parts, staged)?;
         let (first, last) = if narrow { check::offsets::<i32>(&bytes)? } else { check::offsets::<i64>(&bytes)? };
         let shift = self.end - first as i64;
-        self.end += (last - first) as i64;
+        self.end = self.end.checked_add((last - first) as i64).ok_or_else(|| Error::malformed("too many elements"))?;
+        if narrow && self.end > i32::MAX.into() {
+            return Ok(None);
+        }
         let width = if narrow { i32::WIDTH } else { i64::WIDTH } as u64;
         // The first offset is the last one of the column before.
         let skip = if self.parts.is_empty() { 0 } else { width };
@@ -142,7 +147,7 @@ impl Offsets {
                 self.parts.push(Part::owned(values.flat_map(|v| (v + shift).to_le_bytes()).collect()));
             }
         }
-        Ok((first, last))
+        Ok(Some((first, last)))
     }
 }
 
@@ -230,4 +235,60 @@ pub(super) fn join_batches(batches: &[(u64, Vec<Column>)], staged: &[u8]) -> Res
         columns.push(column);
     }
     Ok(Some(columns))
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_schema::Field;
+
+    use super::*;
+
+    /// One string of so many bytes that nobody has to hold.
+    fn string(data_type: DataType, bytes: i32) -> Column {
+        let offsets = match data_type {
+            DataType::Utf8 => [0, bytes].iter().flat_map(|o| o.to_le_bytes()).collect(),
+            _ => [0, i64::from(bytes)].iter().flat_map(|o| o.to_le_bytes()).collect(),
+        };
+        let buffers = vec![vec![], vec![Part::owned(offsets)], vec![Part::Zeros(bytes as u64)]];
+        Column { data_type, len: 1, null_count: 0, buffers, children: Vec::new(), dictionary: None }
+    }
+
+    fn list(child: Column) -> Column {
+        let field = Arc::new(Field::new_list_field(child.data_type.clone(), true));
+        let offsets = Part::owned([0, child.len as i32].iter().flat_map(|o| o.to_le_bytes()).collect());
+        let buffers = vec![vec![], vec![offsets]];
+        let data_type = DataType::List(field);
+        Column { data_type, len: 1, null_count: 0, buffers, children: vec![child], dictionary: None }
+    }
+
+    fn is_joined(columns: &[Column]) -> bool {
+        let columns: Vec<&Column> = columns.iter().collect();
+        join(&columns, &[]).is_ok_and(|joined| joined.is_some())
+    }
+
+    #[test]
+    fn strings_are_joined_as_far_as_their_offsets_reach() {
+        for (sizes, narrow) in [
+            ([1 << 30, (1 << 30) - 1], true),
+            ([1 << 30, 1 << 30], false),
+            ([i32::MAX, 0], true),
+            ([i32::MAX, 1], false),
+        ] {
+            assert_eq!(is_joined(&sizes.map(|size| string(DataType::Utf8, size))), narrow, "{sizes:?}");
+            assert!(is_joined(&sizes.map(|size| string(DataType::LargeUtf8, size))), "{sizes:?}");
+            assert_eq!(is_joined(&sizes.map(|size| list(string(DataType::Utf8, size)))), narrow, "{sizes:?}");
+            let numbers = |len: i32| Column { len: len as u64, ..Column::empty(&DataType::Int8) };
+            assert_eq!(is_joined(&sizes.map(|size| list(numbers(size)))), narrow, "{sizes:?}");
+        }
+    }
+
+    #[test]
+    fn batches_that_cannot_be_joined_stay_as_they_are() {
+        let batches = [1 << 30; 5].map(|size| (1, vec![string(DataType::Utf8, size)])).to_vec();
+        let merged = merge_batches(batches, 2, &[]).map(|batches| batches.iter().map(|(rows, _)| *rows).collect());
+        assert_eq!(merged.unwrap_or_else(|_| Vec::new()), [1; 5]);
+        let batches = [1 << 29; 5].map(|size| (1, vec![string(DataType::Utf8, size)])).to_vec();
+        let merged = merge_batches(batches, 2, &[]).map(|batches| batches.iter().map(|(rows, _)| *rows).collect());
+        assert_eq!(merged.unwrap_or_else(|_| Vec::new()), [2, 2, 1]);
+    }
 }
