@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use crate::error::{Error, Result};
 
 /// Bit `i` of a bitmap (least significant first); true where the bitmap is absent.
-pub(super) fn bit(bitmap: &[u8], i: usize) -> bool {
+pub(in crate::dataset) fn bit(bitmap: &[u8], i: usize) -> bool {
     bitmap.is_empty() || bitmap.get(i / 8).is_some_and(|byte| byte >> (i % 8) & 1 == 1)
 }
 
@@ -38,7 +38,7 @@ pub(super) fn integers(bytes: &[u8], width: usize, signed: bool) -> impl Iterato
 }
 
 /// An integer type of offsets.
-pub(super) trait Offset: Copy + PartialOrd + Into<i64> {
+pub(in crate::dataset) trait Offset: Copy + PartialOrd + Into<i64> {
     /// Bytes of one.
     const WIDTH: usize;
     /// From little-endian bytes of that width.
@@ -141,22 +141,61 @@ pub(super) fn views(
 }
 
 fn one_view(view: &[u8], data: &[std::borrow::Cow<'_, [u8]>], text: bool) -> Result<()> {
-    let word = |i: usize| u32::from_le_bytes([view[i], view[i + 1], view[i + 2], view[i + 3]]) as usize;
-    let len = word(0);
-    let value = if len <= 12 {
+    match View::of(view)? {
+        View::Here(value) => view_text(value, text),
+        View::There { buffer, offset, len, start } => {
+            let value = data.get(buffer).and_then(|d| d.get(offset..offset.checked_add(len)?));
+            let value = value.ok_or_else(|| Error::malformed("a view outside its data"))?;
+            view_value(value, start, text)
+        }
+    }
+}
+
+/// Where the bytes of a view are.
+pub(in crate::dataset) enum View<'a> {
+    /// In the view itself.
+    Here(&'a [u8]),
+    /// In a data buffer.
+    There {
+        /// Which.
+        buffer: usize,
+        /// First byte.
+        offset: usize,
+        /// Number of bytes, at least four.
+        len: usize,
+        /// The first four of them.
+        start: &'a [u8],
+    },
+}
+
+impl View<'_> {
+    /// Reads a view of 16 bytes.
+    ///
+    /// # Errors
+    /// `Malformed` for a short one with bytes after its end.
+    pub(in crate::dataset) fn of(view: &[u8]) -> Result<View<'_>> {
+        let word = |i: usize| u32::from_le_bytes([view[i], view[i + 1], view[i + 2], view[i + 3]]) as usize;
+        let len = word(0);
+        if len > 12 {
+            return Ok(View::There { buffer: word(8), offset: word(12), len, start: &view[4..8] });
+        }
         if view[4 + len..].iter().any(|&b| b != 0) {
             return Err(Error::malformed("a short view with bytes after its end"));
         }
-        &view[4..4 + len]
-    } else {
-        let (buffer, offset) = (word(8), word(12));
-        let value = data.get(buffer).and_then(|d| d.get(offset..offset.checked_add(len)?));
-        let value = value.ok_or_else(|| Error::malformed("a view outside its data"))?;
-        if value[..4] != view[4..8] {
-            return Err(Error::malformed("a view with another prefix than its data"));
-        }
-        value
-    };
+        Ok(View::Here(&view[4..4 + len]))
+    }
+}
+
+/// Checks the bytes that a view of more than 12 leads to.
+pub(in crate::dataset) fn view_value(value: &[u8], start: &[u8], text: bool) -> Result<()> {
+    if !value.starts_with(start) {
+        return Err(Error::malformed("a view with another prefix than its data"));
+    }
+    view_text(value, text)
+}
+
+/// Checks that the bytes of a view are UTF-8, if it is one of text.
+pub(in crate::dataset) fn view_text(value: &[u8], text: bool) -> Result<()> {
     if text && std::str::from_utf8(value).is_err() {
         return Err(Error::malformed("a string view is not UTF-8"));
     }
@@ -164,7 +203,7 @@ fn one_view(view: &[u8], data: &[std::borrow::Cow<'_, [u8]>], text: bool) -> Res
 }
 
 /// Checks that places and lengths of list views lie in the child.
-pub(super) fn list_views<T: Offset>(starts: &[u8], sizes: &[u8], child: u64) -> Result<()> {
+pub(in crate::dataset) fn list_views<T: Offset>(starts: &[u8], sizes: &[u8], child: u64) -> Result<()> {
     let pairs = starts.chunks_exact(T::WIDTH).map(T::from_bytes).zip(sizes.chunks_exact(T::WIDTH).map(T::from_bytes));
     for (start, size) in pairs {
         let (start, size): (i64, i64) = (start.into(), size.into());
@@ -176,7 +215,7 @@ pub(super) fn list_views<T: Offset>(starts: &[u8], sizes: &[u8], child: u64) -> 
 }
 
 /// Checks a union's type ids, and a dense one's offsets (empty for a sparse one).
-pub(super) fn union(ids: &[u8], offsets: &[u8], children: &[(i8, u64)]) -> Result<()> {
+pub(in crate::dataset) fn union(ids: &[u8], offsets: &[u8], children: &[(i8, u64)]) -> Result<()> {
     let mut lengths = [None; 256];
     for &(id, len) in children {
         lengths[id as u8 as usize] = Some(len);
@@ -193,15 +232,19 @@ pub(super) fn union(ids: &[u8], offsets: &[u8], children: &[(i8, u64)]) -> Resul
     Ok(())
 }
 
-/// Checks that run ends rise and reach `len`.
-pub(super) fn run_ends(bytes: &[u8], width: usize, len: u64) -> Result<()> {
-    let mut last = 0;
+/// Checks that run ends rise from `last` on; the last of them.
+pub(in crate::dataset) fn run_ends(bytes: &[u8], width: usize, mut last: i128) -> Result<i128> {
     for end in integers(bytes, width, true) {
         if end <= last {
             return Err(Error::malformed("run ends that do not rise"));
         }
         last = end;
     }
+    Ok(last)
+}
+
+/// Checks that runs that end at `last` are enough for `len` elements.
+pub(in crate::dataset) fn runs_reach(last: i128, len: u64) -> Result<()> {
     if last < len as i128 {
         return Err(Error::malformed(format!("runs that end at {last} of {len} elements")));
     }

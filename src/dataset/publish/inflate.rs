@@ -6,7 +6,11 @@
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
 
-use crate::error::{Error, Result};
+use crate::cgroup;
+use crate::error::{Context, Error, Result};
+
+/// Decompressed bytes for which room is asked at a time; no piece that a decoder passes on is longer.
+const ROOM: u64 = 16 << 20;
 
 /// The two codecs of Arrow IPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,12 +92,25 @@ impl Inflated {
         Ok(())
     }
 
-    /// The wanted bytes, in memory that grows with what really comes out.
+    /// The wanted bytes, in memory that grows with what really comes out, and as far as there is some.
+    ///
+    /// # Errors
+    /// As [`Inflated::stream`]; `ENOMEM` where the control group has no room for what comes.
     pub(super) fn to_vec(&self, staged: &[u8]) -> Result<Vec<u8>> {
+        self.to_vec_in(staged, |bytes| cgroup::room_for(bytes).context(|| "memory for decompressing".into()))
+    }
+
+    /// As [`Inflated::to_vec`]; `ask` tells whether there is room for so many bytes more.
+    fn to_vec_in(&self, staged: &[u8], ask: impl Fn(u64) -> Result<()>) -> Result<Vec<u8>> {
         // The largest ratio of LZ4 is 255; a true one beyond it costs some copies.
         let hint = self.len().min((self.at.end - self.at.start).saturating_mul(256));
         let mut bytes = Vec::with_capacity(hint as usize);
+        let mut room = 0;
         self.stream(staged, |_, piece| {
+            if bytes.len() + piece.len() > room {
+                ask(ROOM)?;
+                room = bytes.len() + ROOM as usize;
+            }
             bytes.extend_from_slice(piece);
             Ok(())
         })?;
@@ -103,4 +120,40 @@ impl Inflated {
 
 fn broken(error: std::io::Error) -> Error {
     Error::malformed("a compressed buffer is broken").with_source(error)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::error::Kind;
+
+    /// Room is asked as bytes come out of the decoder, whatever length is declared.
+    #[test]
+    fn decompressing_stops_where_there_is_no_room() {
+        let data = vec![7; 100 << 20];
+        let frame = zstd::encode_all(data.as_slice(), 1).unwrap();
+        let inflated = |declared| {
+            let at = 0..frame.len() as u64;
+            Inflated { at, codec: Codec::Zstd, declared, window: 0..declared }
+        };
+        let asked = Cell::new(0);
+        let room = |most: u64| {
+            let asked = &asked;
+            asked.set(0);
+            move |bytes: u64| {
+                asked.set(asked.get() + bytes);
+                if asked.get() <= most { Ok(()) } else { Err(Error::new(Kind::Os(libc::ENOMEM), "no room")) }
+            }
+        };
+        let whole = inflated(100 << 20);
+        assert!(whole.to_vec_in(&frame, room(u64::MAX)).unwrap() == data);
+        assert!((100 << 20..=100 << 20 | ROOM).contains(&asked.get()), "{}", asked.get());
+        assert_eq!(whole.to_vec_in(&frame, room(40 << 20)).unwrap_err().kind(), Kind::Os(libc::ENOMEM));
+        assert_eq!(asked.get(), 48 << 20);
+        // A lie is told by what comes out, not by what is declared.
+        assert_eq!(inflated(1 << 50).to_vec_in(&frame, room(120 << 20)).unwrap_err().kind(), Kind::Malformed);
+    }
 }

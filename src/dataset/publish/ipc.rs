@@ -15,6 +15,7 @@ use super::check;
 use super::column::{Column, bytes, width};
 use super::inflate::{Codec, Inflated};
 use super::plan::Part;
+use crate::cgroup;
 use crate::error::{Error, Result};
 
 /// Most decompressed bytes that checking keeps for the copy; beyond it a buffer is decompressed twice.
@@ -314,8 +315,9 @@ impl<'a> Walk<'_, 'a> {
                 .ok_or_else(|| Error::malformed("a buffer outside the file")),
             Part::Inflated(inflated) => {
                 let bytes = inflated.to_vec(staged)?;
-                if bytes.len() as u64 <= self.reader.keep {
-                    self.reader.keep -= bytes.len() as u64;
+                let len = bytes.len() as u64;
+                if len <= self.reader.keep && cgroup::room_for(len).is_ok() {
+                    self.reader.keep -= len;
                     *part = Part::owned(bytes.clone());
                 }
                 Ok(Cow::Owned(bytes))
@@ -550,7 +552,7 @@ impl<'a> Walk<'_, 'a> {
         let mut checked = 0;
         for part in ends.buffers.iter_mut().skip(1).flatten() {
             let looked = self.look(part)?;
-            check::run_ends(&looked, width as usize, len)?;
+            check::runs_reach(check::run_ends(&looked, width as usize, 0)?, len)?;
             checked += 1;
         }
         if checked == 0 && len > 0 {
