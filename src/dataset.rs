@@ -31,7 +31,7 @@ pub use span::{Derive, Span};
 pub use table::{ArrayLayout, Batch, Table};
 
 use self::recipe::{Recipe, recipe_of};
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Result};
 use crate::vineyard::{BlobSource, Meta};
 
 /// What an object is, as far as files can show it.
@@ -118,9 +118,7 @@ pub fn decode(meta: &Meta, source: &dyn BlobSource) -> Result<Dataset> {
 /// As [`decode`], and `Malformed` if the recipe of the file is broken.
 pub fn decode_with_file(meta: &Meta, source: &dyn BlobSource) -> Result<(Dataset, Option<Recipe>)> {
     match (decode(meta, source), recipe_of(meta)) {
-        (Err(error), Ok(Some(recipe)))
-            if matches!(error.kind(), Kind::Malformed | Kind::Unsupported | Kind::TooLarge) =>
-        {
+        (Err(error), Ok(Some(recipe))) if error.is_of_content() => {
             Ok((Dataset::Written(error.to_string()), Some(recipe)))
         }
         (Ok(dataset), recipe) => Ok((dataset, recipe?)),

@@ -130,6 +130,12 @@ impl Error {
         self.kind
     }
 
+    /// True if it says something of what was looked at, which trying again does not change, and nothing of the store: other
+    /// forms of the same content may do.
+    pub fn is_of_content(&self) -> bool {
+        matches!(self.kind, Kind::Malformed | Kind::Unsupported | Kind::TooLarge)
+    }
+
     /// The errno for the program that asked.
     pub fn errno(&self) -> i32 {
         self.kind.errno()

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use arrow_array::{ArrayRef, make_array};
+use arrow_array::{Array, ArrayRef, make_array};
 use arrow_buffer::Buffer;
 use arrow_data::{ArrayData, ArrayDataBuilder};
-use arrow_schema::DataType;
+use arrow_schema::{ArrowError, DataType};
 
 use super::derive;
 use super::span::Span;
@@ -25,7 +25,7 @@ pub fn materialize(layout: &ArrayLayout, source: &dyn BlobSource) -> Result<Arra
     Ok(make_array(data))
 }
 
-fn broken(layout: &ArrayLayout, error: arrow_schema::ArrowError) -> Error {
+fn broken(layout: &ArrayLayout, error: ArrowError) -> Error {
     Error::malformed(format!("an array of {} breaks the rules of its type", layout.data_type)).with_source(error)
 }
 
@@ -134,29 +134,12 @@ pub fn unify_dictionaries(columns: &mut [&mut ArrayLayout], source: &dyn BlobSou
         share(columns, &first);
         return Ok(());
     }
-    // Each value once, in the order in which the batches bring it.
-    let differ = |e| refuse("they do not fit together").with_source(e);
-    let converter = arrow::row::RowConverter::new(vec![arrow::row::SortField::new(*value)]).map_err(differ)?;
-    let mut known = std::collections::HashMap::new();
-    let mut kept = Vec::new();
-    let mut lists = Vec::new();
-    for (batch, dictionary) in values.iter().enumerate() {
-        let rows = converter.convert_columns(std::slice::from_ref(dictionary)).map_err(differ)?;
-        let mut place = |(index, row): (usize, arrow::row::Row<'_>)| {
-            *known.entry(row.owned()).or_insert_with(|| {
-                kept.push((batch, index));
-                kept.len() as u64 - 1
-            })
-        };
-        lists.push(rows.iter().enumerate().map(&mut place).collect::<Arc<[u64]>>());
-    }
+    let (whole, lists) = distinct_values(&values)?;
     let width = super::table::fixed_width(&key).unwrap_or(1);
     let room = 1u64 << (8 * width.min(7) - u64::from(key.is_signed_integer()));
-    if kept.len() as u64 > room {
+    if whole.len() as u64 > room {
         return Err(refuse("the keys are too narrow for all values"));
     }
-    let all: Vec<&dyn arrow_array::Array> = values.iter().map(|v| v.as_ref()).collect();
-    let whole = arrow::compute::interleave(&all, &kept).map_err(differ)?;
     let whole = Arc::new(literal(&whole.to_data())?);
     for (column, which) in columns.iter_mut().zip(which) {
         let list = which.and_then(|which| lists.get(which));
@@ -166,6 +149,31 @@ pub fn unify_dictionaries(columns: &mut [&mut ArrayLayout], source: &dyn BlobSou
     }
     share(columns, &whole);
     Ok(())
+}
+
+/// The values of several arrays, each once, in the order in which they come, and for each array where its values are.
+///
+/// # Errors
+/// `Unsupported` for types that the Arrow crates cannot compare.
+pub fn distinct_values(arrays: &[ArrayRef]) -> Result<(ArrayRef, Vec<Arc<[u64]>>)> {
+    let refuse = |e| Error::new(Kind::Unsupported, "dictionaries that do not fit together").with_source(e);
+    let data_type = arrays.first().map_or(DataType::Null, |array| array.data_type().clone());
+    let converter = arrow::row::RowConverter::new(vec![arrow::row::SortField::new(data_type)]).map_err(refuse)?;
+    let mut known = std::collections::HashMap::new();
+    let mut kept = Vec::new();
+    let mut lists = Vec::new();
+    for (number, array) in arrays.iter().enumerate() {
+        let rows = converter.convert_columns(std::slice::from_ref(array)).map_err(refuse)?;
+        let mut place = |(index, row): (usize, arrow::row::Row<'_>)| {
+            *known.entry(row.owned()).or_insert_with(|| {
+                kept.push((number, index));
+                kept.len() as u64 - 1
+            })
+        };
+        lists.push(rows.iter().enumerate().map(&mut place).collect::<Arc<[u64]>>());
+    }
+    let all: Vec<&dyn Array> = arrays.iter().map(|array| array.as_ref()).collect();
+    Ok((arrow::compute::interleave(&all, &kept).map_err(refuse)?, lists))
 }
 
 /// True if arrays of the type have a dictionary somewhere.

@@ -186,7 +186,7 @@ impl FileSystem {
         settled: &dyn Fn() -> Result<bool>,
     ) -> Result<Option<(String, ObjectId)>> {
         let _unit = self.unit();
-        let plan = publish::plan(input, format, attributes, self.limits()?)?;
+        let plan = publish::plan(input, format, attributes, Limits::of(self.recent_status()?))?;
         let published = self.realize(&plan, input)?;
         for warning in &published.warnings {
             self.warn(format!("{:?}: {warning}", target.path()));
@@ -215,15 +215,6 @@ impl FileSystem {
         match is_clear(error) {
             true => self.delete_object(object),
             false => self.leave_open([object]),
-        }
-    }
-
-    /// What a save may take of the store.
-    fn limits(&self) -> Result<Limits> {
-        // While most of it is free, a second makes no difference.
-        match self.recent_status()? {
-            status if status.memory_usage < status.memory_limit / 2 => Ok(Limits::of(status)),
-            _ => Ok(Limits::of(self.store.status()?)),
         }
     }
 

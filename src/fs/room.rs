@@ -15,7 +15,8 @@ use crate::vineyard::{Meta, ObjectId};
 const BATCH: usize = 256;
 
 impl FileSystem {
-    /// Stores what is planned. If the store is full, kept files go first: those of other datasets, at last this one's.
+    /// Stores what is planned. If the store is full, kept files go first: those of other datasets, then this one's. At last
+    /// a file whose columns do not fit is stored as it is.
     ///
     /// # Errors
     /// As [`publish::realize`].
@@ -35,6 +36,14 @@ impl FileSystem {
             if let Ok(published) = &mut result {
                 let lost = "the store is short of room: the file reads back as an equal table, not byte for byte";
                 published.warnings.push(lost.into());
+            }
+            if is_full(&result)
+                && let Some(plain) = plan.fallback.as_ref().filter(|plain| plain.size() < smaller.size())
+            {
+                result = publish::realize(&*self.store, plain, input);
+                if let Ok(published) = &mut result {
+                    published.warnings.push("stored as it is: the store has no room for its columns".into());
+                }
             }
         }
         result

@@ -157,3 +157,99 @@ fn deep_nesting_is_a_plain_file() {
         assert_eq!(survive(&store, &Temp::new(bytes), Written::Arrow), Some(expected), "{depth}");
     }
 }
+
+/// Structs of Thrift's compact protocol.
+#[derive(Default)]
+struct Thrift {
+    bytes: Vec<u8>,
+    last: u8,
+}
+
+impl Thrift {
+    fn varint(mut n: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while n >= 0x80 {
+            bytes.push(n as u8 | 0x80);
+            n >>= 7;
+        }
+        bytes.push(n as u8);
+        bytes
+    }
+    fn field(mut self, number: u8, kind: u8, value: &[u8]) -> Self {
+        self.bytes.push((number - self.last) << 4 | kind);
+        self.bytes.extend(value);
+        Thrift { last: number, ..self }
+    }
+    fn int(self, number: u8, kind: u8, value: i64) -> Self {
+        self.field(number, kind, &Self::varint((value << 1 ^ value >> 63) as u64))
+    }
+    fn text(self, number: u8, value: &str) -> Self {
+        let bytes = [Self::varint(value.len() as u64), value.as_bytes().to_vec()].concat();
+        self.field(number, 8, &bytes)
+    }
+    fn list(self, number: u8, kind: u8, values: &[Vec<u8>]) -> Self {
+        let head = [vec![0xf0 | kind], Self::varint(values.len() as u64)].concat();
+        self.field(number, 9, &[head, values.concat()].concat())
+    }
+    fn end(mut self) -> Vec<u8> {
+        self.bytes.push(0);
+        self.bytes
+    }
+}
+
+/// A Parquet file with this body and footer.
+fn parquet_of(body: &[u8], schema: &[Vec<u8>], rows: i64, groups: &[Vec<u8>]) -> Temp {
+    let footer = Thrift::default().int(1, 5, 1).list(2, 12, schema).int(3, 6, rows).list(4, 12, groups).end();
+    let length = (footer.len() as u32).to_le_bytes();
+    Temp::new([b"PAR1", body, &footer, &length, b"PAR1"].concat())
+}
+
+fn group(name: &str, children: i64) -> Vec<u8> {
+    Thrift::default().int(3, 5, 0).text(4, name).int(5, 5, children).end()
+}
+
+fn leaf(name: &str) -> Vec<u8> {
+    Thrift::default().int(1, 5, 2).int(3, 5, 0).text(4, name).end()
+}
+
+#[test]
+fn deep_and_wrong_parquet_schemas_are_plain_files() {
+    let store = FakeStore::new(32 << 20);
+    for (depth, native) in [(1, true), (30, true), (100, false), (1500, false), (200_000, false)] {
+        let mut schema = vec![group("g", 1); depth];
+        schema.push(leaf("x"));
+        let outcome = survive(&store, &parquet_of(b"", &schema, 0, &[]), Written::Parquet);
+        assert_eq!(outcome, Some(if native { Outcome::Table } else { Outcome::File }), "{depth}");
+    }
+    for children in [2, i32::MAX.into(), -1] {
+        let schema = [group("g", children), leaf("x")];
+        let outcome = survive(&store, &parquet_of(b"", &schema, 0, &[]), Written::Parquet);
+        assert_eq!(outcome, Some(Outcome::File), "{children}");
+    }
+}
+
+#[test]
+fn parquet_pages_that_claim_much_are_not_believed() {
+    let store = FakeStore::new(32 << 20);
+    // A page of one int64; snappy has its length and a literal.
+    let data = [&[8, 7 << 2, 1], &[0; 7][..]].concat();
+    for (page_says, column_says, values, native) in [
+        (8, 100, 1, true),
+        (i32::MAX.into(), 100, 1, false),
+        (i32::MAX.into(), i32::MAX.into(), 1, false),
+        (8, 100, 1 << 30, false),
+        (-1, 100, 1, false),
+    ] {
+        let header = Thrift::default().int(1, 5, values).int(2, 5, 0).int(3, 5, 3).int(4, 5, 3).end();
+        let page = Thrift::default().int(1, 5, 0).int(2, 5, page_says).int(3, 5, data.len() as i64);
+        let page = [page.field(5, 12, &header).end(), data.clone()].concat();
+        let size = page.len() as i64;
+        let column = Thrift::default().int(1, 5, 2).list(2, 5, &[vec![0], vec![6]]).list(3, 8, &[b"\x01x".to_vec()]);
+        let column = column.int(4, 5, 1).int(5, 6, 1).int(6, 6, column_says).int(7, 6, size).int(9, 6, 4).end();
+        let chunk = Thrift::default().int(2, 6, 4).field(3, 12, &column).end();
+        let rows = Thrift::default().list(1, 12, &[chunk]).int(2, 6, 100).int(3, 6, 1).end();
+        let file = parquet_of(&page, &[group("g", 1), leaf("x")], 1, &[rows]);
+        let expected = if native { Outcome::Table } else { Outcome::File };
+        assert_eq!(survive(&store, &file, Written::Parquet), Some(expected), "{page_says} {column_says} {values}");
+    }
+}

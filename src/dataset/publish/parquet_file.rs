@@ -13,8 +13,6 @@ use arrow_array::types::{Float32Type, Float64Type};
 use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, Int64Array, PrimitiveArray, RecordBatch};
 use arrow_data::ArrayData;
 use arrow_schema::{DataType, Field as ArrowField, Fields, Schema, SchemaRef};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
@@ -30,7 +28,7 @@ use super::ipc::arrow;
 use super::join::buffer_bytes;
 use super::plan::{Draft, Field, Part, PlannedObject};
 use super::table::Batches;
-use super::{decode, native, table};
+use super::{Staged, decode, native, parquet_claims, parquet_types, table};
 use crate::cgroup;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::ObjectId;
@@ -39,13 +37,14 @@ use crate::vineyard::ObjectId;
 const PIECE: u64 = 64 << 20;
 /// Most rows of a piece; readers that work in parallel want no longer batches.
 const MAX_ROWS: u64 = 1 << 20;
-/// Most bytes that the strings of one piece may have: a dictionary of one long string can stand for any number of them.
-const MAX_STRINGS: u64 = 2 << 30;
 /// Most bytes of a frame that is decoded as a whole: a vineyard `DataFrame` has each column in one piece, whose size is
 /// not known before.
 const MAX_COLLECTED: i64 = 256 << 20;
-/// Most threads: each may hold a page of 2 GiB if the file says so.
+/// Most threads: each may hold a page.
 const MAX_THREADS: usize = 4;
+
+/// Bytes of a view.
+const VIEW: i64 = 16;
 
 /// A Parquet file whose footer was read.
 #[derive(Debug)]
@@ -55,6 +54,8 @@ pub(super) struct Decode {
     file: File,
     /// Rows of the pieces: of which row group, and how many.
     partitions: Vec<(usize, u64)>,
+    /// Most memory that a page takes.
+    page: u64,
     /// Most bytes that all columns may take.
     budget: u64,
 }
@@ -105,7 +106,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn broken(error: ParquetError) -> Error {
+pub(super) fn broken(error: ParquetError) -> Error {
     Error::malformed("not a valid Parquet file").with_source(error)
 }
 
@@ -114,22 +115,32 @@ impl Decode {
     ///
     /// # Errors
     /// `Malformed` if it is broken, or has columns that have no Arrow type here.
-    pub(super) fn open(file: &File, size: u64, budget: u64) -> Result<Decode> {
-        let file = file.try_clone()?;
+    pub(super) fn open(staged: &Staged<'_>, budget: u64) -> Result<Decode> {
+        let size = staged.bytes.len() as u64;
+        let file = staged.file.try_clone()?;
         let at = At { file: file.try_clone()?, len: size };
+        parquet_claims::check_schema(staged.bytes)?;
         decode::guarded(|| {
             let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
-            let metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
-            let said = said_schema(&metadata);
-            let read: Fields =
-                metadata.schema().fields().iter().map(|f| read_field(&with_zone(f, said.as_ref()), true)).collect();
+            let mut metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
+            let said = parquet_types::said_schema(&metadata);
+            let read = parquet_types::stored(&metadata, said.as_ref());
             let schema = Arc::new(Schema::new_with_metadata(read, metadata.schema().metadata().clone()));
-            // As views, strings take no more memory than their pages, however often they repeat.
-            let viewed: Vec<ArrowField> =
-                schema.fields().iter().map(|f| f.as_ref().clone().with_data_type(viewed(f.data_type()))).collect();
+            if said.is_none()
+                && let Some(plain) = parquet_types::without_intervals(metadata.parquet_schema())?
+            {
+                let options = options().with_parquet_schema(Arc::new(plain));
+                metadata = ArrowReaderMetadata::load(&at, options).map_err(broken)?;
+            }
+            let viewed: Vec<ArrowField> = schema
+                .fields()
+                .iter()
+                .map(|f| f.as_ref().clone().with_data_type(parquet_types::viewed(f.data_type())))
+                .collect();
             let viewed = Arc::new(Schema::new_with_metadata(viewed, schema.metadata().clone()));
             let metadata = ArrowReaderMetadata::try_new(metadata.metadata().clone(), options().with_schema(viewed))
                 .map_err(broken)?;
+            let page = parquet_claims::largest_page(staged.bytes, metadata.metadata())?;
             let mut partitions = Vec::new();
             let mut total = 0u64;
             for (i, group) in metadata.metadata().row_groups().iter().enumerate() {
@@ -148,7 +159,7 @@ impl Decode {
             if u64::try_from(said) != Ok(total) {
                 return Err(Error::malformed(format!("{total} rows in row groups, {said} in the footer")));
             }
-            Ok(Decode { metadata, schema, file, partitions, budget })
+            Ok(Decode { metadata, schema, file, partitions, page, budget })
         })
     }
 
@@ -160,6 +171,13 @@ impl Decode {
     /// Number of rows.
     pub(super) fn rows(&self) -> u64 {
         self.partitions.iter().map(|(_, rows)| rows).sum()
+    }
+
+    /// Bytes of all columns, about: of those of fixed width as they will be, of others encoded.
+    pub(super) fn size(&self) -> u64 {
+        let sizes = (0..self.schema.fields().len())
+            .flat_map(|column| self.partitions.iter().map(move |(group, rows)| self.piece_size(column, *group, *rows)));
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// Decodes all columns with several threads, and passes each piece on with the numbers of its partition and column.
@@ -184,7 +202,7 @@ impl Decode {
                 }
             }
         };
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS).min(units.len());
+        let threads = threads(units.len());
         std::thread::scope(|scope| {
             for _ in 1..threads {
                 let _ = std::thread::Builder::new().name("decode".into()).spawn_scoped(scope, work);
@@ -254,8 +272,13 @@ impl Decode {
             }
             Ok(made.last().copied().map(Field::Existing))
         };
+        // Types that the columns turned out to have, where they are others than the file names.
+        let types: Mutex<HashMap<usize, DataType>> = Mutex::default();
         self.each(&|partition, number, column| {
             let field = store(number, &column)?;
+            if column.data_type != *self.schema.field(number).data_type() {
+                lock(&types).insert(number, column.data_type.clone());
+            }
             if let Some(slot) = lock(&made).get_mut(partition).and_then(|p| p.get_mut(number)) {
                 *slot = field;
             }
@@ -272,18 +295,29 @@ impl Decode {
             let columns = self.schema.fields().iter().enumerate().map(empty);
             partitions.push((0, columns.collect::<Result<Option<_>>>()?.unwrap_or_default()));
         }
-        self.finish(root, partitions)
+        let types = std::mem::take(&mut *lock(&types));
+        let fields = self.schema.fields().iter().enumerate().map(|(i, field)| match types.get(&i) {
+            Some(data_type) => Arc::new(field.as_ref().clone().with_data_type(data_type.clone())),
+            None => field.clone(),
+        });
+        let schema = Schema::new_with_metadata(fields.collect::<Fields>(), self.schema.metadata().clone());
+        self.finish(root, &schema, partitions)
     }
 
     /// The objects above the columns, members first.
-    fn finish(&self, root: &PlannedObject, partitions: Vec<(u64, Vec<Field>)>) -> Result<Vec<PlannedObject>> {
+    fn finish(
+        &self,
+        root: &PlannedObject,
+        true_schema: &Schema,
+        partitions: Vec<(u64, Vec<Field>)>,
+    ) -> Result<Vec<PlannedObject>> {
         let mut draft = Draft::default();
-        let schema = table::schema_proxy(&mut draft, &native::stored_schema(&self.schema))?;
+        let schema = table::schema_proxy(&mut draft, &native::stored_schema(true_schema))?;
         let partitions = partitions
             .into_iter()
             .map(|(rows, columns)| table::record_batch_of(&mut draft, &schema, rows, 0, columns))
             .collect();
-        let mut fields = table::root(&self.schema, schema, self.rows(), partitions)?;
+        let mut fields = table::root(true_schema, schema, self.rows(), partitions)?;
         fields.extend(root.fields.iter().cloned());
         draft.object(root.typename.clone(), fields);
         Ok(draft.objects)
@@ -313,14 +347,15 @@ impl Decode {
         for chunk in self.partitions[unit.partitions.clone()].chunk_by(|a, b| a.0 == b.0) {
             let mut batches = self.reader(unit.column, chunk)?;
             for (group, rows) in chunk {
-                // As an array, as it grows, and as the bytes of a message.
+                // As an array, as it grows, and as the bytes of a message. Other threads hold a page, too.
                 let size = self.piece_size(unit.column, *group, *rows).saturating_mul(3);
-                cgroup::room_for(size).context(|| "memory for decoding".into())?;
+                let pages = self.page.saturating_mul(threads(MAX_THREADS) as u64);
+                cgroup::room_for(size.saturating_add(pages)).context(|| "memory for decoding".into())?;
                 let array = batches.next().ok_or_else(|| Error::malformed("a row group ends early"))?;
                 let array = array.map_err(arrow)?.columns().first().cloned();
                 let array = array.filter(|a| a.len() as u64 == *rows);
                 let array = array.ok_or_else(|| Error::malformed("a row group with another number of rows"))?;
-                let array = expand(array, field.data_type(), self.budget)?;
+                let array = parquet_types::expand(array, field.data_type(), self.budget)?;
                 if matches!(field.data_type(), DataType::Dictionary(..)) {
                     arrays.push(array);
                 } else {
@@ -333,8 +368,7 @@ impl Decode {
             return Ok(());
         }
         // One dictionary for all batches, as everywhere else.
-        let all: Vec<&dyn Array> = arrays.iter().map(|a| a.as_ref()).collect();
-        let joined = arrow::compute::concat(&all).map_err(arrow)?;
+        let joined = decode::join_dictionaries(&arrays)?;
         drop(arrays);
         let whole = column(joined, field)?;
         let mut start = 0;
@@ -354,7 +388,11 @@ impl Decode {
         let Some(group) = self.metadata.metadata().row_groups().get(group) else { return 0 };
         let leaves = self.metadata.parquet_schema();
         let of_column = (0..group.num_columns()).filter(|&leaf| leaves.get_column_root_idx(leaf) == column);
-        let size = |leaf| group.column(leaf).uncompressed_size();
+        // A view of each value, or its levels, which may be many for a few bytes.
+        let size = |leaf| {
+            let column = group.column(leaf);
+            column.uncompressed_size().saturating_add(column.num_values().saturating_mul(VIEW))
+        };
         let whole = u64::try_from(of_column.map(size).fold(0, i64::saturating_add)).unwrap_or(0);
         let all = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
         (u128::from(whole) * u128::from(rows.min(all)) / u128::from(all)) as u64
@@ -373,6 +411,11 @@ impl Decode {
     }
 }
 
+/// How many threads work at `units` things.
+fn threads(units: usize) -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS).min(units)
+}
+
 /// A column of consecutive partitions.
 struct Unit {
     column: usize,
@@ -381,7 +424,7 @@ struct Unit {
 
 fn column(array: ArrayRef, field: &ArrowField) -> Result<Column> {
     let array = nan_under_nulls(array);
-    let field = field.clone().with_nullable(true);
+    let field = field.clone().with_nullable(true).with_data_type(array.data_type().clone());
     let batch = RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![array]).map_err(arrow)?;
     decode::columns(&batch)?.pop().ok_or_else(|| Error::new(Kind::Internal, "a batch without its column"))
 }
@@ -431,91 +474,4 @@ fn slice_keys(whole: &Column, start: u64, rows: u64) -> Result<Column> {
         buffers[1].push(part.slice(start * width..(start + rows) * width)?);
     }
     Ok(Column { len: rows, null_count: nulls, buffers, ..whole.clone() })
-}
-
-/// The Arrow schema that a file's writer kept in its footer, if it did.
-fn said_schema(metadata: &ArrowReaderMetadata) -> Option<Schema> {
-    let pairs = metadata.metadata().file_metadata().key_value_metadata()?;
-    let text = pairs.iter().find(|pair| pair.key == parquet::arrow::ARROW_SCHEMA_META_KEY)?.value.as_ref()?;
-    let bytes = BASE64_STANDARD.decode(text).ok()?;
-    arrow_ipc::convert::try_schema_from_ipc_buffer(&bytes).ok()
-}
-
-/// Times in the zone that the writer said. The parquet crate (60.1) takes its word only where the unit is the same too,
-/// and Parquet has no seconds.
-fn with_zone(field: &Arc<ArrowField>, said: Option<&Schema>) -> Arc<ArrowField> {
-    let said = said.and_then(|schema| schema.field_with_name(field.name()).ok());
-    match (field.data_type(), said.map(ArrowField::data_type)) {
-        (DataType::Timestamp(unit, Some(_)), Some(DataType::Timestamp(_, Some(zone)))) => {
-            let zoned = DataType::Timestamp(*unit, Some(zone.clone()));
-            Arc::new(field.as_ref().clone().with_data_type(zoned))
-        }
-        _ => field.clone(),
-    }
-}
-
-/// The field as it is read: dictionaries are kept at the top level (batches of nested ones cannot share one dictionary
-/// here), and for values that the parquet crate (60.1) reads as one: not for what is stored in fixed-length byte arrays
-/// or bits.
-fn read_field(field: &Arc<ArrowField>, top: bool) -> Arc<ArrowField> {
-    use DataType::*;
-    let child = |f: &Arc<ArrowField>| read_field(f, false);
-    let data_type = match field.data_type() {
-        Dictionary(_, values) => match values.as_ref() {
-            Boolean | Float16 | FixedSizeBinary(_) => values.as_ref().clone(),
-            Decimal32(..) | Decimal64(..) | Decimal128(..) | Decimal256(..) => values.as_ref().clone(),
-            _ if top => field.data_type().clone(),
-            values => values.clone(),
-        },
-        List(f) => List(child(f)),
-        LargeList(f) => LargeList(child(f)),
-        ListView(f) => ListView(child(f)),
-        LargeListView(f) => LargeListView(child(f)),
-        FixedSizeList(f, n) => FixedSizeList(child(f), *n),
-        Map(f, sorted) => Map(child(f), *sorted),
-        Struct(fields) => Struct(fields.iter().map(child).collect()),
-        _ => return field.clone(),
-    };
-    Arc::new(field.as_ref().clone().with_data_type(data_type))
-}
-
-/// The type with views for strings and binaries.
-fn viewed(data_type: &DataType) -> DataType {
-    use DataType::*;
-    let child = |f: &Arc<ArrowField>| Arc::new(f.as_ref().clone().with_data_type(viewed(f.data_type())));
-    match data_type {
-        Utf8 | LargeUtf8 => Utf8View,
-        Binary | LargeBinary => BinaryView,
-        List(f) => List(child(f)),
-        LargeList(f) => LargeList(child(f)),
-        FixedSizeList(f, n) => FixedSizeList(child(f), *n),
-        Struct(fields) => Struct(fields.iter().map(child).collect::<Fields>()),
-        other => other.clone(),
-    }
-}
-
-/// The array in the wanted type: views become strings, if they are not too many bytes.
-fn expand(array: ArrayRef, data_type: &DataType, most: u64) -> Result<ArrayRef> {
-    if array.data_type() == data_type {
-        return Ok(array);
-    }
-    let bytes = string_bytes(&array.to_data());
-    if bytes > MAX_STRINGS.min(most) {
-        return Err(Error::malformed(format!("{bytes} bytes of strings in a piece of {} rows", array.len())));
-    }
-    arrow::compute::cast(&array, data_type).map_err(arrow)
-}
-
-/// Sum of the lengths of all views in an array.
-fn string_bytes(data: &ArrayData) -> u64 {
-    if matches!(data.data_type(), DataType::Utf8View | DataType::BinaryView) {
-        let views = data.buffers().first().map(|b| b.as_slice()).unwrap_or_default();
-        return views
-            .chunks_exact(16)
-            .skip(data.offset())
-            .take(data.len())
-            .map(|view| u64::from(u32::from_le_bytes([view[0], view[1], view[2], view[3]])))
-            .sum();
-    }
-    data.child_data().iter().map(string_bytes).sum()
 }

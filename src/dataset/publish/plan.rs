@@ -207,9 +207,10 @@ impl Plan {
         self.objects.len().max(self.decode.as_ref().map_or(0, |decode| decode.arrays()))
     }
 
-    /// Sum of the blobs' sizes in bytes, without those that decoding will add.
+    /// Sum of the blobs' sizes in bytes; about, where some are known only after decoding.
     pub fn size(&self) -> u64 {
-        self.blobs.iter().map(PlannedBlob::size).sum()
+        let decoded = self.decode.as_ref().map_or(0, |decode| decode.size());
+        self.blobs.iter().map(PlannedBlob::size).sum::<u64>().saturating_add(decoded)
     }
 }
 

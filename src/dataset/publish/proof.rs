@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::dataset;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::vineyard::{Blob, BlobKey, BlobSource, ObjectId, Store};
 
 /// Decodes a new object, as whoever lists or opens it will. `sizes` are those of its blobs.
@@ -14,7 +14,7 @@ pub(super) fn prove(store: &dyn Store, object: ObjectId, sizes: HashMap<ObjectId
     let meta = store.metas(&[object], false)?.remove(&object);
     let meta = meta.ok_or_else(|| Error::stale(format!("object {object} is gone as soon as it was made")))?;
     match meta.and_then(|meta| dataset::decode(&meta, &Sized { store, sizes })) {
-        Err(error) if matches!(error.kind(), Kind::Malformed | Kind::Unsupported | Kind::TooLarge) => {
+        Err(error) if error.is_of_content() => {
             Err(Error::malformed("its object could not be read again").with_source(error))
         }
         other => other.map(drop),

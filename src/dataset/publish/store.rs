@@ -85,7 +85,7 @@ pub fn realize(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Pu
     let mut fallback = &plan.fallback;
     let mut warnings = Vec::new();
     while let (Err(error), Some(next)) = (&published, fallback) {
-        if error.kind() != Kind::Malformed {
+        if !error.is_of_content() {
             break;
         }
         warnings.push(format!("stored in another form: {error}"));
