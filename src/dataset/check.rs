@@ -1,8 +1,9 @@
-//! Checks on data that readers of an Arrow file trust blindly: offsets, UTF-8, dictionary keys.
+//! Checks on data that readers of an Arrow file trust blindly: offsets, UTF-8, dictionary keys, views, type ids, run ends.
 
-use arrow_schema::DataType;
+use arrow_schema::{DataType, UnionMode};
 
 use super::derive;
+use super::publish::check::{self, Offset, View};
 use super::span::Span;
 use super::table::{ArrayLayout, fixed_width};
 use crate::error::{Error, Result};
@@ -11,8 +12,9 @@ use crate::vineyard::BlobSource;
 /// Bytes that are looked at in one step.
 const CHUNK: u64 = 1 << 20;
 
-/// Verifies that offsets ascend and stay inside the data, that strings are UTF-8 cut between characters, and that
-/// dictionary keys point into the dictionary. Reads offsets, keys and strings, nothing else.
+/// Verifies that offsets ascend and stay inside the data, that strings are UTF-8 cut between characters, that dictionary
+/// keys, views, list views and unions point to what is there, and that run ends rise. Reads these and strings, nothing
+/// else.
 ///
 /// # Errors
 /// `Malformed` with the first element that breaks a rule; what the source says of its blobs.
@@ -41,6 +43,15 @@ pub fn check(layout: &ArrayLayout, source: &dyn BlobSource) -> Result<()> {
             let values = layout.dictionary.as_ref().map_or(0, |values| values.len);
             keys(key, buffer(1)?, buffer(0)?, layout.len, values, source)?;
         }
+        DataType::Utf8View | DataType::BinaryView => views(layout, source)?,
+        DataType::ListView(_) => list_views::<i32>(buffer(1)?, buffer(2)?, layout.len, child_len(), source)?,
+        DataType::LargeListView(_) => list_views::<i64>(buffer(1)?, buffer(2)?, layout.len, child_len(), source)?,
+        DataType::Union(fields, mode) => {
+            let children = fields.iter().map(|(id, _)| id).zip(layout.children.iter().map(|child| child.len));
+            let offsets = if *mode == UnionMode::Dense { Some(buffer(1)?) } else { None };
+            union(buffer(0)?, offsets, layout.len, &children.collect::<Vec<_>>(), source)?;
+        }
+        DataType::RunEndEncoded(..) => runs(layout, source)?,
         _ => {}
     }
     layout.children.iter().try_for_each(|child| check(child, source))?;
@@ -168,6 +179,114 @@ fn keys(key: &DataType, span: &Span, validity: &Span, len: u64, values: u64, sou
     Ok(())
 }
 
+/// Passes the elements of buffers on, whose widths are given, in pieces: `visit` gets the first element of each and the
+/// bytes of every buffer.
+fn pieces<const N: usize>(
+    buffers: [(&Span, u64); N],
+    len: u64,
+    source: &dyn BlobSource,
+    mut visit: impl FnMut(u64, [&[u8]; N]) -> Result<()>,
+) -> Result<()> {
+    let mut bytes = [const { Vec::new() }; N];
+    let mut at = 0;
+    while at < len {
+        // Whole bytes of bitmaps.
+        let count = (CHUNK / 16).min(len - at);
+        for ((span, width), bytes) in buffers.iter().zip(&mut bytes) {
+            bytes.resize((count * width) as usize, 0);
+            span.read(source, at * width, bytes)?;
+        }
+        visit(at, bytes.each_ref().map(Vec::as_slice))?;
+        at += count;
+    }
+    Ok(())
+}
+
+/// Views of valid elements lie in their data, begin as they say, and are UTF-8.
+fn views(layout: &ArrayLayout, source: &dyn BlobSource) -> Result<()> {
+    let [validity, views, data @ ..] = layout.buffers.as_slice() else {
+        return Err(Error::malformed("views without buffers"));
+    };
+    let text = layout.data_type == DataType::Utf8View;
+    let mut window = Window::default();
+    pieces([(views, 16)], layout.len, source, |first, [views]| {
+        let mut bits = Vec::new();
+        let count = views.len() as u64 / 16;
+        if !validity.is_empty() {
+            bits.resize(count.div_ceil(8) as usize, 0);
+            derive::bit_slice(validity, first, count)?.read(source, 0, &mut bits)?;
+        }
+        for (_, view) in views.chunks_exact(16).enumerate().filter(|(i, _)| check::bit(&bits, *i)) {
+            match View::of(view)? {
+                View::Here(value) => check::view_text(value, text)?,
+                View::There { buffer, offset, len, start } => {
+                    let span = data.get(buffer).ok_or_else(|| Error::malformed("a view outside its data"))?;
+                    let value = window.bytes(buffer, span, offset as u64, len as u64, source)?;
+                    check::view_value(value, start, text)?;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Bytes of a data buffer: views mostly follow one another, and not each is worth a read of its own.
+#[derive(Default)]
+struct Window {
+    buffer: usize,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    fn bytes(&mut self, buffer: usize, span: &Span, at: u64, len: u64, source: &dyn BlobSource) -> Result<&[u8]> {
+        if at.saturating_add(len) > span.len() {
+            return Err(Error::malformed("a view outside its data"));
+        }
+        let end = self.start + self.bytes.len() as u64;
+        if buffer != self.buffer || at < self.start || at + len > end {
+            // Ahead only for one that follows the last one.
+            let follows = at == 0 || (buffer == self.buffer && (self.start..=end).contains(&at));
+            let ahead = if follows { CHUNK.min(span.len() - at) } else { 0 };
+            self.bytes.resize(len.max(ahead) as usize, 0);
+            span.read(source, at, &mut self.bytes)?;
+            (self.buffer, self.start) = (buffer, at);
+        }
+        let from = (at - self.start) as usize;
+        self.bytes.get(from..from + len as usize).ok_or_else(|| Error::malformed("a view outside its data"))
+    }
+}
+
+fn list_views<T: Offset>(starts: &Span, sizes: &Span, len: u64, child: u64, source: &dyn BlobSource) -> Result<()> {
+    let width = T::WIDTH as u64;
+    pieces([(starts, width), (sizes, width)], len, source, |_, [starts, sizes]| {
+        check::list_views::<T>(starts, sizes, child)
+    })
+}
+
+fn union(ids: &Span, offsets: Option<&Span>, len: u64, children: &[(i8, u64)], source: &dyn BlobSource) -> Result<()> {
+    match offsets {
+        Some(offsets) => {
+            pieces([(ids, 1), (offsets, 4)], len, source, |_, [ids, offsets]| check::union(ids, offsets, children))
+        }
+        None => pieces([(ids, 1)], len, source, |_, [ids]| check::union(ids, &[], children)),
+    }
+}
+
+/// Run ends are never null, rise, and reach the last element.
+fn runs(layout: &ArrayLayout, source: &dyn BlobSource) -> Result<()> {
+    let ends = layout.children.first().ok_or_else(|| Error::malformed("runs without ends"))?;
+    let width = fixed_width(&ends.data_type).filter(|_| ends.null_count == Some(0));
+    let width = width.ok_or_else(|| Error::malformed("run ends with nulls, or that are no integers"))?;
+    let values = ends.buffers.get(1).ok_or_else(|| Error::malformed("runs without ends"))?;
+    let mut last = 0;
+    pieces([(values, width)], ends.len, source, |_, [ends]| {
+        last = check::run_ends(ends, width as usize, last)?;
+        Ok(())
+    })?;
+    check::runs_reach(last, layout.len)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -203,5 +322,70 @@ mod tests {
         assert!(strings(&[0, 3 * 1000, len], text.as_bytes()).is_ok());
         assert!(strings(&[0, CHUNK, len], text.as_bytes()).is_err());
         assert!(strings(&[0, len - 1], &text.as_bytes()[..text.len() - 1]).is_err());
+    }
+
+    /// Every array that the Arrow crates make passes, and none does of which an element leads astray.
+    #[test]
+    fn views_lists_unions_and_runs_lead_to_what_is_there() {
+        use arrow_array::types::Int32Type;
+        use arrow_array::*;
+        use arrow_schema::Field;
+        let long = |i: usize| "é".repeat(7 + i % 50);
+        let strings: StringViewArray =
+            (0..5000).map(|i| (i % 3 > 0).then(|| if i % 2 > 0 { long(i) } else { "kurz".into() })).collect();
+        let numbers: ArrayRef = std::sync::Arc::new(Int32Array::from(vec![1, 2, 3]));
+        let item = std::sync::Arc::new(Field::new_list_field(DataType::Int32, true));
+        let lists = ListViewArray::new(item, vec![2, 0, 1].into(), vec![1, 3, 0].into(), numbers.clone(), None);
+        let fields = [(3, Field::new("a", DataType::Int32, true)), (7, Field::new("b", DataType::Int32, true))];
+        let fields = || fields.iter().map(|(id, f)| (*id, std::sync::Arc::new(f.clone()))).collect();
+        let children = || vec![numbers.clone(), numbers.clone()];
+        let dense = UnionArray::try_new(fields(), vec![3, 7].into(), Some(vec![2, 0].into()), children()).unwrap();
+        let sparse = UnionArray::try_new(fields(), vec![3, 7, 3].into(), None, children()).unwrap();
+        let runs = RunArray::try_new(&Int32Array::from(vec![2, 5, 9]), &numbers).unwrap();
+        let arrays: [&dyn Array; 5] = [&strings, &lists, &dense, &sparse, &runs];
+        let layout = |array: &dyn Array| crate::dataset::literal(&array.to_data()).unwrap();
+        for array in arrays {
+            check(&layout(array), &Nothing).unwrap();
+        }
+        let _: &RunArray<Int32Type> = &runs;
+        // Each with other bytes in one of its buffers, or of its child's.
+        let wrong = |array: &dyn Array, child: Option<usize>, buffer: usize, at: usize, bytes: &[u8]| {
+            let mut layout = layout(array);
+            let place = match child {
+                Some(child) => &mut layout.children[child].buffers[buffer],
+                None => &mut layout.buffers[buffer],
+            };
+            let mut all = place.to_vec(&Nothing).unwrap();
+            all[at..at + bytes.len()].copy_from_slice(bytes);
+            *place = Span::literal(all);
+            check(&layout, &Nothing)
+        };
+        let far = u32::MAX.to_le_bytes();
+        // View 1 is a long one: its length, prefix, buffer and offset; the text of its data; view 2 is a short one.
+        for (buffer, at, bytes) in [
+            (1, 16, &far[..]),
+            (1, 20, b"e"),
+            (1, 24, &far),
+            (1, 28, &far),
+            (2, 0, b"\xff"),
+            (1, 36, b"\xff"),
+            (1, 41, b"x"),
+        ] {
+            assert!(wrong(&strings, None, buffer, at, bytes).is_err(), "{buffer} {at}");
+        }
+        // Nobody looks at what lies under a null.
+        wrong(&strings, None, 1, 0, &far).unwrap();
+        for (buffer, bytes) in [(1, 3i32), (1, -1), (2, 2), (2, -1), (2, i32::MAX)] {
+            assert!(wrong(&lists, None, buffer, 0, &bytes.to_le_bytes()).is_err(), "{buffer} {bytes}");
+        }
+        for (array, buffer, bytes) in
+            [(&dense, 0, &[4][..]), (&dense, 1, &3i32.to_le_bytes()), (&dense, 1, &far), (&sparse, 0, &[4])]
+        {
+            assert!(wrong(array, None, buffer, 0, bytes).is_err(), "{buffer} {bytes:?}");
+        }
+        for (at, end) in [(0, 0i32), (0, -1), (4, 2), (8, 5), (8, 4)] {
+            assert!(wrong(&runs, Some(0), 1, at, &end.to_le_bytes()).is_err(), "{at} {end}");
+        }
+        assert!(wrong(&runs, Some(0), 1, 8, &8i32.to_le_bytes()).is_err());
     }
 }

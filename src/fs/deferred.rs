@@ -118,6 +118,12 @@ fn is_checked(layout: &ArrayLayout) -> bool {
                 | DataType::LargeList(_)
                 | DataType::Map(..)
                 | DataType::Dictionary(..)
+                | DataType::Utf8View
+                | DataType::BinaryView
+                | DataType::ListView(_)
+                | DataType::LargeListView(_)
+                | DataType::Union(..)
+                | DataType::RunEndEncoded(..)
         );
     });
     checked
