@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use arrow_schema::{DataType, Metadata, Schema};
+use arrow_schema::{DataType, Field, Metadata, Schema, SchemaRef};
 use serde_json::{Value, json};
 
-use super::column::Column;
+use super::column::{Column, NOTE};
 use super::span::Span;
 use super::table::{ArrayLayout, Batch, Table};
 use super::{arrow, derive, pandas, pickle, tensor};
@@ -325,6 +325,28 @@ pub fn index(meta: &Meta, source: &dyn BlobSource) -> Result<Frame> {
     Ok(Frame { rows, columns, index: Vec::new() })
 }
 
+/// True if fields are equal but for notes: a part of one row has all cells of a column of which others have the first.
+fn same_fields(a: &Schema, b: &Schema) -> bool {
+    let plain = |field: &Field| {
+        let metadata = field.metadata().iter().filter(|(key, _)| *key != NOTE);
+        field.clone().with_metadata(metadata.map(|(key, value)| (key.clone(), value.clone())).collect::<Metadata>())
+    };
+    a.fields().len() == b.fields().len() && a.fields().iter().zip(b.fields()).all(|(a, b)| plain(a) == plain(b))
+}
+
+/// The schema with the notes of another that has the same fields, where it has none itself.
+fn with_notes(schema: &SchemaRef, other: &Schema) -> SchemaRef {
+    if schema.fields() == other.fields() {
+        return schema.clone();
+    }
+    let fields = schema.fields().iter().zip(other.fields()).map(|(field, other)| {
+        let mut metadata = other.metadata().clone();
+        metadata.extend(field.metadata().iter().map(|(key, value)| (key.clone(), value.clone())));
+        field.as_ref().clone().with_metadata(metadata)
+    });
+    Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), schema.metadata().clone()))
+}
+
 /// `vineyard::GlobalDataFrame`: its parts in order, as the batches of one table.
 ///
 /// # Errors
@@ -338,7 +360,10 @@ pub fn global_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Table> {
         };
         match &mut whole {
             None => whole = Some(part),
-            Some(all) if all.schema.fields() == part.schema.fields() => all.batches.extend(part.batches),
+            Some(all) if same_fields(&all.schema, &part.schema) => {
+                all.schema = with_notes(&all.schema, &part.schema);
+                all.batches.extend(part.batches);
+            }
             Some(all) => {
                 let (a, b) = (all.schema.fields(), part.schema.fields());
                 return Err(meta.error(format!("has parts of schemas {a:?} and {b:?}")));
@@ -356,4 +381,36 @@ pub fn global_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Table> {
     let metadata = pandas::with_rows(whole.schema.metadata(), whole.rows());
     let schema = Schema::new_with_metadata(whole.schema.fields().clone(), metadata);
     Ok(Table { schema: Arc::new(schema), batches: whole.batches })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::dataset::testing::Nothing;
+
+    /// Under pandas 3 the official client stores the first cell of a column of strings, which is all of it in a part of one
+    /// row.
+    #[test]
+    fn parts_may_have_lost_cells_or_not() {
+        let part = |rows: u64| {
+            let blob = json!({"id": "o8000000000000100", "typename": "vineyard::Blob", "instance_id": 1});
+            let tensor = json!({"id": "o0000000000000002", "typename": "vineyard::Tensor<int64>", "instance_id": 1,
+                "value_type_": "int64", "shape_": format!("[{rows}]"), "buffer_": blob});
+            let scalar = json!({"id": "o0000000000000003", "typename": "vineyard::Scalar<std::string>",
+                "instance_id": 1, "value_": "a"});
+            json!({"id": "o0000000000000004", "typename": "vineyard::DataFrame", "instance_id": 1,
+                "columns_": "[\"x\", \"s\"]", "__values_-size": 2, "__values_-key-0": "\"x\"",
+                "__values_-value-0": tensor, "__values_-key-1": "\"s\"", "__values_-value-1": scalar})
+        };
+        for rows in [[2, 1], [1, 2]] {
+            let whole = json!({"id": "o0000000000000010", "typename": "vineyard::GlobalDataFrame", "global": true,
+                "instance_id": u64::MAX, "partitions_-size": 2, "partitions_-0": part(rows[0]),
+                "partitions_-1": part(rows[1])});
+            let table = global_frame(&Meta::new(whole).unwrap(), &Nothing).unwrap();
+            assert_eq!(table.batches.iter().map(|batch| batch.rows).collect::<Vec<_>>(), rows);
+            assert!(table.schema.field(1).metadata().get(NOTE).unwrap().contains("only the first cell"));
+            assert!(table.schema.field(0).metadata().is_empty());
+        }
+    }
 }
