@@ -1,5 +1,7 @@
 //! Which version of a file readers and writers see.
 
+use std::sync::atomic::AtomicU64;
+
 use super::super::*;
 use super::bed::*;
 use super::*;
@@ -145,4 +147,50 @@ fn a_written_file_outlives_its_columns() {
         assert_eq!(bed.save("large.bin", &large).unwrap_err().kind(), Kind::Full);
         assert_eq!(bed.load("t.arrow").unwrap(), file);
     }
+}
+
+/// A compressed file with a column of `values`.
+fn compressed(values: Vec<i64>) -> Vec<u8> {
+    use arrow_array::{ArrayRef, Int64Array, RecordBatch};
+    let batch = RecordBatch::try_from_iter([("a", Arc::new(Int64Array::from(values)) as ArrayRef)]).unwrap();
+    let options = arrow_ipc::writer::IpcWriteOptions::default();
+    let options = options.try_with_compression(Some(arrow_ipc::CompressionType::LZ4_FRAME)).unwrap();
+    let mut writer = arrow_ipc::writer::FileWriter::try_new_with_options(Vec::new(), &batch.schema(), options).unwrap();
+    writer.write(&batch).unwrap();
+    writer.into_inner().unwrap()
+}
+
+/// Kept files give way before a compressed one loses its columns, and it loses them before its save fails.
+#[test]
+fn compressed_files_in_a_store_that_fills() {
+    let store = Arc::new(crate::vineyard::fake::FakeStore::new(8 << 20));
+    let host = Arc::new(LocalHost { passthrough: true, next: AtomicU64::new(1), ..LocalHost::default() });
+    let fs = FileSystem::new(store.clone(), host.clone(), Options::default());
+    let bed = Bed::of(fs, store, host);
+    // 1.5 MiB that do not get smaller.
+    let mut random = 1u64;
+    let mut next = || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random as i64
+    };
+    let files: Vec<Vec<i64>> = (0..4).map(|_| (0..196_608).map(|_| next()).collect()).collect();
+    for (name, values) in ["a", "b", "c", "d"].iter().zip(&files) {
+        bed.save(&format!("{name}.feather"), &compressed(values.clone())).unwrap();
+        assert_eq!(&column(&bed.load(&format!("{name}.arrow")).unwrap()), values, "{name}");
+    }
+    for (name, values) in ["a", "b", "c", "d"].iter().zip(&files) {
+        assert_eq!(&column(&bed.load(&format!("{name}.feather")).unwrap()), values, "{name}");
+    }
+    // There is no room for 4 MiB, but for what they are compressed.
+    let file = compressed(vec![7; 4 << 17]);
+    bed.save("e.feather", &file).unwrap();
+    assert_eq!(bed.load("e.feather").unwrap(), file);
+    assert_eq!(bed.load("e.arrow").unwrap_err().kind(), Kind::NotFound);
+    // More than the store has is plain at once.
+    let file = compressed(vec![7; 9 << 17]);
+    bed.save("f.feather", &file).unwrap();
+    assert_eq!(bed.load("f.feather").unwrap(), file);
+    assert_eq!(bed.list(""), ["a.feather", "b.feather", "c.feather", "d.feather", "e.feather", "f.feather"]);
 }
