@@ -77,7 +77,10 @@ def random_type(rng: random.Random, depth: int, kind: str | None = None) -> pa.D
             return pa.map_(key, field(rng, "value", depth - 1), keys_sorted=rng.random() < 0.3)
         case "dictionary":
             plain = [t for t in LEAVES if not pa.types.is_null(t) and not isinstance(t, pa.BaseExtensionType)]
-            return pa.dictionary(rng.choice(KEYS), rng.choice(plain), ordered=rng.random() < 0.2)
+            values = rng.choice(plain)
+            if rng.random() < 0.3:
+                values = rng.choice([pa.list_(values), pa.list_(values, 2), pa.struct([("a", values), ("b", pa.list_(pa.string()))])])
+            return pa.dictionary(rng.choice(KEYS), values, ordered=rng.random() < 0.2)
         case "run_end":
             plain = [t for t in LEAVES if not isinstance(t, pa.BaseExtensionType)]
             return pa.run_end_encoded(rng.choice([pa.int16(), pa.int32(), pa.int64()]), rng.choice(plain))
@@ -202,7 +205,7 @@ def whole(rng: random.Random, dtype: pa.DataType, n: int, nullable: bool) -> pa.
 def table(seed: int, first: pa.DataType | None = None) -> pa.Table:
     """A table of random columns; the first has this type."""
     rng = random.Random(seed)
-    rows = rng.choice([0, 1, 2, 7, 8, 9, 33, 64, 100, 257])
+    rows = 4000 if rng.random() < 0.04 else rng.choice([0, 1, 2, 7, 8, 9, 33, 64, 100, 257])
     fields = [field(rng, rng.choice([f"c{i}", f"Spalte {i}", f"{i}"]), rng.choice([0, 1, 2, 3])) for i in range(rng.choice([1, 2, 4, 7]))]
     if first is not None:
         fields.insert(0, pa.field("first", first))
@@ -287,4 +290,5 @@ def same_schema(found: pa.Schema, expected: pa.Schema) -> bool:
 
 def every_type() -> list[pa.DataType]:
     """Each leaf type, and each nested one with a child that is the same in every run."""
-    return LEAVES + [random_type(random.Random(i), 2, kind) for i, kind in enumerate(NESTED * 2)]
+    nested = pa.dictionary(pa.int8(), pa.struct([("n", pa.int64()), ("t", pa.list_(pa.string()))]))
+    return LEAVES + [random_type(random.Random(i), 2, kind) for i, kind in enumerate(NESTED * 2)] + [nested]
