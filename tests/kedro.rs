@@ -1,165 +1,26 @@
 //! The Kedro tools on real projects, with each Kedro that they promise to work with.
 //!
 //! `VINEYARD_FS_KEDRO_VENVS` names a folder with the environments `kedro018`, `kedro019` and `kedro1`
-//! (`tests/kedro/requirements-*.txt`); those that are not there are left out, with a line that says so. Without the variable
-//! all tests are ignored: scripts/test --full sets it. The mount is an ordinary folder, or the one that
-//! `VINEYARD_FS_KEDRO_MOUNT` names.
+//! (`tests/kedro/requirements-*.txt`); those that are not there are left out, with a line that says so. The mount is an
+//! ordinary folder, or the one that `VINEYARD_FS_KEDRO_MOUNT` names.
 #![allow(clippy::unwrap_used)]
 
 #[path = "common/argo.rs"]
 mod argo;
 
-use std::collections::BTreeMap;
+#[path = "kedro/catalog.rs"]
+mod catalog;
+#[path = "kedro/project.rs"]
+mod project;
+
+use project::{files, kedros, names, refused, success, text};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-
-/// One Kedro with a project of its own and a folder that stands for the mount.
-struct Kedro {
-    name: &'static str,
-    bin: PathBuf,
-    project: PathBuf,
-    mount: PathBuf,
-    _folder: tempfile::TempDir,
-}
-
-/// Every environment there is, each with a fresh copy of the example project.
-fn kedros() -> Vec<Kedro> {
-    let venvs = std::env::var_os("VINEYARD_FS_KEDRO_VENVS");
-    let venvs = venvs.expect("VINEYARD_FS_KEDRO_VENVS names the folder with the Kedro environments");
-    let found: Vec<Kedro> = ["kedro018", "kedro019", "kedro1"]
-        .into_iter()
-        .filter_map(|name| {
-            let bin = Path::new(&venvs).join(name).join("bin");
-            if bin.join("kedro").is_file() {
-                return Some(Kedro::new(name, bin));
-            }
-            eprintln!("left out: there is no {}", bin.join("kedro").display());
-            None
-        })
-        .collect();
-    assert!(!found.is_empty(), "VINEYARD_FS_KEDRO_VENVS has no environment");
-    found
-}
-
-impl Kedro {
-    fn new(name: &'static str, bin: PathBuf) -> Kedro {
-        let folder = tempfile::tempdir().unwrap();
-        let project = folder.path().join("iris");
-        copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kedro/iris"), &project);
-        let mount = match std::env::var_os("VINEYARD_FS_KEDRO_MOUNT") {
-            Some(mount) => Path::new(&mount).join(folder.path().file_name().unwrap()),
-            None => folder.path().join("mount"),
-        };
-        fs::create_dir(&mount).unwrap();
-        let kedro = Kedro { name, bin, project, mount, _folder: folder };
-        let version = kedro.python("import importlib.metadata as m; print(m.version('kedro'))");
-        let pyproject = kedro.project.join("pyproject.toml");
-        let text = fs::read_to_string(&pyproject).unwrap().replace("@KEDRO_VERSION@", version.trim());
-        fs::write(pyproject, text).unwrap();
-        success(kedro.command("python").arg("make_data.py").output().unwrap());
-        kedro
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(self.bin.join(program));
-        command
-            .current_dir(&self.project)
-            .env("DO_NOT_TRACK", "1")
-            .env("PYTHONDONTWRITEBYTECODE", "1")
-            .env("PYTHONPATH", self.project.join("src"))
-            .env("COLUMNS", "200");
-        command
-    }
-
-    fn python(&self, code: &str) -> String {
-        success(self.command("python").args(["-c", code]).output().unwrap())
-    }
-
-    fn kedro_run(&self, arguments: &[&str]) -> String {
-        success(self.command("kedro").arg("run").args(arguments).output().unwrap())
-    }
-
-    /// `vineyard-fs kedro ...` as it is called with this environment active.
-    fn ours(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vineyard-fs"));
-        let words = arguments.iter().position(|word| *word == "--").unwrap_or(arguments.len());
-        command.arg("kedro").args(&arguments[..words]);
-        if !matches!(arguments[0], "docker") {
-            command.arg("--mount").arg(&self.mount);
-        }
-        command
-            .args(&arguments[words..])
-            .current_dir(&self.project)
-            .env("VIRTUAL_ENV", self.bin.parent().unwrap())
-            .env("COLUMNS", "200")
-            .output()
-            .unwrap()
-    }
-
-    fn catalog_file(&self, pipeline: &str) -> PathBuf {
-        self.project.join(format!("conf/vineyard/catalog/{pipeline}.yml"))
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for item in fs::read_dir(from).unwrap() {
-        let item = item.unwrap();
-        if item.file_type().unwrap().is_dir() {
-            copy(&item.path(), &to.join(item.file_name()));
-        } else {
-            fs::copy(item.path(), to.join(item.file_name())).unwrap();
-        }
-    }
-}
-
-fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-fn success(output: Output) -> String {
-    assert!(output.status.success(), "{}", text(&output));
-    text(&output)
-}
-
-/// One line on standard error, exit code 1, and every file as it was.
-fn refused(kedro: &Kedro, arguments: &[&str], part: &str) {
-    let before = files(&kedro.project);
-    let output = kedro.ours(arguments);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{}: {arguments:?}: {}", kedro.name, text(&output));
-    assert_eq!(said.lines().count(), 1, "{}: {arguments:?}: {said}", kedro.name);
-    assert!(said.contains(part), "{}: {arguments:?}: {said}", kedro.name);
-    assert!(files(&kedro.project) == before, "{}: {arguments:?} changed files", kedro.name);
-}
-
-/// Every file below a folder with its content.
-fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    for item in fs::read_dir(folder).unwrap() {
-        let path = item.unwrap().path();
-        if path.is_dir() {
-            found.extend(files(&path));
-        } else {
-            found.insert(path.clone(), fs::read(path).unwrap());
-        }
-    }
-    found
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    let items = fs::read_dir(folder).unwrap();
-    let mut names: Vec<String> = items.map(|item| item.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
+use std::process::Command;
 
 const ACCURACY: &str = "Model has accuracy of 0.933";
 const IRIS: [&str; 5] = ["X_test.arrow", "X_train.arrow", "y_pred.pkl", "y_test.pkl", "y_train.pkl"];
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn a_pipeline_shares_its_data_with_every_runner_and_node_by_node() {
     for kedro in kedros() {
         assert!(kedro.kedro_run(&[]).contains(ACCURACY), "{}", kedro.name);
@@ -206,7 +67,6 @@ fn a_pipeline_shares_its_data_with_every_runner_and_node_by_node() {
 }
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn observing_finds_what_annotations_do_not_tell() {
     for kedro in kedros() {
         let before = files(&kedro.project);
@@ -233,7 +93,6 @@ fn observing_finds_what_annotations_do_not_tell() {
 }
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn what_the_user_wrote_stays() {
     for kedro in kedros() {
         let file = kedro.catalog_file("__default__");
@@ -255,7 +114,6 @@ fn what_the_user_wrote_stays() {
 }
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn factories_and_other_files_of_the_environment_count() {
     for kedro in kedros() {
         let base = kedro.project.join("conf/base/catalog.yml");
@@ -286,7 +144,6 @@ fn factories_and_other_files_of_the_environment_count() {
 }
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn a_run_leaves_the_project_as_it_was() {
     for kedro in kedros() {
         let before = files(&kedro.project);
@@ -310,7 +167,6 @@ fn a_run_leaves_the_project_as_it_was() {
 }
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn bad_input_is_one_line_and_changes_nothing() {
     for kedro in kedros() {
         let create = ["catalog", "create"];
@@ -368,7 +224,6 @@ fn bad_input_is_one_line_and_changes_nothing() {
 }
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn workflows_name_every_node_once() {
     let argo = argo::program();
     for kedro in kedros() {
@@ -419,7 +274,6 @@ fn workflows_name_every_node_once() {
 }
 
 #[test]
-#[ignore = "needs the environments that VINEYARD_FS_KEDRO_VENVS names: scripts/test --full has them"]
 fn images() {
     for kedro in kedros() {
         let bin = kedro.project.join("engines");

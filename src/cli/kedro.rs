@@ -100,7 +100,7 @@ pub struct CreateArgs {
     /// How tables are stored
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// Run the pipeline once in memory and take the types that really flow
+    /// Run the pipeline once, with all outputs in memory, and take the types that really flow
     #[arg(long)]
     observe: bool,
     /// Add a dataset factory that takes whatever has no entry
@@ -334,7 +334,7 @@ fn create(args: CreateArgs) -> Result<()> {
 fn facts(project: &ProjectArgs, env: &str, pipelines: &[String]) -> Result<(Project, Facts)> {
     catalog::validate(env, DEFAULT_PIPELINE, DEFAULT_MOUNT)?;
     let (found, mut session) = project.session()?;
-    let facts = session.facts(env, (!pipelines.is_empty()).then_some(pipelines))?;
+    let facts = session.facts(Some(env), (!pipelines.is_empty()).then_some(pipelines))?;
     facts.warnings.iter().for_each(|line| warn(line));
     Ok((found, facts))
 }

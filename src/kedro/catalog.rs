@@ -20,7 +20,7 @@ pub struct Create {
     pub mount: String,
     /// How tables are stored.
     pub format: Format,
-    /// Run the pipeline once in memory and take the types that flow.
+    /// Run the pipeline once, with all outputs in memory, and take the types that flow.
     pub observe: bool,
     /// Add a factory for everything else.
     pub catch_all: bool,
@@ -79,21 +79,36 @@ pub fn validate(env: &str, pipeline: &str, mount: &str) -> Result<String> {
     Ok(trimmed.to_owned())
 }
 
+/// The project's configuration has other names for catalogs.
+pub(super) fn not_loaded(file: &str) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        format!(
+            "the project's config_patterns do not read {file} as a catalog: add \"catalog*/**\" to those of \"catalog\" \
+             in settings.py"
+        ),
+    )
+}
+
 /// Decides what the catalog lacks. Writes nothing; each new entry has been built by the project's interpreter.
 ///
 /// # Errors
 /// [`Kind::Invalid`] with one line for the user, see [`Session::facts`]; also if an entry cannot be built.
 pub fn plan(session: &mut Session, create: &Create) -> Result<Plan> {
     let mount = validate(&create.env, &create.pipeline, &create.mount)?;
-    let facts = session.facts(&create.env, Some(std::slice::from_ref(&create.pipeline)))?;
+    let facts = session.facts(Some(&create.env), Some(std::slice::from_ref(&create.pipeline)))?;
     if create.env == facts.base_env {
         return Err(Error::new(
             Kind::Invalid,
             format!("--env {} is loaded by every run: take an environment of its own", create.env),
         ));
     }
+    let name = format!("catalog/{}.yml", create.pipeline);
+    if !session.loads(&create.env, &name)? {
+        return Err(not_loaded(&name));
+    }
     let observed = if create.observe { session.observe(&create.pipeline)? } else { BTreeMap::new() };
-    let file = facts.conf_source.join(&create.env).join("catalog").join(format!("{}.yml", create.pipeline));
+    let file = facts.conf_source.join(&create.env).join(name);
     let old = match std::fs::read_to_string(&file) {
         Ok(text) => Some(text),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
@@ -245,7 +260,7 @@ fn lacking(
             hint: dataset.hint.clone().or_else(|| dataset.consumer_hint.clone()),
             // Only the transcoding that is written shows; the others read the same file.
             observed: observed.get(name).cloned(),
-            generator: dataset.generator,
+            generator: dataset.generator || observed.get(name).is_some_and(|observed| observed.chunks),
         };
         let group = groups.iter_mut().find(|group| {
             name.contains('@') && group.first().is_some_and(|(other, _)| stripped(other) == stripped(name))

@@ -453,7 +453,7 @@ mod tests {
                 feather: feather.map(str::to_owned),
                 parquet: None,
                 pickle: pickle.map(str::to_owned),
-                saves: 1,
+                chunks: false,
             }),
             generator: false,
         };

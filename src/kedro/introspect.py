@@ -60,10 +60,12 @@ def where(error, root):
     """`file:line` of the innermost frame that belongs to the project."""
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.startswith("<"):
+            continue
         path = os.path.abspath(frame.filename)
         if path.startswith(root + os.sep) and "site-packages" not in path:
             place = " (%s:%s)" % (os.path.relpath(path, root), frame.lineno)
-    if isinstance(error, SyntaxError) and error.filename:
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         place = " (%s:%s)" % (os.path.relpath(error.filename, root), error.lineno)
     return place
 
@@ -80,6 +82,8 @@ class Project:
         if number >= (2,):
             raise Refused("kedro", "Kedro %s is newer than this program knows: 0.17 to 1.x" % self.kedro)
         self.number = number
+        # Kedro knows dataset factories since then.
+        self.factories = number >= (0, 18, 12)
         try:
             from kedro.framework.startup import bootstrap_project
             from pathlib import Path
@@ -353,64 +357,69 @@ def describe_pipeline(pipeline):
 # Patterns ------------------------------------------------------------------------------------------------------------
 
 
-def pattern_regex(pattern):
-    """Kedro's dataset factories: each `{name}` stands for some text, the same wherever it appears again."""
-    parts, seen = [], set()
-    for literal, name in re.findall(r"([^{}]*)(\{[^{}]*\})?", pattern):
-        parts.append(re.escape(literal))
-        if name:
-            field = re.sub(r"\W", "_", name[1:-1].split(":")[0]) or "field"
-            if field[0].isdigit():
-                field = "_" + field
-            parts.append("(?P=%s)" % field if field in seen else "(?P<%s>.+?)" % field)
-            seen.add(field)
-    return re.compile("^%s$" % "".join(parts), re.S)
-
-
 def specificity(pattern):
-    return (-len(re.sub(r"\{[^{}]*\}", "", pattern)), -pattern.count("{"), pattern)
-
-
-def matching_pattern(name, patterns):
-    for pattern in sorted(patterns, key=specificity):
-        if pattern_regex(pattern).match(name):
-            return pattern
-    return None
+    return (-len(re.sub(r"\{.*?\}", "", pattern)), -pattern.count("{"), pattern)
 
 
 def resolve(value, fields):
-    if isinstance(value, str):
-        return re.sub(r"\{([^{}]*)\}", lambda found: fields.get(found.group(1), found.group(0)), value)
+    """What Kedro makes of a factory's entry."""
+    if isinstance(value, str) and "}" in value:
+        try:
+            return value.format_map(fields)
+        except Exception:  # Kedro will refuse it, and say why, when it is used
+            return value
     if isinstance(value, dict):
         return {key: resolve(item, fields) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [resolve(item, fields) for item in value]
     return value
+
+
+def configuration(name, config, factories):
+    """The factory that makes a dataset's entry (None if it has one of its own), and the entry. None if there is none.
+
+    Kedro matches names with `parse`, which has types, and does not tell letters of different case apart.
+    """
+    if name in config and "{" not in name:
+        return None, config[name]
+    if factories:
+        from parse import parse
+
+        for pattern in sorted((key for key in config if "{" in key), key=specificity):
+            found = parse(pattern, name)
+            if found:
+                return pattern, resolve(config[pattern], found.named)
+    return None
 
 
 def brief(config):
     """What a listing needs of an entry; nothing else leaves the interpreter (credentials least of all)."""
     if not isinstance(config, dict):
-        return {"type": None, "filepath": None, "versioned": False}
+        return {"type": None, "filepath": None, "versioned": False, "partitions": None}
     path = config.get("filepath", config.get("path"))
+    suffix = config.get("filename_suffix") or ""
     return {
         "type": str(config.get("type")) if config.get("type") is not None else None,
         "filepath": str(path) if path is not None else None,
         "versioned": bool(config.get("versioned")),
+        # `path` is what Kedro calls a folder whose files, all or those with a suffix, are the dataset.
+        "partitions": str(suffix) if "path" in config and "filepath" not in config else None,
     }
 
 
-def configured(names, config, patterns_work):
+def configured(names, config, factories):
     """For each dataset name: its explicit entry, or the factory that makes one."""
-    patterns = [key for key in config if "{" in key] if patterns_work else []
     found = {}
     for name in names:
-        if name in config and "{" not in name:
-            found[name] = dict(brief(config[name]), pattern=None)
-            continue
-        pattern = matching_pattern(name, patterns)
-        if pattern is not None:
-            fields = pattern_regex(pattern).match(name).groupdict()
-            found[name] = dict(brief(resolve(config[pattern], fields)), pattern=pattern)
+        known = configuration(name, config, factories)
+        if known is not None:
+            found[name] = dict(brief(known[1]), pattern=known[0])
     return found
+
+
+def settings(project, request):
+    """Where the configuration is; nothing else of the project has to import for this."""
+    return {"conf_source": project.conf_source, "run_env": project.run_env}
 
 
 def introspect(project, request):
@@ -420,8 +429,8 @@ def introspect(project, request):
     described = {name: describe_pipeline(project.pipeline(name)) for name in chosen if loaded.get(name) is not None or wanted}
     names = sorted({name for pipeline in described.values() for name in pipeline["datasets"]})
     names = [name for name in names if not is_parameter(name)]
-    factories = project.number >= (0, 18, 12)
-    env = project.usable_env(request["env"])
+    factories = project.factories
+    env = project.usable_env(request["env"] or project.run_env)
     base = project.catalog_config(project.base_env)
     merged = base if env == project.base_env else project.catalog_config(env)
     other = {}

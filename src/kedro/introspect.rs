@@ -111,6 +111,9 @@ pub struct Entry {
     /// Whether Kedro keeps versions below the path.
     #[serde(default)]
     pub versioned: bool,
+    /// For a folder of partitions: how the names of its files end, empty for all files.
+    #[serde(default)]
+    pub partitions: Option<String>,
     /// The dataset factory that made the entry; `None` for an entry of its own.
     pub pattern: Option<String>,
 }
@@ -167,8 +170,17 @@ pub struct Observed {
     pub parquet: Option<String>,
     /// Why it cannot be pickled; `None` if it can or was not asked.
     pub pickle: Option<String>,
-    /// How often it was saved: more than once for generators.
-    pub saves: u32,
+    /// Whether its node gave it in pieces, each saved over the last.
+    pub chunks: bool,
+}
+
+/// Where a project has its configuration.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Settings {
+    /// Absolute path of the configuration folder.
+    pub conf_source: PathBuf,
+    /// Name of the environment that is loaded when none is named.
+    pub run_env: String,
 }
 
 /// Why an entry cannot be built.
@@ -303,13 +315,40 @@ impl Session {
         Ok(Session { child, requests, answers, tail, interpreter })
     }
 
-    /// What the pipelines (all registered ones if `None`) contain, seen with the catalog of `env`.
+    /// The interpreter's process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the pipelines (all registered ones if `None`) contain, seen with the catalog of `env` (if `None`, of the
+    /// environment that Kedro loads when none is named).
     ///
     /// # Errors
     /// [`Kind::Invalid`] with one line for the user: no Kedro, a project that does not import, no such pipeline, a
     /// catalog that does not load.
-    pub fn facts(&mut self, env: &str, pipelines: Option<&[String]>) -> Result<Facts> {
+    pub fn facts(&mut self, env: Option<&str>, pipelines: Option<&[String]>) -> Result<Facts> {
         self.ask(serde_json::json!({"op": "introspect", "env": env, "pipelines": pipelines}), Some(IMPORT_DEADLINE))
+    }
+
+    /// Where the configuration is. The pipelines need not import for this.
+    ///
+    /// # Errors
+    /// As [`Session::facts`].
+    pub fn settings(&mut self) -> Result<Settings> {
+        self.ask(serde_json::json!({"op": "settings"}), Some(IMPORT_DEADLINE))
+    }
+
+    /// Whether the project's configuration loader takes a file below an environment's folder as part of its catalog.
+    ///
+    /// # Errors
+    /// As [`Session::facts`].
+    pub fn loads(&mut self, env: &str, file: &str) -> Result<bool> {
+        #[derive(Deserialize)]
+        struct Loads {
+            loads: bool,
+        }
+        let request = serde_json::json!({"op": "loads", "env": env, "file": file});
+        Ok(self.ask::<Loads>(request, Some(IMPORT_DEADLINE))?.loads)
     }
 
     /// Builds entries as Kedro will; returns those that fail.
@@ -325,7 +364,8 @@ impl Session {
         Ok(self.ask::<Checked>(request, Some(IMPORT_DEADLINE))?.failures)
     }
 
-    /// Runs a pipeline once in memory, in Kedro's default environment, and tells what flowed through its datasets.
+    /// Runs a pipeline once in Kedro's default environment, with every output in memory in place of where the catalog
+    /// puts it, and tells what flowed through its datasets.
     ///
     /// # Errors
     /// As [`Session::facts`], and if the run fails.
@@ -442,7 +482,13 @@ mod tests {
 
     #[test]
     fn memory_datasets_are_recognised() {
-        let entry = |kind: &str| Entry { kind: Some(kind.into()), filepath: None, versioned: false, pattern: None };
+        let entry = |kind: &str| Entry {
+            kind: Some(kind.into()),
+            filepath: None,
+            versioned: false,
+            partitions: None,
+            pattern: None,
+        };
         assert!(entry("MemoryDataset").in_memory() && entry("kedro.io.SharedMemoryDataset").in_memory());
         assert!(entry("MemoryDataSet").in_memory() && !entry("pandas.CSVDataset").in_memory());
     }

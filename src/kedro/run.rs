@@ -264,7 +264,7 @@ pub fn kedro(project: &Project, interpreter: Interpreter, verbose: bool, ask: &K
         ));
     }
     let mut session = Session::start(project, interpreter.clone(), verbose)?;
-    let facts = session.facts(wanted.env.as_deref().unwrap_or("local"), Some(&wanted.pipelines))?;
+    let facts = session.facts(wanted.env.as_deref(), Some(&wanted.pipelines))?;
     if !facts.versions.kedro_at_least((0, 18)) {
         return Err(Error::new(
             Kind::Unsupported,

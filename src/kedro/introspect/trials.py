@@ -1,5 +1,8 @@
 # Goes on where introspect.py ends: one program with it. What is tried out: building entries, and a run.
 
+import tempfile
+
+
 # Building entries ----------------------------------------------------------------------------------------------------
 
 # What a dataset class imports only when it saves; building it would not show that it is missing.
@@ -10,6 +13,13 @@ NEEDED = [
     (r"^ibis\.", ["ibis", "duckdb"]),
 ]
 PACKAGES = {"ibis": "ibis-framework[duckdb]", "duckdb": "ibis-framework[duckdb]"}
+
+
+def class_of_kedro(name):
+    """`kedro.io` spelt `DataSet` what it calls `Dataset` since 0.18.12."""
+    import kedro.io
+
+    return getattr(kedro.io, name, None) or getattr(kedro.io, name.replace("Dataset", "DataSet"))
 
 
 def check(project, request):
@@ -29,10 +39,7 @@ def check(project, request):
                 imported[module] = ("broken", one_line(error))
         return imported[module]
 
-    try:
-        from kedro.io import AbstractDataset
-    except ImportError:
-        from kedro.io import AbstractDataSet as AbstractDataset
+    AbstractDataset = class_of_kedro("AbstractDataset")
     failures = {}
     for name, config in request["entries"].items():
         missing, error = [], None
@@ -105,7 +112,7 @@ def picklable(data):
 
 def observed(data):
     name = type_name(type(data))
-    found = {"type": name, "feather": None, "parquet": None, "pickle": None, "saves": 1}
+    found = {"type": name, "feather": None, "parquet": None, "pickle": None, "chunks": False}
     if name == "pandas.DataFrame":
         import pandas
 
@@ -127,34 +134,109 @@ def observed(data):
     return found
 
 
+def stand_in(name, config, folder):
+    """The dataset that takes a node's output in place of the user's: one in memory.
+
+    Where an output is read in another form than it was saved (transcodings, partitions) memory cannot take its place:
+    there it is the user's dataset, with its files in a temporary folder.
+    """
+    key = "path" if "path" in config else "filepath"
+    location = config.get(key)
+    if isinstance(location, str) and ("@" in name or key == "path"):
+        config = {part: value for part, value in config.items() if part != "credentials"}
+        place = os.path.join(folder, re.sub(r"\W", "_", location))
+        config[key] = os.path.join(place, os.path.basename(location) or "data")
+        opening = config.pop("fs_args", None) or {}
+        if isinstance(opening, dict):
+            # The rest of them is about the file system that is not used.
+            config["fs_args"] = {part: value for part, value in opening.items() if part.startswith("open_args")}
+        if not config.get("fs_args"):
+            config.pop("fs_args", None)
+        try:
+            os.makedirs(place, exist_ok=True)
+            return class_of_kedro("AbstractDataset").from_config(name, config)
+        except Exception as error:
+            print("%s stays in memory: %s" % (name, one_line(error)))
+    return class_of_kedro("MemoryDataset")()
+
+
+def keep_from_files(project, pipeline, catalog, config, folder):
+    """Puts something else in place of every dataset that a node makes, so that a run changes nothing of the user's."""
+    # What a node confirms would be written into a file beside its input. Runners work with copies of this catalog.
+    type(catalog).confirm = lambda self, name: None
+    made = {strip(name) for node in pipeline.nodes for name in node.outputs}
+    for name in pipeline.datasets() if hasattr(pipeline, "datasets") else pipeline.data_sets():
+        if strip(name) not in made or is_parameter(name):
+            continue
+        known = configuration(name, config, project.factories)
+        dataset = stand_in(name, (known and known[1]) or {}, folder)
+        if hasattr(catalog, "add"):
+            catalog.add(name, dataset, replace=True)
+        else:
+            catalog[name] = dataset
+
+
 def observe(project, request):
+    from collections.abc import Iterator
     from kedro.framework.hooks import hook_impl
-
-    seen = {}
-
-    class Watch:
-        @hook_impl
-        def after_dataset_saved(self, dataset_name, data):
-            if dataset_name in seen:
-                seen[dataset_name]["saves"] += 1
-            else:
-                seen[dataset_name] = observed(data)
-
     from kedro.runner import SequentialRunner
 
     name = request["pipeline"]
-    project.pipeline(name)
-    env = request.get("env")
-    try:
-        session = project.session(env)
-        with session:
-            session._hook_manager.register(Watch())
-            session.run(pipeline_name=name, runner=SequentialRunner())
-    except (SystemExit, Exception) as error:
-        raise Refused(
-            "run", "the pipeline %r fails in memory: %s%s" % (name, one_line(error), where(error, project.root))
-        ) from error
+    pipeline = project.pipeline(name)
+    seen, chunks = {}, set()
+    with tempfile.TemporaryDirectory(prefix="vineyard-fs-observe-") as folder:
+
+        class Watch:
+            # After the project's own hooks, which may add datasets.
+            @hook_impl(trylast=True)
+            def after_catalog_created(self, catalog, conf_catalog):
+                keep_from_files(project, pipeline, catalog, conf_catalog or {}, folder)
+
+            @hook_impl
+            def after_node_run(self, node, outputs):
+                # Kedro takes the values one by one if all outputs are iterators; since 1.0 only those of generators.
+                if project.number >= (1,) and not inspect.isgeneratorfunction(node.func):
+                    return
+                if outputs and all(isinstance(output, Iterator) for output in outputs.values()):
+                    chunks.update(outputs)
+
+            @hook_impl
+            def after_dataset_saved(self, dataset_name, data):
+                if dataset_name not in seen:
+                    seen[dataset_name] = observed(data)
+                seen[dataset_name]["chunks"] = dataset_name in chunks
+
+        try:
+            session = project.session(request.get("env"))
+            with session:
+                session._hook_manager.register(Watch())
+                session.run(pipeline_name=name, runner=SequentialRunner())
+        except (SystemExit, Exception) as error:
+            raise Refused(
+                "run", "the pipeline %r fails in memory: %s%s" % (name, one_line(error), where(error, project.root))
+            ) from error
     return {"observed": seen}
+
+
+def loads(project, request):
+    """Whether the project's configuration reads a file of this name, below an environment's folder, as catalog."""
+    marker = "vineyard_fs_marker"
+    with tempfile.TemporaryDirectory(prefix="vineyard-fs-") as folder:
+        for env in (project.base_env, request["env"]):
+            os.makedirs(os.path.join(folder, env), exist_ok=True)
+        file = os.path.join(folder, request["env"], request["file"])
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "w") as out:
+            out.write("%s:\n  type: MemoryDataset\n" % marker)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                arguments = dict(project.settings.CONFIG_LOADER_ARGS or {})
+                loader = project.settings.CONFIG_LOADER_CLASS(conf_source=folder, env=request["env"], **arguments)
+                return {"loads": marker in loader["catalog"]}
+        except Exception as error:
+            # Nothing to load is an answer; a loader that wants more than this (0.17's, one of the project's) gives none.
+            return {"loads": type(error).__name__ != "MissingConfigException"}
 
 
 def main():
@@ -164,7 +246,7 @@ def main():
             request = json.loads(line)
             if project is None:
                 project = Project()
-            operation = {"introspect": introspect, "check": check, "observe": observe}[request["op"]]
+            operation = {"introspect": introspect, "check": check, "observe": observe, "loads": loads, "settings": settings}[request["op"]]
             answer = {"ok": operation(project, request)}
         except Refused as error:
             if os.environ.get("VINEYARD_FS_TRACEBACK") and error.__cause__ is not None:
