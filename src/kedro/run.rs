@@ -4,16 +4,21 @@
 //! project's own files are not touched. The datasets of the run live in a folder of their own below the mount, which
 //! goes when the run is over.
 
+mod arguments;
+mod signals;
+
 use super::catalog::{self, Create};
-use super::entries::Format;
-use super::introspect::{Interpreter, Session};
+use super::entries::{Format, Planned, file_stem, stripped};
+use super::introspect::{Facts, Interpreter, Session};
+use super::list::{below, local_path};
 use super::{DEFAULT_MOUNT, DEFAULT_PIPELINE, Project, clean, yaml};
 use crate::error::{Context, Error, Kind, Result};
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
+use crate::fuse::mountinfo;
+use signals::Signals;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
-use std::sync::atomic::{AtomicI32, Ordering};
 
 /// The environment variable that tells a command where the mount is.
 pub const MOUNT_VARIABLE: &str = "VINEYARD_FS_MOUNT";
@@ -32,19 +37,20 @@ impl Mount {
     /// a mount in a temporary folder. With `existing`, the folder as it is.
     ///
     /// # Errors
-    /// [`Kind::Invalid`] if the mount fails; the mounting command has said why on standard error.
+    /// [`Kind::Invalid`] with what the mounting command said, if it fails.
     pub fn get(folder: Option<&Path>, existing: bool) -> Result<Mount> {
         let as_is = |folder: PathBuf| Mount { folder, ours: false, _temporary: None };
         match folder {
-            Some(folder) => {
+            Some(folder) if existing => {
                 let folder = std::path::absolute(folder)?;
-                if existing {
-                    if !folder.is_dir() {
-                        return Err(Error::not_found(format!("{} is not a folder", folder.display())));
-                    }
-                    return Ok(as_is(folder));
+                if !folder.is_dir() {
+                    return Err(Error::not_found(format!("{} is not a folder", folder.display())));
                 }
-                if mounted_type(&folder).is_some() {
+                Ok(as_is(folder))
+            }
+            Some(folder) => {
+                let folder = mountinfo::absolute(folder)?;
+                if mountinfo::at(&folder)?.is_some() {
                     return Ok(as_is(folder));
                 }
                 mount(&folder)?;
@@ -52,11 +58,11 @@ impl Mount {
             }
             None => {
                 let usual = Path::new(DEFAULT_MOUNT);
-                if mounted_type(usual).is_some_and(|kind| kind.starts_with("fuse")) {
+                if mountinfo::at(usual)?.is_some_and(|mounted| mounted.fs_type.starts_with("fuse")) {
                     return Ok(as_is(usual.into()));
                 }
                 let temporary = tempfile::Builder::new().prefix("vineyard-fs-").tempdir()?;
-                let folder = temporary.path().to_owned();
+                let folder = temporary.path().canonicalize()?;
                 mount(&folder)?;
                 Ok(Mount { folder, ours: true, _temporary: Some(temporary) })
             }
@@ -80,104 +86,31 @@ impl Drop for Mount {
     }
 }
 
+/// This program, out of reach of the terminal's signals: a mount is made or taken away as a whole.
 fn own_command() -> Result<Command> {
     let program = std::env::current_exe().context(|| "this program does not find itself".into())?;
-    Ok(Command::new(program))
+    let mut command = Command::new(program);
+    command.process_group(0);
+    Ok(command)
 }
 
 fn mount(folder: &Path) -> Result<()> {
-    let status = own_command()?.arg("mount").arg(folder).stdout(std::io::stderr()).status()?;
-    if status.success() {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Invalid, format!("vineyard could not be mounted at {} ({status})", folder.display())))
-}
-
-/// The type of the topmost file system that is mounted exactly at `folder`, from the kernel's list: the folder itself
-/// is not touched, since a dead mount would answer late or never.
-fn mounted_type(folder: &Path) -> Option<String> {
-    let list = std::fs::read("/proc/self/mountinfo").ok()?;
-    type_in(&list, folder)
-}
-
-/// proc(5): id, parent, device, root, mount point, options, optional fields, `-`, type, source, options.
-fn type_in(mountinfo: &[u8], folder: &Path) -> Option<String> {
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    let mut types = lines.filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let point = unescape(fields.nth(4)?);
-        let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
-        (Path::new(OsStr::from_bytes(&point)) == folder).then(|| String::from_utf8_lossy(kind).into_owned())
-    });
-    types.next_back()
-}
-
-/// `\040` is a space in the kernel's lists.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut rest = field;
-    while let Some((&first, tail)) = rest.split_first() {
-        let code = tail
-            .get(..3)
-            .filter(|_| first == b'\\')
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match code {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = tail.get(3..).unwrap_or_default();
-            }
-            None => {
-                bytes.push(first);
-                rest = tail;
-            }
+    let output = own_command()?.arg("mount").arg(folder).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let mut lines: Vec<&str> = said.lines().collect();
+    let reason = if output.status.success() { None } else { Some(lines.pop().unwrap_or("it did not say why")) };
+    lines.iter().for_each(|line| eprintln!("{line}"));
+    match reason {
+        None => {
+            eprint!("{}", String::from_utf8_lossy(&output.stdout));
+            Ok(())
+        }
+        Some(reason) => {
+            let reason = reason.strip_prefix("vineyard-fs: ").unwrap_or(reason);
+            let message = format!("vineyard could not be mounted at {}: {reason}", folder.display());
+            Err(Error::new(Kind::Invalid, message))
         }
     }
-    bytes
-}
-
-/// The child that signals are passed on to; 0 is none.
-static CHILD: AtomicI32 = AtomicI32::new(0);
-
-extern "C" fn pass_on(signal: libc::c_int) {
-    let child = CHILD.load(Ordering::Relaxed);
-    if child > 0 {
-        // SAFETY: kill(2) is async-signal-safe and takes no pointers.
-        unsafe { libc::kill(child, signal) };
-    }
-}
-
-/// Runs a command to its end. SIGTERM and SIGHUP are passed on to it; SIGINT and SIGQUIT come to it from the terminal
-/// itself. This process outlives all of them, since it has to clean up.
-fn run_to_end(mut command: Command, what: &str) -> Result<ExitStatus> {
-    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-    let passing = SigAction::new(SigHandler::Handler(pass_on), SaFlags::SA_RESTART, SigSet::empty());
-    // A handler, not SIG_IGN: a command inherits what is ignored, and not handlers.
-    let mut old = Vec::new();
-    extern "C" fn nothing(_: libc::c_int) {}
-    let keeping = SigAction::new(SigHandler::Handler(nothing), SaFlags::SA_RESTART, SigSet::empty());
-    for (signal, action) in [
-        (Signal::SIGTERM, &passing),
-        (Signal::SIGHUP, &passing),
-        (Signal::SIGINT, &keeping),
-        (Signal::SIGQUIT, &keeping),
-    ] {
-        // SAFETY: the handlers only load an atomic and call kill(2), both async-signal-safe.
-        old.push((signal, unsafe { sigaction(signal, action) }?));
-    }
-    let status = command
-        .spawn()
-        .map_err(|error| Error::new(Kind::NotFound, format!("cannot start {what}")).with_source(error))
-        .and_then(|mut child| {
-            CHILD.store(i32::try_from(child.id()).unwrap_or(0), Ordering::Relaxed);
-            let status = child.wait();
-            CHILD.store(0, Ordering::Relaxed);
-            Ok(status?)
-        });
-    for (signal, action) in old {
-        // SAFETY: the action is the one that was installed before.
-        let _ = unsafe { sigaction(signal, &action) };
-    }
-    status
 }
 
 /// The code that a shell would report.
@@ -194,10 +127,14 @@ pub fn command(folder: Option<&Path>, existing: bool, command: &[OsString]) -> R
     let Some((program, arguments)) = command.split_first() else {
         return Err(Error::new(Kind::Invalid, "there is no command: vineyard-fs run -- COMMAND"));
     };
-    let mount = Mount::get(folder, existing)?;
-    let mut child = Command::new(program);
-    child.args(arguments).env(MOUNT_VARIABLE, mount.folder());
-    Ok(exit_code(run_to_end(child, &program.to_string_lossy())?))
+    let signals = Signals::hold()?;
+    let with_mount = || {
+        let mount = Mount::get(folder, existing)?;
+        let mut child = Command::new(program);
+        child.args(arguments).env(MOUNT_VARIABLE, mount.folder());
+        Ok(exit_code(signals.run(child, &program.to_string_lossy())?))
+    };
+    signals.code(with_mount())
 }
 
 /// What `kedro run` is asked to do.
@@ -215,56 +152,34 @@ pub struct KedroRun {
     pub arguments: Vec<String>,
 }
 
-/// What the arguments of `kedro run` say that matters here.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Wanted {
-    env: Option<String>,
-    pipelines: Vec<String>,
-    conf_source: bool,
-}
-
-fn wanted(arguments: &[String]) -> Wanted {
-    let mut wanted = Wanted::default();
-    let mut arguments = arguments.iter();
-    while let Some(argument) = arguments.next() {
-        let (flag, value) = match argument.split_once('=') {
-            Some((flag, value)) if flag.starts_with("--") => (flag, Some(value.to_owned())),
-            // `-pNAME`; `-ns` and `-lv` are flags of their own.
-            _ if argument.starts_with("-p") && argument.len() > 2 => ("-p", argument.get(2..).map(str::to_owned)),
-            _ if argument.starts_with("-e") && argument.len() > 2 => ("-e", argument.get(2..).map(str::to_owned)),
-            _ => (argument.as_str(), None),
-        };
-        let mut value = || value.clone().or_else(|| arguments.next().cloned());
-        match flag {
-            "-e" | "--env" => wanted.env = value(),
-            "-p" | "--pipeline" => wanted.pipelines = value().into_iter().collect(),
-            "--pipelines" => {
-                wanted.pipelines = value().unwrap_or_default().split(',').map(|name| name.trim().to_owned()).collect();
-            }
-            "--conf-source" => wanted.conf_source = true,
-            _ => {}
-        }
-    }
-    if wanted.pipelines.is_empty() {
-        wanted.pipelines.push(DEFAULT_PIPELINE.into());
-    }
-    wanted
-}
-
 /// Runs a pipeline whose unregistered datasets live on vineyard. Returns the exit code of `kedro run`.
 ///
 /// # Errors
 /// One line for the user; the project's files are as they were in any case.
 pub fn kedro(project: &Project, interpreter: Interpreter, verbose: bool, ask: &KedroRun) -> Result<i32> {
-    let wanted = wanted(&ask.arguments);
-    if wanted.conf_source {
-        return Err(Error::new(
-            Kind::Invalid,
-            "--conf-source cannot be given to `vineyard-fs kedro run`, which makes one of its own",
-        ));
+    let signals = Signals::hold()?;
+    signals.code(kedro_with(&signals, project, interpreter, verbose, ask))
+}
+
+/// The file with the entries of a run, below the folder of its environment.
+const RUN_FILE: &str = "catalog/vineyard_fs_run.yml";
+
+fn kedro_with(
+    signals: &Signals,
+    project: &Project,
+    interpreter: Interpreter,
+    verbose: bool,
+    ask: &KedroRun,
+) -> Result<i32> {
+    let mut wanted = arguments::wanted(&ask.arguments, &project.root)?;
+    if wanted.pipelines.is_empty() {
+        wanted.pipelines.push(DEFAULT_PIPELINE.into());
     }
+    let variable = || std::env::var("KEDRO_ENV").ok().filter(|env| !env.is_empty());
+    let named = wanted.env.clone().or_else(variable);
     let mut session = Session::start(project, interpreter.clone(), verbose)?;
-    let facts = session.facts(wanted.env.as_deref(), Some(&wanted.pipelines))?;
+    let passing = signals.pass_to(session.id());
+    let facts = session.facts(named.as_deref(), Some(&wanted.pipelines))?;
     if !facts.versions.kedro_at_least((0, 18)) {
         return Err(Error::new(
             Kind::Unsupported,
@@ -274,16 +189,28 @@ pub fn kedro(project: &Project, interpreter: Interpreter, verbose: bool, ask: &K
             ),
         ));
     }
-    let env = wanted.env.clone().unwrap_or_else(|| facts.run_env.clone());
-    // Kedro says it best if an environment that was asked for does not exist.
-    let env_folder = facts.conf_source.join(&env);
-    if wanted.env.is_some() && !env_folder.is_dir() {
+    let env = named.clone().unwrap_or_else(|| facts.run_env.clone());
+    if named.is_some() && !facts.conf_source.join(&env).is_dir() {
         return Err(Error::not_found(format!("there is no environment {env:?} in {}", facts.conf_source.display())));
     }
+    if !session.loads(&env, RUN_FILE)? {
+        return Err(catalog::not_loaded(RUN_FILE));
+    }
+    if let Some((name, folder)) = not_mounted(&facts, &project.root, &env, ask.mount.as_deref()) {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!(
+                "the environment {env} keeps {name} in {0}, where nothing is mounted: `vineyard-fs mount {0}` first, \
+                 or give --mount {0}",
+                folder.display()
+            ),
+        ));
+    }
     let mount = Mount::get(ask.mount.as_deref(), ask.existing)?;
+    signals.check()?;
     let data = RunFolder::make(mount.folder(), &project.slug(), ask.keep)?;
     let mut catalog = String::new();
-    let mut entries: Vec<super::entries::Planned> = Vec::new();
+    let mut entries: Vec<Planned> = Vec::new();
     for pipeline in &wanted.pipelines {
         let create = Create {
             pipeline: pipeline.clone(),
@@ -301,15 +228,16 @@ pub fn kedro(project: &Project, interpreter: Interpreter, verbose: bool, ask: &K
             }
         }
     }
+    drop(passing);
     drop(session);
     let conf = tempfile::Builder::new().prefix("vineyard-fs-conf-").tempdir()?;
     for name in [&facts.base_env, &env] {
         copy_folder(&facts.conf_source.join(name), &conf.path().join(name), 0)
             .context(|| format!("cannot copy the configuration of {name}"))?;
     }
-    let folder = conf.path().join(&env).join("catalog");
-    std::fs::create_dir_all(&folder)?;
-    std::fs::write(folder.join("vineyard_fs_run.yml"), catalog)?;
+    let file = conf.path().join(&env).join(RUN_FILE);
+    file.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+    std::fs::write(file, catalog)?;
 
     let kedro = interpreter.path.parent().map(|folder| folder.join("kedro")).filter(|path| path.is_file());
     let mut command = match &kedro {
@@ -328,13 +256,56 @@ pub fn kedro(project: &Project, interpreter: Interpreter, verbose: bool, ask: &K
         .env(MOUNT_VARIABLE, mount.folder())
         // kedro-telemetry would write an identifier into the project's pyproject.toml.
         .env("DO_NOT_TRACK", "1");
-    if wanted.env.is_none() {
-        // KEDRO_ENV would choose another one than was copied.
+    if !wanted.env_given {
         command.args(["--env", &env]);
     }
-    let status = run_to_end(command, "kedro run")?;
-    data.remove()?;
-    Ok(exit_code(status))
+    Ok(exit_code(signals.run(command, "kedro run")?))
+}
+
+/// A dataset that a node would save below the folder that its entry takes for a mount, and that folder, if nothing is
+/// mounted there and it is not `mount`: the data would go to the disk.
+fn not_mounted(facts: &Facts, root: &Path, env: &str, mount: Option<&Path>) -> Option<(String, PathBuf)> {
+    let mounts = mountinfo::all().unwrap_or_default();
+    let is_mounted = |folder: &Path| {
+        let mut above = mounts.iter().filter(|mounted| folder.starts_with(&mounted.mountpoint));
+        above.any(|mounted| mounted.fs_type.starts_with("fuse") && mounted.mountpoint != Path::new("/"))
+    };
+    let ours = mount.and_then(|mount| std::path::absolute(mount).ok());
+    for (pipeline, described) in &facts.pipelines {
+        let file = facts.conf_source.join(env).join("catalog").join(format!("{pipeline}.yml"));
+        let written = std::fs::read_to_string(file).ok().and_then(|text| yaml::parse(&text).ok()).unwrap_or_default();
+        for (name, dataset) in described.datasets.iter().filter(|(_, dataset)| !dataset.producers.is_empty()) {
+            let Some(entry) = facts.merged.get(name).filter(|entry| !entry.in_memory()) else { continue };
+            let Some(path) = entry.filepath.as_deref().and_then(|path| local_path(path, root)) else { continue };
+            let folder = if below(&path, DEFAULT_MOUNT) {
+                PathBuf::from(DEFAULT_MOUNT)
+            } else if written.contains_key(name.as_str())
+                && !dataset.parameter
+                && let Some(folder) = expected_mount(name, &path)
+                // A folder with files in it is one that somebody chose.
+                && std::fs::read_dir(&folder).map_or(true, |mut items| items.next().is_none())
+            {
+                folder
+            } else {
+                continue;
+            };
+            let resolved = mountinfo::absolute(&folder).unwrap_or_else(|_| folder.clone());
+            if !is_mounted(&resolved) && !ours.as_ref().is_some_and(|ours| folder.starts_with(ours)) {
+                return Some((name.clone(), folder));
+            }
+        }
+    }
+    None
+}
+
+/// The mount for which `catalog create` would have written this path.
+fn expected_mount(name: &str, path: &Path) -> Option<PathBuf> {
+    let stem = file_stem(stripped(name)).ok()?;
+    let path = path.to_str()?;
+    let folder = [".arrow", ".parquet", ".pkl"]
+        .iter()
+        .find_map(|extension| path.strip_suffix(extension)?.strip_suffix(&stem)?.strip_suffix('/'));
+    folder.filter(|folder| !folder.is_empty()).map(PathBuf::from)
 }
 
 /// The folder of one run below the mount.
@@ -353,19 +324,14 @@ impl RunFolder {
         std::fs::create_dir(&path).context(|| format!("cannot make {}", path.display()))?;
         Ok(RunFolder { path, keep })
     }
-
-    fn remove(mut self) -> Result<()> {
-        if !std::mem::replace(&mut self.keep, true) {
-            clean::remove(&self.path)?;
-        }
-        Ok(())
-    }
 }
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
-        if !self.keep {
-            let _ = clean::remove(&self.path);
+        if !self.keep
+            && let Err(error) = clean::remove(&self.path, None)
+        {
+            eprintln!("warning: {error}");
         }
     }
 }
@@ -401,26 +367,14 @@ fn copy_folder(from: &Path, to: &Path, depth: u32) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn strings(words: &str) -> Vec<String> {
-        words.split(' ').map(str::to_owned).collect()
-    }
-
     #[test]
-    fn arguments_of_kedro_run_are_understood() {
-        let found = wanted(&strings("--runner ParallelRunner -p mixed --env=prod -ns x"));
-        assert_eq!(found, Wanted { env: Some("prod".into()), pipelines: vec!["mixed".into()], conf_source: false });
-        assert_eq!(wanted(&strings("--pipelines a,b --async")).pipelines, ["a", "b"]);
-        assert_eq!(wanted(&[]).pipelines, ["__default__"]);
-        assert!(wanted(&strings("--conf-source=x")).conf_source);
-    }
-
-    #[test]
-    fn the_kernels_list_is_read() {
-        let list = b"36 35 98:0 / /mnt/a\\040b rw - ext3 /dev/root rw\n37 35 0:9 / /mnt/v rw shared:1 - tmpfs t rw\n\
-            38 37 0:10 / /mnt/v rw shared:2 master:1 - fuse.vineyard-fs v rw\n";
-        assert_eq!(type_in(list, Path::new("/mnt/a b")).as_deref(), Some("ext3"));
-        assert_eq!(type_in(list, Path::new("/mnt/v")).as_deref(), Some("fuse.vineyard-fs"));
-        assert_eq!(type_in(list, Path::new("/mnt")), None);
+    fn a_path_tells_which_mount_it_was_written_for() {
+        let mount = |name: &str, path: &str| expected_mount(name, Path::new(path));
+        assert_eq!(mount("X@pandas", "/mnt/v/X.parquet"), Some("/mnt/v".into()));
+        assert_eq!(mount("a/b", "/mnt/v/a/b.pkl"), Some("/mnt/v".into()));
+        assert_eq!(mount("X", "/mnt/v/xX.pkl"), None);
+        assert_eq!(mount("X", "/X.pkl"), None);
+        assert_eq!(mount("X", "/mnt/v/X.csv"), None);
     }
 
     #[test]
