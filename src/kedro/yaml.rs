@@ -146,8 +146,10 @@ pub struct Put {
 /// without changing the meaning of something else.
 pub fn put(text: &str, entries: &[Put]) -> Result<String> {
     let before = parse(text)?;
-    let ending = if text.contains("\r\n") { "\r\n" } else { "\n" };
-    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    // With their endings: those of the user's lines stay, new ones take after the first.
+    let mut lines: Vec<String> = text.split_inclusive('\n').map(str::to_owned).collect();
+    let ending = if lines.first().is_some_and(|line| line.ends_with("\r\n")) { "\r\n" } else { "\n" };
+    let written = |text: String| text.lines().map(|line| format!("{line}{ending}")).collect::<Vec<_>>();
     let mut appended: Vec<&Put> = Vec::new();
     for put in entries {
         if !before.contains_key(put.name.as_str()) {
@@ -162,17 +164,22 @@ pub fn put(text: &str, entries: &[Put]) -> Result<String> {
         };
         // The comment above an entry is the user's; only the entry itself changes.
         let new = entry(&put.name, &put.config, None);
-        lines.splice(found, new.lines().map(str::to_owned));
+        lines.splice(found, written(new));
     }
+    if let Some(last) = lines.last_mut().filter(|last| !last.ends_with('\n')) {
+        last.push_str(ending);
+    }
+    let expected = before.len() + appended.len();
     for put in appended {
         if lines.last().is_some_and(|line| !line.trim().is_empty()) {
-            lines.push(String::new());
+            lines.push(ending.to_owned());
         }
-        lines.extend(entry(&put.name, &put.config, put.comment.as_deref()).lines().map(str::to_owned));
+        lines.extend(written(entry(&put.name, &put.config, put.comment.as_deref())));
     }
-    let mut result = lines.join(ending);
-    result.push_str(ending);
-    let Ok(after) = parse(&result) else {
+    let result = lines.concat();
+    // A piece of a replaced entry that stayed behind would be an entry of its own.
+    let after = parse(&result).ok().filter(|after| after.len() == expected);
+    let Some(after) = after else {
         return Err(refused(&entries.iter().map(|put| put.name.as_str()).collect::<Vec<_>>().join(", ")));
     };
     for (key, value) in &before {
@@ -280,11 +287,22 @@ mod tests {
     fn line_endings_stay() {
         let result = put("a:\r\n  x: 1\r\n", &[one("X", "/new")]).unwrap();
         assert!(result.lines().count() > 5 && !result.replace("\r\n", "").contains('\n'));
+        let mixed = "a:\r\n  x: 1\n# one\r\nX: 1\nb: 2\n";
+        let result = put(mixed, &[one("X", "/new")]).unwrap();
+        assert!(result.starts_with("a:\r\n  x: 1\n# one\r\nX:\r\n  type: "), "{result:?}");
+        assert!(result.ends_with("compression: null\r\nb: 2\n"), "{result:?}");
+        assert!(put("a: 1", &[one("X", "/new")]).unwrap().starts_with("a: 1\n\n# Why.\nX:\n"));
     }
 
     #[test]
     fn what_cannot_be_changed_safely_is_refused() {
-        for text in ["{X: {type: a}}\n", "X: &x\n  type: a\nY: *x\n", "Z: 1\n...\n", "Y: |\n  text\n{}\n"] {
+        for text in [
+            "{X: {type: a}}\n",
+            "X: &x\n  type: a\nY: *x\n",
+            "Z: 1\n...\n",
+            "Y: |\n  text\n{}\n",
+            "X: {type: a,\nfilepath: /x}\n",
+        ] {
             assert!(put(text, &[one("X", "/new")]).is_err(), "{text}");
         }
         assert_eq!(put("X: [\n", &[]).unwrap_err().kind(), Kind::Malformed);
