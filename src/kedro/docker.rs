@@ -80,11 +80,23 @@ fn requirements(project: &Project) -> Result<Requirements> {
     )))
 }
 
-/// The `Dockerfile` of a project.
+/// Where Kedro's default configuration has the environment that it loads when none is named.
+pub const USUAL_RUN_ENV: &str = "conf/local";
+
+/// A word for the shell.
+fn quoted(word: &str) -> String {
+    if word.chars().all(|c| c.is_ascii_alphanumeric() || "_./-".contains(c)) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+/// The `Dockerfile` of a project. `run_env` is the folder of the environment that Kedro loads when none is named,
+/// relative to the project; `None` if it lies outside.
 ///
 /// # Errors
 /// [`Kind::NotFound`] if the project does not say what it needs.
-pub fn dockerfile(project: &Project, base_image: &str) -> Result<String> {
+pub fn dockerfile(project: &Project, base_image: &str, run_env: Option<&Path>) -> Result<String> {
     let install = match requirements(project)? {
         Requirements::UvLock => "COPY pyproject.toml uv.lock /tmp/project/\n\
              RUN pip install --no-cache-dir uv \\\n \
@@ -109,6 +121,13 @@ pub fn dockerfile(project: &Project, base_image: &str) -> Result<String> {
              && /opt/venv/bin/pip install --no-cache-dir -r /tmp/project/requirements.txt\n"
             .to_owned(),
     };
+    let run_env = run_env.map_or_else(String::new, |folder| {
+        let folder = quoted(&folder.to_string_lossy());
+        format!(
+            "# Kedro wants the folder, and credentials stay out of the image.\n\
+             RUN mkdir -p {folder} && chown {USER}:{USER} {folder}\n"
+        )
+    });
     Ok(format!(
         "# The Kedro project {name}, as `vineyard-fs kedro docker init` wrote it; yours to change.\n\
          ARG BASE_IMAGE={base_image}\n\
@@ -126,8 +145,7 @@ pub fn dockerfile(project: &Project, base_image: &str) -> Result<String> {
          && chown -R {USER}:{USER} /home/kedro\n\
          WORKDIR /home/kedro/project\n\
          COPY --chown={USER}:{USER} . .\n\
-         # Kedro wants the folder, and credentials stay out of the image.\n\
-         RUN mkdir -p conf/local && chown {USER}:{USER} conf/local\n\
+         {run_env}\
          # By number, so that Kubernetes can tell that it is not root.\n\
          USER {USER}:{USER}\n\
          CMD [\"kedro\", \"run\"]\n",
@@ -136,7 +154,18 @@ pub fn dockerfile(project: &Project, base_image: &str) -> Result<String> {
 }
 
 /// The `.dockerignore` of a project.
-pub const DOCKERIGNORE: &str = "# Not needed in the image, or not to be in it.
+pub fn dockerignore(project: &Project) -> String {
+    let source = project.source_dir.display().to_string();
+    let source = source.trim_start_matches("./").trim_end_matches('/');
+    let mut text = DOCKERIGNORE.to_owned();
+    // Without a folder of its own the code lies beside everything that is left out.
+    if !source.is_empty() && source != "." && !source.contains(['*', '?', '[', '\\', '\n']) {
+        text.push_str(&format!("# Code is no credential, whatever its file is called.\n!{source}/**/*.py\n"));
+    }
+    text
+}
+
+const DOCKERIGNORE: &str = "# Not needed in the image, or not to be in it.
 .git
 .gitignore
 .venv
@@ -151,13 +180,14 @@ Dockerfile
 .dockerignore
 argo-*.yml
 
-# Credentials.
-conf/local
-**/credentials*.yml
-
-# What pipelines make. Raw data goes along; take the last line out if it comes from elsewhere.
+# What pipelines make. Raw data goes along; take the second line out if it comes from elsewhere.
 data/*
 !data/01_raw
+
+# Credentials, in every form and place that Kedro loads them from. The last lines count most.
+**/local
+**/credentials*
+**/.env*
 ";
 
 /// The base image for an interpreter such as `3.11.7`, as the official slim images are tagged.
@@ -184,8 +214,8 @@ pub enum Written {
 ///
 /// # Errors
 /// The system's; [`Kind::NotFound`] as [`dockerfile`].
-pub fn init(project: &Project, base_image: &str) -> Result<Vec<Written>> {
-    let files = [("Dockerfile", dockerfile(project, base_image)?), (".dockerignore", DOCKERIGNORE.to_owned())];
+pub fn init(project: &Project, base_image: &str, run_env: Option<&Path>) -> Result<Vec<Written>> {
+    let files = [("Dockerfile", dockerfile(project, base_image, run_env)?), (".dockerignore", dockerignore(project))];
     files.into_iter().map(|(name, content)| write_new(&project.root.join(name), &content)).collect()
 }
 
@@ -279,16 +309,94 @@ mod tests {
     fn requirements_are_found_where_projects_keep_them() {
         let dir = tempfile::tempdir().unwrap();
         let mut project = project(dir.path());
-        assert_eq!(dockerfile(&project, "x").unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(dockerfile(&project, "x", Some(Path::new(USUAL_RUN_ENV))).unwrap_err().kind(), Kind::NotFound);
         project.has_dependencies = true;
-        assert!(dockerfile(&project, "x").unwrap().contains("tomli"));
+        assert!(dockerfile(&project, "x", Some(Path::new(USUAL_RUN_ENV))).unwrap().contains("tomli"));
         std::fs::create_dir(dir.path().join("src")).unwrap();
         std::fs::write(dir.path().join("src/requirements.txt"), "kedro\n").unwrap();
-        assert!(dockerfile(&project, "x").unwrap().contains("COPY src/requirements.txt"));
+        assert!(
+            dockerfile(&project, "x", Some(Path::new(USUAL_RUN_ENV))).unwrap().contains("COPY src/requirements.txt")
+        );
         std::fs::write(dir.path().join("requirements.txt"), "kedro\n").unwrap();
-        let text = dockerfile(&project, "python:3.11-slim").unwrap();
+        let text = dockerfile(&project, "python:3.11-slim", None).unwrap();
         assert!(text.contains("COPY requirements.txt") && text.contains("USER 8737:8737"));
         assert!(text.contains("ARG BASE_IMAGE=python:3.11-slim"));
+    }
+
+    #[test]
+    fn the_folder_that_kedro_wants_is_made_where_it_wants_it() {
+        let mut project = project(Path::new("/nonexistent"));
+        project.has_dependencies = true;
+        let text = dockerfile(&project, "x", Some(Path::new("settings/kedro conf/dev's"))).unwrap();
+        let folder = "'settings/kedro conf/dev'\\''s'";
+        assert!(text.contains(&format!("\nRUN mkdir -p {folder} && chown 8737:8737 {folder}\n")), "{text}");
+        assert!(!dockerfile(&project, "x", None).unwrap().contains("conf/"));
+    }
+
+    /// moby/patternmatcher: the last pattern that matches a path or a folder above it decides.
+    fn left_out(ignore: &str, path: &str) -> bool {
+        fn matches(pattern: &[&str], path: &[&str]) -> bool {
+            match (pattern.split_first(), path.split_first()) {
+                (None, _) => true,
+                (Some((&"**", rest)), Some((_, below))) => matches(rest, path) || matches(pattern, below),
+                (Some((part, rest)), Some((name, below))) => part_matches(part, name) && matches(rest, below),
+                (Some(_), None) => false,
+            }
+        }
+        fn part_matches(pattern: &str, name: &str) -> bool {
+            match pattern.split_once('*') {
+                None => pattern == name,
+                Some((before, after)) => name.strip_prefix(before).is_some_and(|rest| {
+                    (0..=rest.len()).filter_map(|at| rest.get(at..)).any(|rest| part_matches(after, rest))
+                }),
+            }
+        }
+        let path: Vec<&str> = path.split('/').collect();
+        let lines = ignore.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+        lines.fold(false, |out, line| {
+            let pattern: Vec<&str> = line.trim_start_matches('!').split('/').collect();
+            if matches(&pattern, &path) { !line.starts_with('!') } else { out }
+        })
+    }
+
+    #[test]
+    fn credentials_stay_out_of_the_image() {
+        let ignore = dockerignore(&project(Path::new("/")));
+        for path in [
+            "conf/local/x.yml",
+            "conf/prod/credentials.yml",
+            "conf/prod/credentials.yaml",
+            "conf/prod/credentials.json",
+            "conf/prod/credentials/db.yml",
+            "conf/base/credentials_db.yaml",
+            "settings/kedro conf/local/credentials.yml",
+            "src/shop/credentials.json",
+            "data/01_raw/.env",
+            ".env",
+            ".env.prod",
+            ".envrc",
+            "notebooks/.env",
+            "data/02_intermediate/x.csv",
+            "src/shop/__pycache__/x.pyc",
+            ".git/config",
+        ] {
+            assert!(left_out(&ignore, path), "{path} would be in the image");
+        }
+        for path in [
+            "conf/base/catalog.yml",
+            "conf/vineyard/catalog/__default__.yml",
+            "src/shop/credentials.py",
+            "src/shop/local/nodes.py",
+            "src/shop/pipeline_registry.py",
+            "data/01_raw/iris.csv",
+            "pyproject.toml",
+            "requirements.txt",
+        ] {
+            assert!(!left_out(&ignore, path), "{path} would be missing");
+        }
+        let mut flat = project(Path::new("/"));
+        flat.source_dir = ".".into();
+        assert!(left_out(&dockerignore(&flat), "conf/local/x.py"));
     }
 
     #[test]
@@ -296,11 +404,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("requirements.txt"), "kedro\n").unwrap();
         std::fs::write(dir.path().join("Dockerfile"), "FROM scratch\n").unwrap();
-        let written = init(&project(dir.path()), "x").unwrap();
+        let written = init(&project(dir.path()), "x", Some(Path::new(USUAL_RUN_ENV))).unwrap();
         assert!(matches!(&written[0], Written::Theirs(_, diff) if diff.contains("-FROM scratch")));
         assert!(matches!(&written[1], Written::New(_)));
         assert_eq!(std::fs::read_to_string(dir.path().join("Dockerfile")).unwrap(), "FROM scratch\n");
-        assert!(matches!(&init(&project(dir.path()), "x").unwrap()[1], Written::Same(_)));
+        assert!(matches!(
+            &init(&project(dir.path()), "x", Some(Path::new(USUAL_RUN_ENV))).unwrap()[1],
+            Written::Same(_)
+        ));
     }
 
     #[test]
