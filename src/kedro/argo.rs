@@ -53,8 +53,8 @@ pub struct Generate {
     pub mount: String,
     /// How pods reach it.
     pub volume: Volume,
-    /// The vineyard instance, `NAMESPACE/NAME`.
-    pub vineyard: String,
+    /// The vineyard instance, `NAMESPACE/NAME`; the CSI driver has one of its own for those that name none.
+    pub vineyard: Option<String>,
     /// What makes a pod.
     pub per: Per,
     /// Kubernetes quantity, request and limit.
@@ -75,6 +75,11 @@ pub struct Generate {
     pub params: String,
     /// Leave the run's datasets where they are.
     pub keep: bool,
+}
+
+/// A label of RFC 1123, which a namespace is.
+fn is_label(name: &str) -> bool {
+    !name.contains('.') && is_dns_name(name, LABEL_LENGTH)
 }
 
 fn is_dns_name(name: &str, length: usize) -> bool {
@@ -119,16 +124,31 @@ impl Generate {
                 return refuse(format!("{flag} {value:?} is not a Kubernetes quantity, such as 500m or 2Gi"));
             }
         }
-        for (flag, value) in [("--namespace", &self.namespace), ("--service-account", &self.service_account)] {
-            if let Some(value) = value.as_ref().filter(|value| !is_dns_name(value, 253)) {
-                return refuse(format!("{flag} {value:?} cannot be a name in Kubernetes"));
+        if let Some(namespace) = self.namespace.as_ref().filter(|namespace| !is_label(namespace)) {
+            return refuse(format!("--namespace {namespace:?} cannot be a namespace in Kubernetes"));
+        }
+        if let Some(account) = self.service_account.as_ref().filter(|account| !is_dns_name(account, 253)) {
+            return refuse(format!("--service-account {account:?} cannot be a name in Kubernetes"));
+        }
+        if let Some(vineyard) = &self.vineyard {
+            let instance = vineyard.split_once('/');
+            if !instance.is_some_and(|(namespace, name)| is_label(namespace) && is_dns_name(name, 253)) {
+                return refuse(format!("--vineyard {vineyard:?} must be NAMESPACE/NAME of a vineyard instance"));
             }
+        } else if self.volume == Volume::HostPath {
+            return refuse("--volume hostpath needs --vineyard NAMESPACE/NAME, which is the place on the nodes".into());
         }
-        let instance = self.vineyard.split_once('/');
-        if !instance.is_some_and(|(namespace, name)| is_dns_name(namespace, 63) && is_dns_name(name, 253)) {
-            return refuse(format!("--vineyard {:?} must be NAMESPACE/NAME of a vineyard instance", self.vineyard));
+        let words = [
+            ("--image", &self.image),
+            ("--pipeline", &self.pipeline),
+            ("--env", &self.env),
+            ("--mount", &self.mount),
+            ("--params", &self.params),
+        ];
+        match words.iter().find(|(_, word)| word.contains("{{")) {
+            Some((flag, word)) => refuse(format!("{flag} {word:?} has {{{{, which Argo would replace")),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -302,12 +322,17 @@ pub fn workflow(slug: &str, tasks: &[Task], ask: &Generate, facts: &Facts) -> St
 fn volume(ask: &Generate) -> Value {
     match &ask.volume {
         // The driver makes the prefix the root of the mount, so a run sees its own datasets only.
-        Volume::Csi => json!({"name": "vineyard", "csi": {
-            "driver": "fs.vineyard.v6d.io",
-            "volumeAttributes": {"vineyard": ask.vineyard, "prefix": "{{workflow.name}}"},
-        }}),
+        Volume::Csi => {
+            let mut attributes = Map::new();
+            if let Some(vineyard) = &ask.vineyard {
+                attributes.insert("vineyard".into(), vineyard.as_str().into());
+            }
+            attributes.insert("prefix".into(), "{{workflow.name}}".into());
+            json!({"name": "vineyard", "csi": {"driver": "fs.vineyard.v6d.io", "volumeAttributes": attributes}})
+        }
         Volume::HostPath => json!({"name": "vineyard", "hostPath": {
-            "path": format!("/var/run/vineyard-fs/{}", ask.vineyard), "type": "Directory",
+            "path": format!("/var/run/vineyard-fs/{}", ask.vineyard.as_deref().unwrap_or_default()),
+            "type": "Directory",
         }}),
         Volume::Claim(name) => json!({"name": "vineyard", "persistentVolumeClaim": {"claimName": name}}),
     }
@@ -417,6 +442,56 @@ mod tests {
     fn quantities() {
         assert!(["500m", "2", "1.5Gi", "100Mi", "4G"].iter().all(|text| is_quantity(text)));
         assert!(!["", "Gi", "2 Gi", "2gb", "-1", "1e3", "inf", "0"].iter().any(|text| is_quantity(text)));
+    }
+
+    fn generate() -> Generate {
+        Generate {
+            image: "shop:1".into(),
+            pipeline: "__default__".into(),
+            env: "vineyard".into(),
+            mount: "/mnt/vineyard".into(),
+            volume: Volume::Csi,
+            vineyard: None,
+            per: Per::Node,
+            memory: None,
+            cpu: None,
+            namespace: None,
+            service_account: None,
+            retries: 1,
+            deadline: None,
+            ttl: None,
+            params: String::new(),
+            keep: false,
+        }
+    }
+
+    #[test]
+    fn the_driver_chooses_the_instance_that_is_not_named() {
+        let mut ask = generate();
+        ask.validate().unwrap();
+        assert_eq!(volume(&ask)["csi"]["volumeAttributes"], json!({"prefix": "{{workflow.name}}"}));
+        ask.volume = Volume::HostPath;
+        assert!(ask.validate().unwrap_err().to_string().contains("--vineyard"));
+        ask.vineyard = Some("data/store".into());
+        ask.validate().unwrap();
+        assert_eq!(volume(&ask)["hostPath"]["path"], "/var/run/vineyard-fs/data/store");
+        ask.volume = Volume::Csi;
+        assert_eq!(volume(&ask)["csi"]["volumeAttributes"]["vineyard"], "data/store");
+    }
+
+    #[test]
+    fn what_kubernetes_or_argo_would_misread_is_refused() {
+        let refused = |change: fn(&mut Generate)| {
+            let mut ask = generate();
+            change(&mut ask);
+            ask.validate().is_err()
+        };
+        assert!(refused(|ask| ask.namespace = Some("a.b".into())));
+        assert!(refused(|ask| ask.namespace = Some("Bad_NS".into())));
+        assert!(refused(|ask| ask.vineyard = Some("a.b/c".into())));
+        assert!(refused(|ask| ask.image = "{{x}}".into()));
+        assert!(refused(|ask| ask.params = "a={{x}}".into()));
+        assert!(!refused(|ask| ask.namespace = Some("team-1".into())));
     }
 
     #[test]

@@ -74,7 +74,8 @@ pub fn tasks(pipeline: &Pipeline, per: Per) -> Result<Vec<Task>> {
     let key = |node: &Node| match per {
         Per::Node => None,
         Per::Namespace => node.namespace.as_deref().and_then(|name| name.split('.').next()).map(str::to_owned),
-        Per::Tag => (!node.tags.is_empty()).then(|| node.tags.join("-")),
+        // A name joins them with dashes in the end; a tag may have one itself.
+        Per::Tag => (!node.tags.is_empty()).then(|| node.tags.join("\n")),
     };
     let mut groups: Vec<(Option<String>, Vec<&Node>)> = Vec::new();
     for node in &pipeline.nodes {
@@ -226,6 +227,16 @@ mod tests {
         assert_eq!(grouped[0].dependencies, Vec::<String>::new());
         let error = tasks(&chain(None), Per::Namespace).unwrap_err();
         assert!(error.to_string().contains("--per node"), "{error}");
+    }
+
+    #[test]
+    fn one_tag_with_a_dash_is_not_two_tags() {
+        let mut nodes = vec![node("one", None, &[], &["a"], &[]), node("two", None, &["a"], &[], &["one"])];
+        nodes[0].tags = vec!["a-b".into()];
+        nodes[1].tags = vec!["a".into(), "b".into()];
+        let tasks = tasks(&pipeline(nodes), Per::Tag).unwrap();
+        assert_eq!(tasks.iter().map(|task| task.name.as_str()).collect::<Vec<_>>(), ["a-b", "a-b-2"]);
+        assert_eq!(tasks[0].nodes, ["one"]);
     }
 
     #[test]
