@@ -1,7 +1,7 @@
 //! `catalog create`: entries for every dataset that would live in memory.
 
 use super::entries::{Format, Knowledge, Left, Planned, Rules, stripped};
-use super::introspect::{Facts, Interpreter, Observed, Session};
+use super::introspect::{Facts, Interpreter, Observed, Pipeline, Session};
 use super::{Project, folder_name, unified_diff, write_atomically, yaml};
 use crate::error::{Context, Error, Kind, Result};
 use serde_json::{Map, Value};
@@ -54,8 +54,6 @@ pub struct Plan {
     pub new: Option<String>,
     /// In the order of the pipeline.
     pub fates: Vec<Fate>,
-    /// Free inputs that no catalog knows.
-    pub missing_inputs: Vec<String>,
     /// The environment that Kedro loads when none is named.
     pub run_env: String,
     /// For the user, one line each.
@@ -118,6 +116,8 @@ pub fn plan(session: &mut Session, create: &Create) -> Result<Plan> {
     let mut plan = Plan { file, old, run_env: facts.run_env.clone(), notes: facts.warnings.clone(), ..Plan::default() };
     let rules = Rules { versions: &facts.versions, mount: &mount, format: create.format };
     let mut planned = decide(&facts, create, &rules, &present, &observed, &mut plan)?;
+    leave_lonely_transcodings(create, &present, &mut planned, &mut plan);
+    keep_from_factories(&facts, create, &rules, &mut planned, &plan);
     if create.catch_all {
         add_catch_all(&facts, &rules, &present, &mut planned, &mut plan)?;
     }
@@ -147,6 +147,53 @@ pub fn plan(session: &mut Session, create: &Create) -> Result<Plan> {
     };
     plan.new = Some(yaml::put(&text, &puts).context(|| plan.file.display().to_string())?);
     Ok(plan)
+}
+
+/// A new transcoding must share the file of those that the catalog has: where an entry of ours was moved elsewhere, only
+/// its owner knows how the new one is to read it.
+fn leave_lonely_transcodings(
+    create: &Create,
+    present: &serde_yaml::Mapping,
+    planned: &mut Vec<Planned>,
+    plan: &mut Plan,
+) {
+    if create.force {
+        return;
+    }
+    let moved: Vec<(String, String)> = planned
+        .iter()
+        .filter(|entry| {
+            let path = present.get(entry.name.as_str()).map(|read| read.get("filepath").and_then(|path| path.as_str()));
+            path.is_some_and(|path| path != Some(entry.filepath()))
+        })
+        .map(|entry| (stripped(&entry.name).to_owned(), entry.name.clone()))
+        .collect();
+    planned.retain(|entry| {
+        let other = moved.iter().find(|(stem, _)| stem == stripped(&entry.name));
+        match other.filter(|_| !present.contains_key(entry.name.as_str())) {
+            Some((_, other)) => {
+                plan.fates.push(Fate::Left(Left::beside(&entry.name, other)));
+                false
+            }
+            None => true,
+        }
+    });
+}
+
+/// What has to stay in memory gets an entry that says so, where a factory would take it otherwise.
+fn keep_from_factories(facts: &Facts, create: &Create, rules: &Rules, planned: &mut Vec<Planned>, plan: &Plan) {
+    for fate in &plan.fates {
+        let Fate::Left(left) = fate else { continue };
+        let taken = create.catch_all || facts.merged.get(&left.name).is_some_and(|entry| entry.pattern.is_some());
+        if taken && facts.factories && !is_unwritable(&left.name) {
+            planned.push(rules.memory(left));
+        }
+    }
+}
+
+/// Kedro would read an entry of this name as something else.
+fn is_unwritable(name: &str) -> bool {
+    name.starts_with('_') || name.contains(['{', '}'])
 }
 
 /// Entries for what lacks one.
@@ -225,13 +272,7 @@ fn lacking(
         }
         if dataset.free_input {
             if !present.contains_key(name.as_str()) {
-                plan.missing_inputs.push(name.clone());
-            }
-            if facts.local.iter().any(|local| local == name) {
-                plan.notes.push(format!(
-                    "{name} has an entry in conf/{}, which `kedro run --env {}` does not load",
-                    facts.run_env, create.env
-                ));
+                plan.notes.push(missing_input(facts, name, &create.env));
             }
             continue;
         }
@@ -250,10 +291,7 @@ fn lacking(
             continue;
         }
         if let Some(other) = transcoded_elsewhere(name, pipeline, &configured_by) {
-            plan.fates.push(Fate::Left(Left {
-                name: name.clone(),
-                reason: format!("the catalog has {other}, whose file it must share: write its entry by hand"),
-            }));
+            plan.fates.push(Fate::Left(Left::beside(name, other)));
             continue;
         }
         let knowledge = Knowledge {
@@ -282,7 +320,7 @@ fn lacking(
 /// Another transcoding of the dataset that somebody else configured.
 fn transcoded_elsewhere<'a>(
     name: &str,
-    pipeline: &'a super::introspect::Pipeline,
+    pipeline: &'a Pipeline,
     configured_by: &impl Fn(&str) -> Option<&'a super::introspect::Entry>,
 ) -> Option<&'a str> {
     if !name.contains('@') {
@@ -324,9 +362,11 @@ fn add_catch_all(
         ));
     }
     let entry = rules.catch_all();
-    // Kedro refuses a second pattern that matches everything.
-    let is_catch_all =
-        |pattern: &str| pattern.starts_with('{') && pattern.ends_with('}') && pattern.matches('{').count() == 1;
+    // Kedro refuses a second pattern that has nothing outside its braces.
+    let is_catch_all = |pattern: &str| {
+        pattern.split('{').skip(1).all(|part| part.ends_with('}') && part.matches('}').count() == 1)
+            && pattern.starts_with('{')
+    };
     let other = facts
         .patterns
         .iter()
@@ -365,6 +405,16 @@ fn check(session: &mut Session, facts: &Facts, puts: &[yaml::Put]) -> Result<()>
 }
 
 fn header(create: &Create, facts: &Facts) -> String {
+    if create.env == facts.run_env {
+        return format!(
+            "# Datasets that the pipeline {} shares through vineyard, as files below the mount.\n\
+             # Used by `kedro run`, which loads conf/{} and conf/{}.\n\
+             # Yours to edit: `vineyard-fs kedro catalog create` adds what is missing and changes nothing else.\n",
+            yaml::string(&create.pipeline),
+            facts.base_env,
+            create.env,
+        );
+    }
     format!(
         "# Datasets that the pipeline {} shares through vineyard, as files below the mount.\n\
          # Used by `kedro run --env {}`, which loads conf/{} and conf/{}, and not conf/{}.\n\
@@ -457,6 +507,10 @@ impl Plan {
                 super::DEFAULT_PIPELINE => String::new(),
                 name => format!(" --pipeline {name}"),
             };
+            if create.env == self.run_env {
+                let _ = writeln!(text, "`kedro run{pipeline}` shares through {}.", create.mount);
+                return text;
+            }
             let _ = writeln!(
                 text,
                 "`kedro run{pipeline} --env {0}` shares through {1}; a plain `kedro run` goes on as before.\n\
@@ -466,15 +520,24 @@ impl Plan {
         }
         text
     }
+}
 
-    /// Warnings, one line each.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut lines = self.notes.clone();
-        for name in &self.missing_inputs {
-            lines.push(format!("the input {name} is in no catalog: add its entry to conf/base/catalog.yml"));
-        }
-        lines
+/// A warning about a free input without an entry.
+fn missing_input(facts: &Facts, name: &str, env: &str) -> String {
+    if facts.local.iter().any(|local| local == name) {
+        return format!(
+            "{name} has an entry in conf/{}, which `kedro run --env {env}` does not load: move it to conf/{}",
+            facts.run_env, facts.base_env
+        );
     }
+    format!("the input {name} is in no catalog: add its entry to conf/{}/catalog.yml", facts.base_env)
+}
+
+/// Warnings about the inputs that a run of the pipeline with this environment will not find.
+pub fn missing_inputs(facts: &Facts, pipeline: &Pipeline, env: &str) -> Vec<String> {
+    let inputs = pipeline.datasets.iter().filter(|(_, dataset)| dataset.free_input);
+    let missing = inputs.filter(|(name, _)| !facts.merged.contains_key(*name));
+    missing.map(|(name, _)| missing_input(facts, name, env)).collect()
 }
 
 /// Everything from the project to the plan, for callers that need no session of their own.

@@ -65,6 +65,14 @@ pub struct Left {
     pub reason: String,
 }
 
+impl Left {
+    /// A transcoding whose file another entry decides about.
+    pub fn beside(name: &str, other: &str) -> Left {
+        let reason = format!("the catalog has {other}, whose file it must share: write its entry by hand");
+        Left { name: name.to_owned(), reason }
+    }
+}
+
 /// The families of objects that the rules tell apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Family {
@@ -315,6 +323,12 @@ impl Rules<'_> {
             Ok(Planned { name: (*name).to_owned(), config, comment: comment.map(|comment| one_line(&comment)) })
         });
         Ok(Ok(planned.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// The entry of a dataset that has to stay in memory.
+    pub fn memory(&self, left: &Left) -> Planned {
+        let config = Map::from_iter([("type".to_owned(), Value::from("MemoryDataset"))]);
+        Planned { name: left.name.clone(), config, comment: Some(one_line(&left.reason)) }
     }
 
     /// The factory that takes whatever no other entry does.
