@@ -54,7 +54,14 @@ impl Project {
         let start = path.canonicalize().context(|| format!("{}", path.display()))?;
         for folder in start.ancestors() {
             let file = folder.join("pyproject.toml");
-            let Ok(text) = std::fs::read_to_string(&file) else { continue };
+            let Ok(bytes) = std::fs::read(&file) else { continue };
+            let text = match String::from_utf8(bytes) {
+                Ok(text) => text,
+                Err(error) if String::from_utf8_lossy(error.as_bytes()).contains("[tool.kedro]") => {
+                    return Err(Error::malformed(format!("{}: not in UTF-8, as TOML is", file.display())));
+                }
+                Err(_) => continue,
+            };
             let table: toml::Table = toml::from_str(&text).map_err(|error| {
                 let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
                 Error::malformed(format!("{}:{line}: not valid TOML: {}", file.display(), error.message()))
@@ -197,6 +204,9 @@ mod tests {
         assert_eq!(error.kind(), Kind::Malformed);
         assert!(error.to_string().contains("pyproject.toml:1"), "{error}");
         assert_eq!(error.to_string().lines().count(), 1, "{error}");
+        std::fs::write(dir.path().join("pyproject.toml"), b"[tool.kedro]\npackage_name = \"a\" # gr\xfc\xdfe\n")
+            .unwrap();
+        assert!(Project::find(dir.path()).unwrap_err().to_string().contains("UTF-8"));
     }
 
     #[test]

@@ -12,6 +12,11 @@ mod argo;
 mod catalog;
 #[path = "kedro/project.rs"]
 mod project;
+#[path = "kedro/run.rs"]
+mod run;
+#[allow(dead_code)]
+#[path = "common/vineyardd.rs"]
+mod vineyardd;
 
 use project::{files, kedros, names, refused, success, text};
 use std::fs;
@@ -227,6 +232,8 @@ fn bad_input_is_one_line_and_changes_nothing() {
 fn workflows_name_every_node_once() {
     let argo = argo::program();
     for kedro in kedros() {
+        refused(&kedro, &["argo", "generate", "-i", "x", "--env", "nope"], "no environment");
+        refused(&kedro, &["argo", "generate", "-i", "x", "--volume", "hostpath"], "--vineyard");
         success(kedro.ours(&["catalog", "create"]));
         success(kedro.ours(&["catalog", "create", "-p", "mixed", "--observe"]));
         let said = kedro.ours(&["argo", "generate", "-i", "iris:1", "-p", "mixed", "-o", "-"]);
@@ -257,7 +264,8 @@ fn workflows_name_every_node_once() {
         let flag = if kedro.name == "kedro018" { "--node" } else { "--nodes" };
         assert!(args.contains(&flag.into()) && args.contains(&"--env".into()));
 
-        let tagged = tasks(&workflow(&["-p", "mixed", "--per", "tag", "--volume", "hostpath", "--keep"]));
+        let tagged =
+            tasks(&workflow(&["-p", "mixed", "--per", "tag", "--volume", "hostpath", "--vineyard", "a/b", "--keep"]));
         assert!(tagged.contains(&("chunked".to_owned(), "chunks,count_chunk".to_owned())), "{tagged:?}");
         // What a task runs is what its pod would run: every node in a process of its own.
         for (_, nodes) in &tagged {

@@ -249,9 +249,9 @@ pub struct ArgoArgs {
     /// How pods reach vineyard: csi, hostpath or pvc:NAME
     #[arg(long, value_name = "VOLUME", default_value = "csi")]
     volume: argo::Volume,
-    /// Vineyard instance
-    #[arg(long, value_name = "NAMESPACE/NAME", default_value = "vineyard-system/vineyardd-sample")]
-    vineyard: String,
+    /// Vineyard instance [default: the CSI driver's]
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    vineyard: Option<String>,
     /// What makes a pod
     #[arg(long, value_enum, default_value_t)]
     per: argo::Per,
@@ -326,7 +326,7 @@ fn create(args: CreateArgs) -> Result<()> {
         plan.write()?;
     }
     print(&plan.report(&found.root, &create, dry_run));
-    plan.warnings().iter().for_each(|line| warn(line));
+    plan.notes.iter().for_each(|line| warn(line));
     Ok(())
 }
 
@@ -335,6 +335,10 @@ fn facts(project: &ProjectArgs, env: &str, pipelines: &[String]) -> Result<(Proj
     catalog::validate(env, DEFAULT_PIPELINE, DEFAULT_MOUNT)?;
     let (found, mut session) = project.session()?;
     let facts = session.facts(Some(env), (!pipelines.is_empty()).then_some(pipelines))?;
+    // The usual one may be still to come; without it the base environment is all there is.
+    if facts.env != env && env != DEFAULT_ENV {
+        return Err(Error::not_found(format!("there is no environment {env:?} in {}", facts.conf_source.display())));
+    }
     facts.warnings.iter().for_each(|line| warn(line));
     Ok((found, facts))
 }
@@ -361,14 +365,14 @@ fn clean(args: CleanArgs) -> Result<()> {
     let mount = catalog::validate(&args.env, DEFAULT_PIPELINE, &args.mount)?;
     let (project, facts) = facts(&args.project, &args.env, &args.pipeline)?;
     let (mut removed, mut failed) = (0, None);
-    for path in clean::targets(&facts, &project.root, &mount, args.keep_outputs) {
+    for (path, partitions) in clean::targets(&facts, &project.root, &mount, args.keep_outputs) {
         if args.dry_run {
             if path.symlink_metadata().is_ok() {
                 print(&format!("would remove {}\n", path.display()));
             }
             continue;
         }
-        match clean::remove(&path) {
+        match clean::remove(&path, partitions.as_deref()) {
             Ok(true) => {
                 removed += 1;
                 print(&format!("removed {}\n", path.display()));
@@ -430,10 +434,35 @@ fn tell_written(written: &[docker::Written]) {
     }
 }
 
+/// Writes what the project lacks for an image.
+fn write_docker_files(
+    project: &Project,
+    interpreter: Interpreter,
+    verbose: bool,
+    base_image: Option<&str>,
+) -> Result<Vec<docker::Written>> {
+    let base_image = base_image.map_or_else(|| docker::base_image(&interpreter.version()), str::to_owned);
+    let settings = Session::start(project, interpreter, verbose).and_then(|mut session| session.settings());
+    let run_env = match &settings {
+        Ok(settings) => settings.conf_source.strip_prefix(&project.root).ok().map(|conf| conf.join(&settings.run_env)),
+        Err(_) => Some(docker::USUAL_RUN_ENV.into()),
+    };
+    let written = docker::init(project, &base_image, run_env.as_deref())?;
+    tell_written(&written);
+    match &settings {
+        Ok(settings) if run_env.is_none() => {
+            warn(&format!("{} is outside the project, and not in its image", settings.conf_source.display()));
+        }
+        Ok(_) => {}
+        // The image needs no interpreter here that can run the project.
+        Err(error) => warn(&format!("the Dockerfile takes {} for granted: {error}", docker::USUAL_RUN_ENV)),
+    }
+    Ok(written)
+}
+
 fn docker_init(args: DockerInitArgs) -> Result<()> {
     let (project, interpreter) = args.project.open()?;
-    let base_image = args.base_image.unwrap_or_else(|| docker::base_image(&interpreter.version()));
-    tell_written(&docker::init(&project, &base_image)?);
+    write_docker_files(&project, interpreter, args.project.verbose, args.base_image.as_deref())?;
     Ok(())
 }
 
@@ -449,9 +478,7 @@ fn docker_build(args: DockerBuildArgs) -> Result<()> {
     };
     let mut written = Vec::new();
     if !project.root.join("Dockerfile").exists() {
-        let base_image = ask.base_image.clone().unwrap_or_else(|| docker::base_image(&interpreter.version()));
-        written = docker::init(&project, &base_image)?;
-        tell_written(&written);
+        written = write_docker_files(&project, interpreter, args.project.verbose, ask.base_image.as_deref())?;
     }
     let built = docker::build(&project, &ask);
     if built.is_err() {
@@ -495,6 +522,7 @@ fn argo_generate(args: ArgoArgs) -> Result<()> {
         .ok_or_else(|| Error::new(Kind::Internal, "the interpreter left the pipeline out"))?;
     let tasks = argo::tasks(pipeline, ask.per)?;
     argo::check_shared(&facts, pipeline, &tasks, &project.root, &ask)?.iter().for_each(|line| warn(line));
+    catalog::missing_inputs(&facts, pipeline, &ask.env).iter().for_each(|line| warn(line));
     let text = argo::workflow(&project.slug(), &tasks, &ask, &facts);
     let name = format!("argo-{}.yml", project.slug());
     let path = match args.output {

@@ -70,7 +70,7 @@ fn a_run_or_catalog_that_kedro_would_not_see_is_refused() {
     for kedro in kedros() {
         small_pipelines(&kedro);
         // Kedro would make the folder and write to the disk.
-        let absent = kedro.mount.join("not/mounted");
+        let absent = kedro.project.parent().unwrap().join("not/mounted");
         let mut create = kedro.ours_as_is(&["catalog", "create", "--mount"]);
         success(create.arg(&absent).output().unwrap());
         let mut run = kedro.ours_as_is(&["run", "--", "--env", "vineyard"]);
