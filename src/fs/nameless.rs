@@ -70,7 +70,8 @@ impl FileSystem {
     pub(super) fn delete_without(&self, object: ObjectId, names: &[&str]) {
         match self.all_names_if_few() {
             Ok(Some(all)) => {
-                let leads = |(name, id): &NamedObject| *id == object && is_name(name) && !names.contains(&name.as_str());
+                let leads =
+                    |(name, id): &NamedObject| *id == object && is_name(name) && !names.contains(&name.as_str());
                 if !all.iter().any(leads) {
                     self.delete_object(object);
                 }

@@ -17,10 +17,8 @@ pub struct Kedro {
 
 /// Every environment there is, each with a fresh copy of the example project.
 pub fn kedros() -> Vec<Kedro> {
-    let Some(venvs) = std::env::var_os("VINEYARD_FS_KEDRO_VENVS") else {
-        eprintln!("left out: VINEYARD_FS_KEDRO_VENVS does not name the folder with the Kedro environments");
-        return Vec::new();
-    };
+    let venvs = std::env::var_os("VINEYARD_FS_KEDRO_VENVS");
+    let venvs = venvs.expect("VINEYARD_FS_KEDRO_VENVS names the folder with the Kedro environments");
     let found: Vec<Kedro> = ["kedro018", "kedro019", "kedro1"]
         .into_iter()
         .filter_map(|name| {

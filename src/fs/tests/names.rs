@@ -104,8 +104,7 @@ fn directories_are_called_what_programs_call_them() {
 #[test]
 fn names_of_other_clients_that_read_like_escapes_are_listed_and_open() {
     let bed = bed();
-    let names =
-        ["a", "%2F", "/x", "%2Fx", "n\0", "n%00", "n%2500", "d/", "d/%2F", "d/%252F", "d/%2Fx", "..", "%2E%2E"];
+    let names = ["a", "%2F", "/x", "%2Fx", "n\0", "n%00", "n%2500", "d/", "d/%2F", "d/%252F", "d/%2Fx", "..", "%2E%2E"];
     for (number, name) in names.iter().enumerate() {
         bed.put_tensor(name, &[number as f64]);
     }
