@@ -367,14 +367,15 @@ impl FileSystem {
             }
             let (directory, part) = name::split(&name);
             for view in View::ALL {
-                for suffix in [suffix(view), String::new()] {
-                    let component = name::encode_file(part, &suffix, &name);
-                    let path = name::join(directory, &component);
+                let files = [suffix(view), String::new()]
+                    .map(|suffix| [name::encode_file(part, &suffix, &name), name::hashed_part(part, &suffix, &name)]);
+                for component in files.as_flattened() {
+                    let path = name::join(directory, component);
                     if self.inodes.view_number(&path, object, view) != ino {
                         continue;
                     }
                     let Some(summary) = self.objects.summary(&*self.store, object)? else { continue };
-                    let target = Target::new(directory, &component);
+                    let target = Target::new(directory, component);
                     let node = || Node::View(target.view_node(name.clone(), object, view, summary));
                     return Ok(Some(self.inodes.look_up(ino, node)));
                 }
