@@ -25,6 +25,7 @@ mod nameless;
 pub mod naming;
 pub mod objects;
 mod open;
+mod opens;
 mod options;
 mod publish;
 mod reclaim;
@@ -49,6 +50,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 pub use host::{Area, Host, HostFile, Serving};
 pub use open::FileBytes;
+pub use opens::CONNECTION;
 pub use options::{Options, ServePolicy};
 
 use crate::error::{Error, Kind, Result};
@@ -207,6 +209,7 @@ pub struct FileSystem {
     inodes: Inodes,
     cache: cache::ImageCache,
     handles: Mutex<HashMap<u64, Handle>>,
+    opens: opens::Opens,
     next_handle: AtomicU64,
     listings: Mutex<HashMap<String, Arc<Listing>>>,
     staging: staging::Staging,
@@ -267,6 +270,7 @@ impl FileSystem {
             inodes: Inodes::new(options.prefix.clone(), start),
             cache: cache::ImageCache::new(options.cache_size, host.clone()),
             handles: Mutex::default(),
+            opens: opens::Opens::new(host.clone(), start),
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::inode::{Inode, Mode, Node, ViewNode};
+use super::inode::{Inode, Node, ViewNode};
 use super::{Attr, Caller, FileKind, FileSystem, SetAttr};
 use crate::dataset::attributes::{FileAttributes, XATTRS_MAX, from_nanos, to_nanos};
 use crate::error::{Error, Kind, Result};
@@ -60,11 +60,8 @@ impl FileSystem {
         if let Some(Some(size)) = view.summary.view(view.view) {
             return Ok(size);
         }
-        match &inode.state().mode {
-            Some(Mode::Lazy { image, .. }) => return Ok(image.size()),
-            Some(Mode::Copied(bytes)) => return Ok(bytes.len() as u64),
-            Some(Mode::Assembled(file)) => return Ok(file.size()),
-            None => {}
+        if let Some(mode) = &inode.state().mode {
+            return Ok(mode.size());
         }
         let known = self.objects.known_summary(view.object);
         if let Some(Some(size)) = known.and_then(|summary| summary.view(view.view)) {

@@ -232,6 +232,11 @@ impl ImageCache {
             if matches!(state.slots.get(&(from, view)), Some(Slot::Ready { .. }))
                 && let Some(slot) = state.slots.remove(&(from, view))
             {
+                if let Slot::Ready { image, .. } = &slot
+                    && image.file.area() == Area::Image
+                {
+                    super::adopt::note_image(&image.file, to, view, image.size());
+                }
                 state.slots.insert((to, view), slot);
             }
         }

@@ -68,6 +68,17 @@ pub enum Mode {
     Assembled(Arc<Assembled>),
 }
 
+impl Mode {
+    /// Bytes of the file.
+    pub fn size(&self) -> u64 {
+        match self {
+            Mode::Lazy { image, .. } => image.size(),
+            Mode::Copied(bytes) => bytes.len() as u64,
+            Mode::Assembled(file) => file.size(),
+        }
+    }
+}
+
 /// The part of an inode that changes.
 #[derive(Debug, Default)]
 pub struct Use {
@@ -77,6 +88,8 @@ pub struct Use {
     pub opens: u64,
     /// How they are served; kept until the last RELEASE.
     pub mode: Option<Mode>,
+    /// A former server answered the reads of open handles, so this one does, too.
+    pub by_requests: bool,
     /// Bytes that were read lazily, over all opens.
     pub bytes_read: u64,
     /// Bytes of remote data that were read one after the other, up to the last read.

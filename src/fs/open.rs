@@ -7,6 +7,7 @@ use super::buffer::Buffer;
 use super::copies::is_lost;
 use super::inode::{Inode, Mode, Node, Use, ViewNode};
 use super::objects::Loaded;
+use super::opens::{Open, Shown};
 use super::resolve::Target;
 use super::{Caller, FileSystem, Handle, Opened, Serve, ServePolicy, Serving};
 use crate::error::{Error, Kind, Result};
@@ -90,6 +91,7 @@ impl FileSystem {
             Node::Staged(staged) => self.open_staged(&inode, staged, flags, caller),
             Node::View(view) if wants_write(flags) => Err(self.open_view_for_writing(view, flags, caller)),
             Node::View(view) => {
+                self.take_back(ino, caller);
                 // What is being opened is not deleted meanwhile, nor while the open file reads its blobs.
                 *self.lazy_opens().entry(view.object).or_default() += 1;
                 let opened = self.open_view(&inode, view, caller);
@@ -116,25 +118,28 @@ impl FileSystem {
             // What is known of it would be kept for ever.
             self.objects.forget(former);
         }
-        let is_lazy = matches!(mode, Mode::Lazy { .. });
         let serve = match &mode {
             Mode::Assembled(file) => file.file().backing.map_or(Serve::Cached, Serve::Passthrough),
             Mode::Lazy { loaded, image } if read_once(view.view, loaded, image, bytes_read) => Serve::Direct,
             Mode::Lazy { .. } | Mode::Copied(_) => Serve::Cached,
         };
-        let fh = self.add_handle(Handle::View { lazy: is_lazy.then_some(view.object) });
-        Ok((Opened { fh, serve, no_flush: true }, is_lazy))
+        let (file, reads) = match &mode {
+            Mode::Assembled(file) => (Some(file.file().key), None),
+            // The next server has no copy.
+            Mode::Lazy { .. } | Mode::Copied(_) => (None, Some(view.object)),
+        };
+        let fh = self.add_handle(Handle::View { lazy: reads });
+        let open = Open { handle: fh, request: caller.request, reads: reads.map(|object| object.0), file };
+        self.opens.opened(inode.ino, open, || Shown::of(view, mode.size()));
+        Ok((Opened { fh, serve, no_flush: true }, reads.is_some()))
     }
 
     /// Counts an open, and says how it is served and how much of the inode was read. The first open chooses that, and
     /// whoever comes meanwhile waits for it: one inode has one mode.
     fn join_or_choose_mode(&self, inode: &Arc<Inode>, view: &ViewNode) -> Result<(Mode, u64)> {
-        let join = |state: &mut Use| match &state.mode {
-            Some(mode) => {
-                state.opens += 1;
-                (Some(mode.clone()), state.bytes_read)
-            }
-            None => (None, state.bytes_read),
+        let join = |state: &mut Use| {
+            state.opens += u64::from(state.mode.is_some());
+            (state.mode.clone(), state.bytes_read)
         };
         if let (Some(mode), bytes_read) = self.inodes.change(inode, join) {
             return Ok((mode, bytes_read));
@@ -145,11 +150,27 @@ impl FileSystem {
             (None, bytes_read) => bytes_read,
         };
         // This takes its time: nothing else that others may wait for is held.
-        let chosen = self.choose_mode(view, bytes_read)?;
+        let chosen = match self.read_by_requests(inode) {
+            true => self.lazy_mode(inode.ino, view)?,
+            false => self.choose_mode(view, bytes_read)?,
+        };
         Ok(self.inodes.change(inode, |state| {
             state.opens += 1;
             (state.mode.get_or_insert(chosen).clone(), state.bytes_read)
         }))
+    }
+
+    /// Whether the inode is open already, and read by requests, because a former server had it so.
+    fn read_by_requests(&self, inode: &Arc<Inode>) -> bool {
+        self.inodes.change(inode, |state| state.by_requests && state.opens > 0)
+    }
+
+    /// How to go on with an inode whose reads a former server has answered: what it answered them from stays as long as
+    /// the handles that it gave out.
+    fn lazy_mode(&self, ino: u64, view: &ViewNode) -> Result<Mode> {
+        let object = self.opens.reads(ino).unwrap_or(view.object);
+        let (loaded, image) = self.nearest(object, view.view, None)?;
+        Ok(Mode::Lazy { loaded, image })
     }
 
     fn choose_mode(&self, view: &ViewNode, bytes_read: u64) -> Result<Mode> {
@@ -230,17 +251,11 @@ impl FileSystem {
             Some(mode) => mode,
             // Opened before the server was replaced: reads come as requests, so it was lazy.
             None => {
-                let (loaded, image) = self.nearest(view.object, view.view, None)?;
-                let mode = Mode::Lazy { loaded, image };
+                let mode = self.lazy_mode(ino, view)?;
                 inode.state().mode.get_or_insert(mode).clone()
             }
         };
-        let image_size = match &mode {
-            Mode::Lazy { image, .. } => image.size(),
-            Mode::Copied(bytes) => bytes.len() as u64,
-            Mode::Assembled(file) => file.size(),
-        };
-        let end = offset.saturating_add(u64::from(size)).min(image_size);
+        let end = offset.saturating_add(u64::from(size)).min(mode.size());
         if offset >= end {
             return Ok(FileBytes::Copied(Buffer::new(0)));
         }
@@ -347,28 +362,40 @@ impl FileSystem {
     /// Closes a file. Comes once for each successful open, and also when the kernel refused what was granted.
     pub fn release(&self, ino: u64, fh: u64) {
         let handle = self.handles().remove(&fh);
-        let Some(inode) = self.inodes.get(ino) else { return };
+        self.opens.closed(ino, fh);
+        if let Some(inode) = self.inodes.get(ino) {
+            self.end_open(&inode, fh, handle.clone());
+        }
+        if let Some(Handle::View { lazy: Some(object) }) = handle {
+            self.end_lazy_open(object);
+        }
+    }
+
+    fn end_open(&self, inode: &Arc<Inode>, fh: u64, handle: Option<Handle>) {
         match &inode.node {
-            Node::Staged(staged) => self.release_staged(&inode, staged, fh, handle),
+            Node::Staged(staged) => self.release_staged(inode, staged, fh, handle),
             Node::View(_) => {
-                // Opens of a former server were not counted.
+                // Opens of a former server that did not say so were not counted.
                 let counted = u64::from(handle.is_some());
-                let forgotten = self.inodes.change(&inode, |state| {
+                let forgotten = self.inodes.change(inode, |state| {
                     state.opens = state.opens.saturating_sub(counted);
                     if state.opens == 0 {
-                        state.mode = None;
+                        (state.mode, state.by_requests) = (None, false);
                     }
                     state.opens == 0 && state.lookups == 0
                 });
-                if let Some(Handle::View { lazy: Some(object) }) = handle {
-                    self.end_lazy_open(object);
-                }
                 if forgotten {
-                    self.inodes.forget(ino, 0);
+                    self.inodes.forget(inode.ino, 0);
                 }
             }
             Node::Directory { .. } => {}
         }
+    }
+
+    /// Lets an inode show another view; counts and handles stay.
+    pub(super) fn show_view(&self, ino: u64, view: ViewNode) {
+        self.opens.shows(ino, &view);
+        self.inodes.replace(ino, Node::View(view));
     }
 
     /// A write open of a published view: makes or finds the file that will replace it, and answers `Stale`, so that

@@ -337,7 +337,9 @@ impl FileSystem {
             state.attributes.clone()
         };
         let copy = self.with_attributes(&name, object, &attributes)?;
-        staged.state().published = Some((name, copy));
+        let mut state = staged.state();
+        (state.published, state.image) = (Some((name, copy)), state.image.map(|(_, view)| (copy, view)));
+        drop(state);
         super::adopt::note_staged(staged);
         // The times of the memory file did not move, so it is as clean as it was.
         Ok(())
@@ -357,7 +359,7 @@ impl FileSystem {
         let summary = summary.ok_or_else(|| Error::stale(format!("{:?} was removed", view.name)))?;
         let path = super::name::join(&view.directory, &view.component);
         self.inodes.keep_number(&path, copy, view.view, inode.ino);
-        self.inodes.replace(inode.ino, Node::View(ViewNode { object: copy, summary, ..view.clone() }));
+        self.show_view(inode.ino, ViewNode { object: copy, summary, ..view.clone() });
         Ok(())
     }
 

@@ -61,15 +61,16 @@ impl FileSystem {
     /// Removes what a former server noted, and what this one could not remove.
     fn reclaim_known(&self, journal: &Journal) -> Result<usize> {
         let suspects = journal.kept();
-        // Deletions that wait for readers of this server are no remains.
+        // Deletions that wait for readers are no remains.
         let waiting = self.doomed.lock().unwrap_or_else(|e| e.into_inner()).clone();
         let is_remains = |id: &ObjectId| !waiting.contains(id) && !self.nameless.contains(*id);
-        let suspects: Vec<ObjectId> = suspects.into_iter().filter(is_remains).collect();
+        let mut suspects: Vec<ObjectId> = suspects.into_iter().filter(is_remains).collect();
         if suspects.is_empty() {
             return Ok(0);
         }
         let names = self.store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }])?;
         let named: HashSet<ObjectId> = names.into_iter().flatten().map(|(_, id)| id).collect();
+        suspects.retain(|id| named.contains(id) || !self.waits_for_readers(*id));
         let (blobs, objects): (Vec<ObjectId>, Vec<ObjectId>) = suspects.iter().partition(|id| id.is_blob());
         // Owners were made last. The store keeps what is a member of something that stays.
         let unnamed: Vec<ObjectId> = objects.iter().rev().copied().filter(|id| !named.contains(id)).collect();
@@ -93,6 +94,16 @@ impl FileSystem {
         tracing::info!(objects = unnamed.len(), blobs = blobs.len(), "looked through what a former server left");
         journal.settle(&suspects);
         Ok(suspects.len())
+    }
+
+    /// Leaves the deletion of an object to its last reader, if it has any: they may have opened it under a former server.
+    fn waits_for_readers(&self, object: ObjectId) -> bool {
+        let opens = self.lazy_opens();
+        let is_read = opens.contains_key(&object);
+        if is_read {
+            self.doomed.lock().unwrap_or_else(|e| e.into_inner()).insert(object);
+        }
+        is_read
     }
 
     /// Removes blobs whose ids no server learned, because it was killed or the answer did not come in time.

@@ -361,7 +361,7 @@ impl FileSystem {
         if self.inodes.get(ino).is_some() {
             self.inodes.keep_number(&to.path(), view.object, view.view, ino);
             let moved = to.view_node(name.to_owned(), view.object, view.view, view.summary.clone());
-            self.inodes.replace(ino, Node::View(moved));
+            self.show_view(ino, moved);
         }
     }
 
@@ -420,6 +420,7 @@ impl FileSystem {
     pub fn forget(&self, ino: u64, count: u64) {
         let node = self.inodes.get(ino).map(|inode| inode.node.clone());
         self.inodes.forget(ino, count);
+        self.end_former_opens(ino);
         if self.inodes.get(ino).is_none() {
             self.staging.forget(ino);
         }

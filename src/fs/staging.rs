@@ -62,6 +62,8 @@ pub(super) struct State {
     pub expected: Vec<(u32, Instant)>,
     /// A former server did not say whether anybody has it open for writing.
     pub writers_unknown: bool,
+    /// A former server did not say whether anybody has it open for reading.
+    pub readers_unknown: bool,
     /// Open handles.
     pub opens: u64,
     /// Somebody opened it: the kernel followed the way it was sent.
@@ -89,6 +91,8 @@ pub(super) struct State {
     pub published: Option<(String, ObjectId)>,
     /// The view of `published` that is these very bytes, if it is known.
     pub written_view: Option<crate::image::View>,
+    /// What it serves as the image of, if it does: object and view.
+    pub image: Option<(ObjectId, crate::image::View)>,
     /// Why publishing failed last.
     pub failed: Option<String>,
     /// Removed or replaced: nothing may be published any more.
@@ -478,6 +482,8 @@ impl Staging {
             writers: Writers::default(),
             expected: Vec::new(),
             writers_unknown: false,
+            readers_unknown: false,
+            image: None,
             reserved_for: None,
             opens: 0,
             was_opened: false,

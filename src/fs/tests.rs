@@ -1,6 +1,7 @@
 //! The filesystem without a mount.
 
 mod bed;
+mod held;
 mod kills;
 mod model;
 mod names;
@@ -483,7 +484,7 @@ fn the_cache_keeps_to_its_limit() {
         assert_eq!(bytes[bytes.len() - 8..], f64::from(i).to_le_bytes());
         assert!(bed.fs.status()["cache"]["bytes"].as_u64().unwrap() <= 3 << 20);
     }
-    assert_eq!(bed.host.files.lock().unwrap().len(), 2);
+    assert_eq!(bed.host.images(), 2);
 }
 
 #[test]

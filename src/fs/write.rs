@@ -10,6 +10,7 @@ use super::cache::Assembled;
 use super::host::{Area, MemoryFile};
 use super::inode::{Inode, Node, ViewNode};
 use super::open::wants_write;
+use super::opens::Open;
 use super::publish::Unfinished;
 use super::resolve::{Found, Target, check_new};
 use super::staging::{Staged, Writer};
@@ -162,6 +163,7 @@ impl FileSystem {
         if write && caller.resent {
             self.take_back_open(inode, staged, caller);
         }
+        self.take_back(inode.ino, caller);
         let dirty = staged.is_dirty()?;
         if !dirty && !staged.is_current_version(&*self.store)? {
             self.staging.leave_path(staged);
@@ -235,6 +237,10 @@ impl FileSystem {
         }
         inode.state().opens += 1;
         self.handles().insert(fh, Handle::Staged { writer: write, pid: caller.pid, closed: false });
+        if !write {
+            let file = matches!(serve, Serve::Passthrough(_)).then_some(staged.file().key);
+            self.opens.opened(inode.ino, Open { handle: fh, request: caller.request, reads: None, file }, || None);
+        }
         if is_news {
             // A server that comes while it is being written goes on with this writer.
             super::adopt::note_staged(staged);
@@ -470,14 +476,16 @@ impl FileSystem {
         if self.staging.add_settled(stamp.size, self.options.staging_size / 4) {
             self.make_room_to_write();
         }
-        let (written_view, view) = view;
-        if let Some(view) = written_view {
+        let view = match view {
+            (Some(written), _) => Some(written),
+            (None, view) => self.objects.summary(&*self.store, object).ok().flatten().and_then(|summary| {
+                let view = if summary.view(image::View::Raw).is_some() { image::View::Raw } else { view };
+                (summary.view(view) == Some(Some(stamp.size))).then_some(view)
+            }),
+        };
+        if let Some(view) = view {
+            staged.state().image = Some((object, view));
             self.cache.insert(object, view, Arc::new(Assembled::adopt(staged.file().clone(), stamp.size)));
-        } else if let Ok(Some(summary)) = self.objects.summary(&*self.store, object) {
-            let view = if summary.view(image::View::Raw).is_some() { image::View::Raw } else { view };
-            if summary.view(view) == Some(Some(stamp.size)) {
-                self.cache.insert(object, view, Arc::new(Assembled::adopt(staged.file().clone(), stamp.size)));
-            }
         }
     }
 

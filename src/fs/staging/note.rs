@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::{Place, Staged, Staging, Stamp};
 use crate::dataset::FileAttributes;
 use crate::fs::host::MemoryFile;
+use crate::fs::opens::Open;
 use crate::fs::resolve::Target;
+use crate::image::View;
 use crate::vineyard::ObjectId;
 
 /// Most bytes of extended attributes that go into a note; as text they take four times as many.
@@ -96,6 +98,16 @@ struct Opens {
     passthrough: bool,
     /// The process that was sent to look for it, and has not come yet.
     reserved_for: Option<u32>,
+    /// Its readers are noted, too, elsewhere; those of earlier servers were not.
+    #[serde(default)]
+    readers_noted: bool,
+}
+
+impl StagedNote {
+    /// Its inode number.
+    pub fn ino(&self) -> u64 {
+        self.ino
+    }
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)]
@@ -136,15 +148,44 @@ impl Staged {
                 shared_writable: state.shared_writable,
                 passthrough: state.passthrough.is_some(),
                 reserved_for: state.reserved_for,
+                readers_noted: !state.readers_unknown,
             }),
+        }
+    }
+
+    /// Of a file that is nothing but an image any more: the object, the view and the size.
+    pub(in crate::fs) fn only_image(&self) -> Option<(ObjectId, View, u64)> {
+        let state = self.state();
+        let idle = state.retired && state.opens == 0 && state.writers.is_empty() && !state.readers_unknown;
+        let (object, view) = state.image.filter(|_| idle)?;
+        drop(state);
+        Some((object, view, self.stamp().ok()?.size))
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(|e| e.into_inner());
+        // Nobody leads to it any more but the cache, or who has a view of it open.
+        if let (Some((object, view)), Ok(meta)) = (state.image, self.file.file.metadata())
+            && Arc::strong_count(&self.file) > 1
+        {
+            crate::fs::adopt::note_image(&self.file, object, view, meta.len());
         }
     }
 }
 
 impl Staging {
-    /// Puts the staged file of a former server back to its place, under its number. Also returns of which object its
-    /// extended attributes are, if they were too long for the note.
-    pub(in crate::fs) fn adopt(&self, file: Arc<MemoryFile>, note: StagedNote) -> (Arc<Staged>, Option<ObjectId>) {
+    /// Puts the staged file of a former server back to its place, under its number; `readers` have it open, and `serves`
+    /// is the view that open files read from it. Nothing if nobody needs it but as an image. Also returns of which object
+    /// its extended attributes are, if they were too long for the note.
+    pub(in crate::fs) fn adopt(
+        &self,
+        file: Arc<MemoryFile>,
+        note: StagedNote,
+        readers: &[Open],
+        serves: Option<(ObjectId, View)>,
+    ) -> Option<(Arc<Staged>, Option<ObjectId>)> {
         let mut target = Target::new(&note.directory, &note.component);
         if let Some((name, _)) = note.published.as_ref().or(note.replaces.as_ref()) {
             target = target.of_name(name);
@@ -156,27 +197,38 @@ impl Staging {
         let backing = file.backing;
         let staged = self.make(note.ino, file, target, *note.attributes, replaces, |state| {
             state.published = published;
+            state.image = serves;
             state.attributes_changed = note.attributes_changed;
             state.clean = note.clean.map(|stamp| (stamp, note.hash));
             (state.detached, state.displaced) = (note.place == Place::Gone, note.place == Place::Displaced);
             // Who has it open is not known: it is treated as read and written by all.
             state.writers_unknown = note.opens.is_none();
             let opens = note.opens.unwrap_or(Opens { was_opened: true, had_readers: true, ..Opens::default() });
-            state.opens = opens.writers.handles().len() as u64;
+            state.readers_unknown = !opens.readers_noted;
+            state.opens = (opens.writers.handles().len() + readers.len()) as u64;
             state.writers = opens.writers;
-            state.was_opened = opens.was_opened;
-            state.had_readers = opens.had_readers;
+            state.was_opened = opens.was_opened || !readers.is_empty();
+            state.had_readers = opens.had_readers || !readers.is_empty();
             state.shared_writable = opens.shared_writable;
             // One inode is served in one way at a time.
-            state.passthrough = backing.filter(|_| opens.passthrough);
+            let by_kernel = match readers.first() {
+                Some(reader) => reader.file.is_some(),
+                None => opens.passthrough,
+            };
+            state.passthrough = backing.filter(|_| by_kernel);
             state.reserved_for = opens.reserved_for;
         });
-        let reserved_for = staged.state().reserved_for;
+        let (reserved_for, is_of_use) = {
+            let state = staged.state();
+            (state.reserved_for, state.opens > 0 || state.writers_unknown || state.readers_unknown)
+        };
         match (note.place, reserved_for) {
             (Place::Path, Some(pid)) => self.reserved().push((path, pid, staged.clone())),
             (Place::Path, None) => self.place(path, &staged),
+            // The kernel may have forgotten it long ago.
+            (Place::Gone, _) if !is_of_use => return None,
             _ => drop(self.gone.lock().unwrap_or_else(|e| e.into_inner()).insert(staged.ino, staged.clone())),
         }
-        (staged, xattrs_of)
+        Some((staged, xattrs_of))
     }
 }

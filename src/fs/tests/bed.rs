@@ -1,6 +1,6 @@
 //! A filesystem over a store in this process, called as the kernel calls it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::sync::Arc;
@@ -25,9 +25,40 @@ pub struct LocalHost {
     pub gate: Mutex<()>,
     /// Counts the steps of a server that is about to be killed.
     pub store: Option<Arc<FakeStore>>,
+    /// What the kernel knows: how inodes are served that are open, and their handles.
+    pub open: Mutex<HashMap<u64, (Serve, HashSet<u64>)>>,
+    /// Numbers of inodes that were looked up.
+    pub known: Mutex<HashSet<u64>>,
 }
 
 impl LocalHost {
+    /// The kernel serves an inode in one way, from one file, as long as anybody has it open: what it would answer with EIO
+    /// ends the test.
+    fn opened(&self, ino: u64, opened: Opened) {
+        let mut open = self.open.lock().unwrap();
+        let (serve, handles) = open.entry(ino).or_insert_with(|| (opened.serve, HashSet::new()));
+        let by_kernel = |serve| matches!(serve, Serve::Passthrough(_));
+        let mixes = if by_kernel(*serve) { *serve == opened.serve } else { !by_kernel(opened.serve) };
+        assert!(mixes, "inode {ino:#x} is open as {serve:?}, and not to be opened as {:?}", opened.serve);
+        assert!(handles.insert(opened.fh), "a handle is given out twice");
+    }
+    fn closed(&self, ino: u64, fh: u64) {
+        let mut open = self.open.lock().unwrap();
+        if let Some((_, handles)) = open.get_mut(&ino) {
+            handles.remove(&fh);
+            if handles.is_empty() {
+                open.remove(&ino);
+            }
+        }
+    }
+    /// Number of assembled images.
+    pub fn images(&self) -> usize {
+        self.tags.lock().unwrap().values().filter(|(_, tag)| tag.contains(r#""is":"image""#)).count()
+    }
+    /// The memory file of a backing id.
+    pub fn backing(&self, id: u32) -> Arc<File> {
+        self.files.lock().unwrap()[&u64::from(id)].clone()
+    }
     fn step(&self) -> bool {
         self.store.as_ref().is_none_or(|store| store.step())
     }
@@ -122,24 +153,41 @@ impl Bed {
         let mut ino = ROOT;
         for part in directory.split('/').filter(|part| !part.is_empty()) {
             ino = self.fs.lookup(ino, OsStr::new(part), ME)?.attr.ino;
+            self.host.known.lock().unwrap().insert(ino);
         }
         Ok((ino, name.into()))
     }
     pub fn lookup(&self, path: &str, caller: Caller) -> Result<Entry> {
         let _directory = self.directory.lock().unwrap();
         let (parent, name) = self.walk(path)?;
-        self.fs.lookup(parent, &name, caller)
+        let entry = self.fs.lookup(parent, &name, caller)?;
+        self.host.known.lock().unwrap().insert(entry.attr.ino);
+        Ok(entry)
+    }
+    /// The kernel forgets all that is not open.
+    pub fn forget(&self) {
+        let known = std::mem::take(&mut *self.host.known.lock().unwrap());
+        for ino in known {
+            let is_open = self.host.open.lock().unwrap().contains_key(&ino);
+            if is_open {
+                self.host.known.lock().unwrap().insert(ino);
+            } else {
+                self.fs.forget(ino, u64::MAX);
+            }
+        }
     }
     /// As the kernel opens: lookup, open, and once more after `Stale`.
     pub fn open(&self, path: &str, flags: i32, caller: Caller) -> Result<(u64, Opened)> {
-        let entry = self.lookup(path, caller)?;
-        match self.fs.open(entry.attr.ino, flags, caller) {
-            Err(error) if error.kind() == Kind::Stale => {
-                let entry = self.lookup(path, caller)?;
-                Ok((entry.attr.ino, self.fs.open(entry.attr.ino, flags, caller)?))
-            }
-            other => Ok((entry.attr.ino, other?)),
-        }
+        let open = || -> Result<(u64, Opened)> {
+            let ino = self.lookup(path, caller)?.attr.ino;
+            Ok((ino, self.open_inode(ino, flags, caller)?))
+        };
+        open().or_else(|error| if error.kind() == Kind::Stale { open() } else { Err(error) })
+    }
+    pub fn open_inode(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
+        let opened = self.fs.open(ino, flags, caller)?;
+        self.host.opened(ino, opened);
+        Ok(opened)
     }
     pub fn create(&self, path: &str, caller: Caller) -> Result<(u64, Opened)> {
         let mut asked_twice = false;
@@ -151,12 +199,14 @@ impl Bed {
                 Err(error) if error.kind() == Kind::NotFound => {
                     let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
                     let (entry, opened) = self.fs.create(parent, &name, 0o644, 0o022, flags, caller)?;
+                    self.host.known.lock().unwrap().insert(entry.attr.ino);
+                    self.host.opened(entry.attr.ino, opened);
                     return Ok((entry.attr.ino, opened));
                 }
                 Err(error) => return Err(error),
             };
             drop(directory);
-            match self.fs.open(ino, libc::O_WRONLY | libc::O_TRUNC, caller) {
+            match self.open_inode(ino, libc::O_WRONLY | libc::O_TRUNC, caller) {
                 Err(error) if error.kind() == Kind::Stale && !asked_twice => asked_twice = true,
                 opened => return Ok((ino, opened?)),
             }
@@ -167,7 +217,7 @@ impl Bed {
         match opened.serve {
             Serve::Passthrough(id) => {
                 use std::os::unix::fs::FileExt;
-                let file = self.host.files.lock().unwrap()[&u64::from(id)].clone();
+                let file = self.host.backing(id);
                 file.write_all_at(data, offset).unwrap();
             }
             _ => assert_eq!(self.fs.write(ino, opened.fh, offset, data).unwrap() as usize, data.len()),
@@ -175,6 +225,7 @@ impl Bed {
     }
     pub fn close(&self, (ino, opened): (u64, Opened), caller: Caller) -> Result<()> {
         let result = if opened.no_flush { Ok(()) } else { self.fs.flush(ino, opened.fh, caller) };
+        self.host.closed(ino, opened.fh);
         self.fs.release(ino, opened.fh);
         result
     }
@@ -190,7 +241,7 @@ impl Bed {
         match opened.serve {
             Serve::Passthrough(id) => {
                 use std::os::unix::fs::FileExt;
-                let file = self.host.files.lock().unwrap()[&u64::from(id)].clone();
+                let file = self.host.backing(id);
                 let mut out = vec![0; file.metadata().unwrap().len() as usize];
                 file.read_exact_at(&mut out, 0).unwrap();
                 Ok(out)

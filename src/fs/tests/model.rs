@@ -10,7 +10,7 @@ use super::bed::*;
 use super::*;
 
 const FOLDERS: &[&str] = &["", "d", "d/e", "f"];
-const FILES: &[&str] = &["a.bin", "b.txt", "t.arrow"];
+const FILES: &[&str] = &["a.bin", "b.txt", "t.arrow", "x.npy", "y.npy"];
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -26,6 +26,12 @@ enum Step {
     Rmdir(String),
     RenameFolder(String, String),
     Chmod(String, u32),
+    /// Opened, and read after each step from then on.
+    Hold(String),
+    /// The file that is open for longest is closed.
+    Close,
+    /// The kernel forgets what is not open.
+    Forget,
     /// The server is killed and another one takes over.
     NextServer,
     /// Another mount of the same store looks at everything.
@@ -74,7 +80,7 @@ impl Model {
                 bytes[*offset as usize..end].copy_from_slice(data);
             }
             Step::Cut(path, size) => self.files.get_mut(path).ok_or(Kind::NotFound)?.resize(*size as usize, 0),
-            Step::Load(path) => drop(self.files.get(path).ok_or(Kind::NotFound)?),
+            Step::Load(path) | Step::Hold(path) => drop(self.files.get(path).ok_or(Kind::NotFound)?),
             Step::Unlink(path) => {
                 self.files.remove(path).ok_or(Kind::NotFound)?;
                 self.modes.remove(path);
@@ -129,14 +135,52 @@ impl Model {
                 self.files.get(path).ok_or(Kind::NotFound)?;
                 self.modes.insert(path.clone(), *mode);
             }
-            Step::NextServer | Step::OtherMount => {}
+            Step::Close | Step::Forget | Step::NextServer | Step::OtherMount => {}
         }
         Ok(())
     }
 }
 
+/// A file that is held open: it stays as it was.
+pub struct Held {
+    handle: (u64, Opened),
+    /// What the kernel reads by itself, as long as the file is open.
+    file: Option<Arc<std::fs::File>>,
+    bytes: Vec<u8>,
+}
+
+impl Held {
+    pub fn open(bed: &Bed, path: &str) -> Result<Held> {
+        let handle = bed.open(path, libc::O_RDONLY, OTHER)?;
+        let file = match handle.1.serve {
+            Serve::Passthrough(id) => Some(bed.host.backing(id)),
+            _ => None,
+        };
+        Ok(Held { handle, file, bytes: bed.read_handle(handle)? })
+    }
+
+    pub fn check(&self, bed: &Bed) {
+        use std::os::unix::fs::FileExt;
+        let size = self.bytes.len();
+        let bytes = match &self.file {
+            Some(file) => {
+                let mut bytes = vec![0; size];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                bytes
+            }
+            None => bed.read_handle(self.handle).unwrap(),
+        };
+        assert!(bytes == self.bytes, "bytes of a file that is open");
+        assert_eq!(bed.fs.getattr(self.handle.0, Some(self.handle.1.fh)).unwrap().0.size, size as u64);
+    }
+
+    pub fn close(self, bed: &Bed) {
+        bed.close(self.handle, OTHER).unwrap();
+    }
+}
+
 /// The real one.
-fn step(bed: &Bed, step: &Step) -> Result<()> {
+fn step(bed: &Bed, held: &mut Vec<Held>, step: &Step) -> Result<()> {
     match step {
         Step::Save(path, data) => bed.save(path, data),
         Step::SaveTable(path, value) => bed.save(path, &table_file(&[*value])),
@@ -172,16 +216,30 @@ fn step(bed: &Bed, step: &Step) -> Result<()> {
             let change = SetAttr { mode: Some(*mode), ..SetAttr::default() };
             bed.fs.setattr(bed.lookup(path, ME)?.attr.ino, None, change, ME).map(drop)
         }
+        Step::Hold(path) => Held::open(bed, path).map(|open| held.push(open)),
+        Step::Close => {
+            if !held.is_empty() {
+                held.remove(0).close(bed);
+            }
+            Ok(())
+        }
+        Step::Forget => {
+            bed.forget();
+            Ok(())
+        }
         Step::NextServer | Step::OtherMount => Ok(()),
     }
 }
 
 pub fn next_server(bed: Bed, epoch: u64) -> Bed {
     let Bed { fs, store, host, .. } = bed;
+    let waiting = fs.doomed.lock().unwrap().clone();
     // Killed: it drops nothing.
     std::mem::forget(fs);
     let fs = FileSystem::new(store.clone(), host.clone(), Options { epoch, ..Options::default() });
     fs.adopt();
+    // The journal of a real store tells what was to be deleted.
+    fs.doomed.lock().unwrap().extend(waiting);
     Bed::of(fs, store, host)
 }
 
@@ -239,7 +297,10 @@ fn any_step() -> impl Strategy<Value = Step> {
         2 => folder().prop_map(Step::Rmdir),
         2 => (folder(), folder()).prop_filter("apart", apart).prop_map(|(from, to)| Step::RenameFolder(from, to)),
         2 => (path(), select(&[0o600u32, 0o644, 0o755][..])).prop_map(|(path, mode)| Step::Chmod(path, mode)),
-        1 => Just(Step::NextServer),
+        4 => path().prop_map(Step::Hold),
+        2 => Just(Step::Close),
+        1 => Just(Step::Forget),
+        3 => Just(Step::NextServer),
         1 => Just(Step::OtherMount),
     ]
 }
@@ -251,9 +312,16 @@ proptest! {
     fn the_filesystem_does_what_a_plain_one_does(steps in vec(any_step(), 1..40), passthrough in any::<bool>()) {
         let mut bed = bed_with(passthrough, Options::default());
         let mut model = Model::default();
+        let mut held = Vec::new();
+        // What another client has put: one file that is worth a memory file, and one that is not.
+        for (name, length) in [("x", 20_000), ("y", 100)] {
+            bed.put_tensor(name, &(0..length).map(f64::from).collect::<Vec<_>>());
+            let path = format!("{name}.npy");
+            model.files.insert(path.clone(), other_mount(&bed).load(&path).unwrap());
+        }
         for (number, each) in steps.iter().enumerate() {
             let expected = model.step(each).err();
-            let got = step(&bed, each).err().map(|error| error.kind());
+            let got = step(&bed, &mut held, each).err().map(|error| error.kind());
             prop_assert_eq!(got, expected, "{} {:?}", number, each);
             match each {
                 Step::NextServer => bed = next_server(bed, number as u64 + 1),
@@ -261,7 +329,9 @@ proptest! {
                 _ => {}
             }
             compare(&bed, &model, true);
+            held.iter().for_each(|open| open.check(&bed));
         }
+        held.into_iter().for_each(|open| open.close(&bed));
         for path in model.files.keys() {
             let (folder, name) = bed.walk(path).unwrap();
             bed.fs.unlink(folder, &name, ME).unwrap();

@@ -79,6 +79,7 @@ impl Keeper {
         match mount_now(&self.config, &runtime, &mut self.record) {
             Ok((mounted, agreed)) => {
                 (self.mounted, self.agreed) = (mounted, agreed);
+                self.files.count_connection();
                 if self.no_passthrough.is_none() {
                     self.files.register_again(&self.mounted.fuse);
                 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Kind, Result};
-use crate::fs::Area;
+use crate::fs::{Area, CONNECTION};
 use crate::fuse::area::Maker;
 use crate::fuse::config::MountConfig;
 use crate::fuse::protocol::{BYTES_PER_MESSAGE, KeptFile, MAX_STATE, MAX_TAG};
@@ -174,6 +174,14 @@ impl Files {
         fitting(above, |(key, value)| key.len() + value.len())
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()
+    }
+
+    /// The connection is a new one: what servers wrote down of open files is about another.
+    pub fn count_connection(&mut self) {
+        let former = self.state.get(CONNECTION).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+        if let Err(error) = self.put_state(CONNECTION.to_owned(), Some((former + 1).to_string())) {
+            tracing::warn!("servers will not know that the connection is a new one: {error}");
+        }
     }
 
     /// Registers all files with a new connection.
