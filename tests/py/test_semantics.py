@@ -80,6 +80,24 @@ def _(m):
     assert value(m / "old.arrow") == 1
 
 
+@check("read while the server is killed or upgraded")
+def _(m):
+    for name, size in [("small", 100), ("large", 100_000)]:
+        m.store.put(name, np.arange(float(size)))
+    first = {name: open(m / f"{name}.npy", "rb") for name in ["small", "large"]}
+    maps = {name: mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) for name, file in first.items()}
+    cli("upgrade", m.path)
+    for name, file in first.items():
+        with open(m / f"{name}.npy", "rb") as again:
+            expected = again.read()
+        save(m / f"{name}.npy", 1)
+        os.unlink(m / f"{name}.npy")
+        cli("upgrade", m.path)
+        assert file.read() == expected and maps[name][:] == expected
+        file.close()
+        maps[name].close()
+
+
 @check("read of a deleted dataset (by another client)")
 def _(m):
     array = np.full(500_000, 7.0)
