@@ -65,6 +65,9 @@ fn an_image_that_was_written_here_serves_its_view_with_every_server() {
     for retired in [true, false] {
         let mut bed = bed();
         bed.save("a.bin", &[7; 100_000]).unwrap();
+        let written = bed.open("a.bin", libc::O_RDONLY, ME).unwrap();
+        let Serve::Passthrough(id) = written.1.serve else { panic!("{written:?}") };
+        bed.close(written, ME).unwrap();
         if retired {
             for staged in bed.fs.staging.retire_old(0) {
                 adopt::note_staged(&staged);
@@ -72,12 +75,14 @@ fn an_image_that_was_written_here_serves_its_view_with_every_server() {
         } else {
             bed.forget();
         }
+        // Nobody has it open when the first one ends.
         for epoch in 1..4 {
-            let held = Held::open(&bed, "a.bin").unwrap();
-            let Serve::Passthrough(id) = bed.open("a.bin", libc::O_RDONLY, ME).unwrap().1.serve else { panic!() };
             bed = next_server(bed, epoch);
+            let held = Held::open(&bed, "a.bin").unwrap();
             let again = bed.open("a.bin", libc::O_RDONLY, ME).unwrap();
             assert_eq!(again.1.serve, Serve::Passthrough(id), "retired: {retired}, server {epoch}");
+            bed = next_server(bed, epoch + 10);
+            bed.close(again, ME).unwrap();
             held.check(&bed);
             held.close(&bed);
         }
@@ -99,6 +104,21 @@ fn files_that_were_let_go_of_take_no_memory_of_the_next_server() {
         bed.fs.cache.clear();
         assert_eq!(bed.host.files.lock().unwrap().len(), 0, "server {epoch}");
     }
+}
+
+#[test]
+fn a_removed_file_stays_for_the_next_server_as_long_as_it_is_open() {
+    let mut bed = bed();
+    bed.save("a.bin", &[7; 100_000]).unwrap();
+    let held = Held::open(&bed, "a.bin").unwrap();
+    bed.fs.unlink(ROOT, OsStr::new("a.bin"), ME).unwrap();
+    bed = next_server(bed, 1);
+    held.check(&bed);
+    held.close(&bed);
+    // Its FORGET was lost.
+    bed = next_server(bed, 2);
+    let files = bed.host.tags.lock().unwrap().clone();
+    assert!(files.values().all(|(_, tag)| tag.contains("opens")), "{files:?}");
 }
 
 #[test]
