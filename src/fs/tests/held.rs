@@ -78,6 +78,7 @@ fn an_image_that_was_written_here_serves_its_view_with_every_server() {
         // Nobody has it open when the first one ends.
         for epoch in 1..4 {
             bed = next_server(bed, epoch);
+            assert!(bed.fs.staging.at("a.bin").is_none(), "it is no written file any more");
             let held = Held::open(&bed, "a.bin").unwrap();
             let again = bed.open("a.bin", libc::O_RDONLY, ME).unwrap();
             assert_eq!(again.1.serve, Serve::Passthrough(id), "retired: {retired}, server {epoch}");
