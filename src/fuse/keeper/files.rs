@@ -311,4 +311,13 @@ mod tests {
         files.put_state("a".into(), None).unwrap();
         assert_eq!(files.states("").first().map(|(key, _)| key.as_str()), Some("b00000"));
     }
+
+    #[test]
+    fn each_connection_has_a_number() {
+        let mut files = files();
+        for number in ["1", "2"] {
+            files.count_connection();
+            assert_eq!(files.states(""), [(CONNECTION.to_owned(), number.to_owned())]);
+        }
+    }
 }
