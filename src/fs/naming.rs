@@ -159,7 +159,7 @@ mod tests {
     }
 
     fn save(fs: &FileSystem, new: ObjectId) -> Result<()> {
-        fs.point_name("x", new, &["x"]).inspect_err(|error| fs.take_back(new, error))
+        fs.point_name("x", new, &["x"]).inspect_err(|error| fs.drop_new(new, error))
     }
 
     #[test]

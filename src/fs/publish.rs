@@ -204,14 +204,14 @@ impl FileSystem {
         match named {
             Ok(name) => Ok(Some((name, published.id))),
             Err(error) => {
-                self.take_back(published.id, &error);
+                self.drop_new(published.id, &error);
                 Err(error)
             }
         }
     }
 
     /// A new object did not get its name because of an error: it goes, if that is sure.
-    pub(super) fn take_back(&self, object: ObjectId, error: &Error) {
+    pub(super) fn drop_new(&self, object: ObjectId, error: &Error) {
         match is_clear(error) {
             true => self.delete_object(object),
             false => self.leave_open([object]),
@@ -385,7 +385,7 @@ impl FileSystem {
             if !is_clear(&error) {
                 self.leave_open([object]);
             }
-            self.take_back(copy, &error);
+            self.drop_new(copy, &error);
             return Err(error);
         }
         // The same bytes: whoever opens the copy gets the image that is there.

@@ -96,7 +96,7 @@ impl FileSystem {
             Ok(false) => self.delete_object(created.id),
             Err(error) => {
                 self.leave_open([meta.id()]);
-                self.take_back(created.id, &error);
+                self.drop_new(created.id, &error);
                 return Err(error);
             }
         }
