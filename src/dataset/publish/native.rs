@@ -22,7 +22,10 @@ pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
         field("offset_", 0),
         field("nbytes", column.size()),
     ];
-    if !matches!(column.data_type, Null) && is_vineyards(&column.data_type) {
+    // A list is vineyard's, whatever its values are.
+    if matches!(column.data_type, List(_) | LargeList(_))
+        || (column.data_type != Null && is_vineyards(&column.data_type))
+    {
         fields.push(("null_bitmap_".into(), validity(draft, column)));
     }
     let mut blob = |draft: &mut Draft, key: &str, parts| fields.push((key.into(), draft.blob(parts)));

@@ -147,6 +147,7 @@ pub(super) fn all_types(rows: usize) -> RecordBatch {
     let mut fsb = FixedSizeBinaryBuilder::new(3);
     let mut list = ListBuilder::new(StringBuilder::new());
     let mut large_list = LargeListBuilder::new(Int32Builder::new());
+    let mut decimals = ListBuilder::new(Decimal128Builder::new());
     let mut fsl = FixedSizeListBuilder::new(Float32Builder::new(), 2);
     let mut map = MapBuilder::new(None, StringBuilder::new(), Int64Builder::new());
     let mut ree = PrimitiveRunBuilder::<Int32Type, Int64Type>::new();
@@ -161,6 +162,8 @@ pub(super) fn all_types(rows: usize) -> RecordBatch {
         list.append(valid(i));
         (0..i % 3).for_each(|k| large_list.values().append_value(k as i32));
         large_list.append(true);
+        (0..i % 2).for_each(|k| decimals.values().append_value(k as i128));
+        decimals.append(valid(i));
         fsl.values().append_slice(&[i as f32, 0.5]);
         fsl.append(valid(i));
         map.keys().append_value(format!("k{i}"));
@@ -190,6 +193,8 @@ pub(super) fn all_types(rows: usize) -> RecordBatch {
     let offsets: Vec<i32> = (0..rows as i32).collect();
     let dense = UnionArray::try_new(union_fields, ids.into(), Some(offsets.into()), vec![a, b]).unwrap();
     columns.push(("dense", Arc::new(dense)));
+    // A list of vineyard's, whose values are not.
+    columns.push(("decimals", Arc::new(decimals.finish())));
     let fields: Vec<ArrowField> = columns
         .iter()
         .map(|(name, array)| {
