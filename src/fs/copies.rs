@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use super::FileSystem;
 use super::direct::Named;
 use super::objects::Loaded;
+use crate::dataset::recipe::recipe_of;
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::{Image, View};
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -82,6 +83,12 @@ pub fn copies_of(store: &dyn Store, sources: &[ObjectId]) -> Result<Vec<Vec<Copy
     Ok(answers.into_iter().map(parsed).collect())
 }
 
+/// True if a copy has the bytes of its original: the same values, and the same file if the original was written as one.
+pub(super) fn is_faithful(original: &Meta, copy: &Meta) -> bool {
+    let file = |meta: &Meta| recipe_of(meta).ok().map(|recipe| recipe.map(|recipe| (recipe.view, recipe.size)));
+    original.signature() == copy.signature() && file(original) == file(copy)
+}
+
 /// True for errors of an object, or its instance, that another copy may not have.
 pub(super) fn is_lost(error: &Error) -> bool {
     matches!(error.kind(), Kind::Unreachable | Kind::Stale | Kind::NotFound)
@@ -117,7 +124,8 @@ impl FileSystem {
         self.store.shares_metadata()
     }
 
-    /// The image of a view, of the object itself or of its nearest copy that can be read; not of `except`.
+    /// The image of a view, of the object itself or of its nearest copy that can be read; not of `except`. A copy that is
+    /// found to have other bytes than the object is none.
     ///
     /// # Errors
     /// As [`Loaded::image`].
@@ -146,10 +154,22 @@ impl FileSystem {
         let near = copies.iter().take_while(|copy| copy.instance == this).count();
         let mut order: Vec<ObjectId> = copies.iter().map(|copy| copy.object).collect();
         order.insert(near, object);
+        let known = self.objects.known_summary(object);
+        let original = if copies.is_empty() { None } else { self.meta_of(object)? };
+        let is_other = |loaded: &Loaded, image: &Image| {
+            let size = known.as_ref().and_then(|known| known.view(view)).flatten();
+            loaded.meta.id() != object
+                && (original.as_ref().is_some_and(|original| !is_faithful(original, &loaded.meta))
+                    || known.as_ref().is_some_and(|k| k.signature.is_some() && k.signature != loaded.meta.signature())
+                    || size.is_some_and(|size| size != image.size()))
+        };
         let mut failure = None;
         for id in order.into_iter().filter(|id| Some(*id) != except) {
             match attempt(id) {
                 Err(error) if is_lost(&error) => drop(failure.get_or_insert(error)),
+                Ok((loaded, image)) if is_other(&loaded, &image) => {
+                    tracing::warn!(%object, copy = %id, "a copy has other bytes than its original, and is not read");
+                }
                 other => return other,
             }
         }
@@ -326,7 +346,10 @@ fn gone(object: ObjectId) -> Error {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::vineyard::fake::FakeStore;
 
     #[test]
     fn names_of_copies_are_read_back() {
@@ -336,5 +359,44 @@ mod tests {
         for wrong in ["x", ".vineyard-fs/copies/o1/i1", ".vineyard-fs/copies/o0000000000001234/17", COPIES] {
             assert_eq!(Copy::parse(wrong, ObjectId(5)), None, "{wrong}");
         }
+    }
+
+    /// A store in which `x` has a copy of that signature, and has been lost itself.
+    fn lost(signature: u64) -> (FileSystem, ObjectId) {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let scalar = |signature: u64| json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int", "signature": signature});
+        let object = store.put_object("x", scalar(7)).unwrap();
+        assert_eq!(fs.require("x").unwrap().summary.unwrap().signature, Some(7));
+        let copy = store.put_object("temporary", scalar(signature)).unwrap();
+        store.put_name(&Copy { source: object, instance: InstanceId(0), object: copy }.name(), copy).unwrap();
+        store.delete(&[object]).unwrap();
+        (fs, object)
+    }
+
+    #[test]
+    fn only_a_copy_with_the_bytes_of_its_original_stands_for_it() {
+        let (fs, object) = lost(7);
+        assert_ne!(fs.nearest(object, View::Json, None).unwrap().0.meta.id(), object);
+        let (fs, object) = lost(8);
+        assert_eq!(fs.nearest(object, View::Json, None).unwrap_err().kind(), Kind::Stale);
+    }
+
+    #[test]
+    fn a_copy_without_the_file_that_its_original_was_written_as_is_another_file() {
+        let meta = |recipe: Option<&str>, signature: u64| {
+            let mut tree = json!({"id": "o0000000000000001", "typename": "t", "signature": signature});
+            if let Some(recipe) = recipe {
+                tree[crate::dataset::recipe::RECIPE] = recipe.into();
+            }
+            Meta::new(tree).unwrap()
+        };
+        let recipe = |size: u64| format!("{{\"view\": \"parquet\", \"size\": {size}, \"extents\": [[-2, {size}]]}}");
+        let written = meta(Some(&recipe(9)), 1);
+        assert!(is_faithful(&written, &written) && is_faithful(&meta(None, 1), &meta(None, 1)));
+        for other in [meta(None, 1), meta(Some("{\"view\": \"parquet\"}"), 1), meta(Some(&recipe(8)), 1)] {
+            assert!(!is_faithful(&written, &other));
+        }
+        assert!(!is_faithful(&written, &meta(Some(&recipe(9)), 2)));
     }
 }

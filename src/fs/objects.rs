@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::copies::{Copy, copies_of};
+use super::copies::{Copy, copies_of, is_faithful};
 use super::deferred::{self, Deferred};
 use super::summaries::Summaries;
 use crate::dataset::publish::Outcome;
@@ -436,11 +436,14 @@ fn summaries_of_copies(store: &dyn Store, lost: &[ObjectId], tables: View) -> Re
         return Ok(Vec::new());
     }
     let copies: Vec<Copy> = copies_of(store, lost)?.into_iter().flatten().collect();
-    let ids: Vec<ObjectId> = copies.iter().map(|copy| copy.object).collect();
+    let ids: Vec<ObjectId> = copies.iter().flat_map(|copy| [copy.source, copy.object]).collect();
     let metas = if ids.is_empty() { HashMap::new() } else { store.metas(&ids, true)? };
     let mut found = Vec::new();
     for copy in copies {
         let Some(Ok(meta)) = metas.get(&copy.object) else { continue };
+        if matches!(metas.get(&copy.source), Some(Ok(original)) if !is_faithful(original, meta)) {
+            continue;
+        }
         if let Ok(summary) = store.prepare(&meta.blobs()).and_then(|()| summarize(meta, store, tables)) {
             found.push((copy.source, Summary { id: copy.source, ..summary }));
         }

@@ -8,7 +8,6 @@ use crate::dataset::publish::{self, Plan, Published, Staged};
 use crate::dataset::recipe::{without_kept, written_as};
 use crate::error::{Kind, Result};
 use crate::image::{self, View};
-use crate::vineyard::store::NameQuery;
 use crate::vineyard::{Meta, ObjectId};
 
 /// Objects whose metadata is looked at with one call.
@@ -51,8 +50,8 @@ impl FileSystem {
 
     /// Gives up kept files until `wanted` bytes are free; returns how many bytes became free.
     fn give_up_kept(&self, wanted: u64) -> Result<u64> {
-        let names = self.store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }])?;
-        let names: Vec<(String, ObjectId)> = names.into_iter().flatten().collect();
+        // Copies stay as they are: the names that they are found by promise the bytes of their originals.
+        let names = self.names_below("")?;
         let mut freed = 0;
         for batch in names.chunks(BATCH) {
             let ids: Vec<ObjectId> = batch.iter().map(|(_, id)| *id).collect();
@@ -102,5 +101,38 @@ impl FileSystem {
         }
         self.warn(format!("the store is short of room: {name:?} reads back as an equal table, not byte for byte"));
         Ok(before.saturating_sub(self.store.status()?.memory_usage))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::dataset::recipe::{KEPT, RECIPE};
+    use crate::fs::copies::Copy;
+    use crate::vineyard::fake::FakeStore;
+    use crate::vineyard::{InstanceId, Store};
+
+    #[test]
+    fn a_copy_keeps_the_bytes_that_its_original_has() {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let kept = |name: &str| {
+            let blob = store.put_blob(&[1; 500]).unwrap();
+            let blob = json!({"id": blob.id.to_string(), "typename": "vineyard::Blob"});
+            let recipe = json!({"view": "parquet", "size": 500}).to_string();
+            store.put_object(name, json!({"typename": "t", KEPT: blob, RECIPE: recipe})).unwrap()
+        };
+        let copy = Copy { source: ObjectId(77), instance: InstanceId(0), object: ObjectId::INVALID }.name();
+        let announced = ".vineyard-fs/saves/0000000000000000/o0000000000000009";
+        let (copied, saved, own) = (kept(&copy), kept(announced), kept("x"));
+        assert_eq!(fs.give_up_kept(u64::MAX).unwrap(), 500);
+        assert_eq!((fs.object_of(&copy).unwrap(), fs.object_of(announced).unwrap()), (Some(copied), Some(saved)));
+        assert_ne!(fs.object_of("x").unwrap(), Some(own));
+        assert_eq!((store.object_count(), store.blob_count()), (3, 2));
     }
 }
