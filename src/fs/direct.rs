@@ -198,7 +198,11 @@ impl FileSystem {
     pub fn find(&self, text: &str) -> Result<Option<Named>> {
         let target = target(text);
         let at_path = match target.component.len() {
-            1..=name::NAME_MAX => self.resolve(&target, 0)?,
+            1..=name::NAME_MAX => match self.resolve(&target, 0) {
+                // The names tell what there is.
+                Err(error) if error.kind() == Kind::Unreachable => None,
+                other => other?,
+            },
             _ => None,
         };
         if let Some(Found::View(view)) = at_path {
@@ -273,7 +277,7 @@ impl FileSystem {
         if summary.view(view).is_none() {
             return Err(no_view(&named.name, view, summary));
         }
-        self.objects.load(&*self.store, named.object)?.image(view, &*self.store)
+        Ok(self.nearest(named.object, view, None)?.1)
     }
 
     /// The living dataset that a file written at a path would replace.

@@ -275,7 +275,8 @@ impl Objects {
     }
 
     /// Makes summaries. Returns the objects that do not exist, and the last reason for which one that does has no
-    /// summary now and may have one later: it lives on an instance that cannot be reached.
+    /// summary now and may have one later: it lives on an instance that cannot be asked. Such an object keeps no other
+    /// from being listed.
     fn learn(&self, store: &dyn Store, ids: &[ObjectId]) -> Result<(Vec<ObjectId>, Option<Error>)> {
         // A name whose object was put by another instance may be ahead of this instance's metadata: ask again, synced.
         let mut metas = store.metas(ids, false)?;
@@ -314,8 +315,9 @@ impl Objects {
                 let sizes = if all.is_ok() { Ok(()) } else { store.prepare(&sizes) };
                 match sizes.and_then(|()| summarize(meta, store, self.tables)) {
                     Ok(summary) => drop(summaries.insert(meta.id(), summary)),
-                    Err(error) if is_elsewhere(&error) => absent = Some(error),
-                    Err(error) => return Err(error),
+                    // The local vineyardd.
+                    Err(error) if matches!(error.kind(), Kind::Unavailable | Kind::Timeout) => return Err(error),
+                    Err(error) => absent = Some(away(meta, error)),
                 }
             }
         }
@@ -466,6 +468,15 @@ fn sizes(dataset: &Dataset) -> Result<Vec<(View, Option<u64>)>> {
         sizes.push((view, size));
     }
     Ok(sizes)
+}
+
+/// Why an object has no summary now. Another instance that answers at the address of its own, or something that is none,
+/// does not answer for it either.
+fn away(meta: &Meta, error: Error) -> Error {
+    match is_elsewhere(&error) {
+        true => error,
+        false => Error::new(Kind::Unreachable, format!("object {} is not to be had", meta.id())).with_source(error),
+    }
 }
 
 /// # Errors
