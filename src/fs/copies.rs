@@ -2,8 +2,10 @@
 //!
 //! A dataset is one object, on one instance, and its name points to that. A copy is another object with the same
 //! signature, as vineyard's own migration makes it. All copies of an object are found by names that listings do not
-//! show, `.vineyard-fs/copies/OBJECT/INSTANCE`: any mount of the cluster sees them with one question, reads the copy
+//! show, `.vineyard-fs/copies/OBJECT/INSTANCE/COPY`: any mount of the cluster sees them with one question, reads the copy
 //! that is nearest, goes on with another one when the instance of an object dies, and removes all with the object.
+//! The name of a copy is its own, so that of several that are made at the same time none is lost sight of; all but the
+//! oldest on an instance go again.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -17,7 +19,7 @@ use crate::dataset::recipe::recipe_of;
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::{Image, View};
 use crate::sync::{Condvar, Mutex, MutexGuard};
-use crate::vineyard::copy::{Progress, copy_object};
+use crate::vineyard::copy::{Progress, copy_object, copy_size};
 use crate::vineyard::store::NameQuery;
 use crate::vineyard::{InstanceId, Meta, ObjectId, Store};
 
@@ -42,13 +44,18 @@ pub struct Copy {
 impl Copy {
     /// The name under which it is found.
     pub fn name(&self) -> String {
-        format!("{COPIES}{}/{}", self.source, self.instance)
+        format!("{COPIES}{}/{}/{}", self.source, self.instance, self.object)
     }
 
     /// Reads such a name.
     pub fn parse(name: &str, object: ObjectId) -> Option<Copy> {
-        let (source, instance) = name.strip_prefix(COPIES)?.split_once('/')?;
+        let (source, rest) = name.strip_prefix(COPIES)?.split_once('/')?;
+        let (instance, copy) = rest.split_once('/')?;
         let instance = InstanceId(instance.strip_prefix('i')?.parse().ok()?);
+        // Whoever gives such a name another object has made no copy.
+        if copy.parse::<ObjectId>().ok()? != object {
+            return None;
+        }
         Some(Copy { source: source.parse().ok()?, instance, object })
     }
 }
@@ -145,7 +152,7 @@ impl FileSystem {
             Err(error) if is_lost(&error) => false,
             Err(error) => return Err(error),
         };
-        if here || !self.is_shared()? {
+        if (here && except != Some(object)) || !self.is_shared()? {
             return attempt(object);
         }
         let mut copies = self.copies(object)?;
@@ -206,30 +213,77 @@ impl FileSystem {
         self.store.metas(&[object], true)?.remove(&object).transpose()
     }
 
-    /// The copy of an object on this instance, if there is one that exists.
-    fn copy_on(&self, source: ObjectId, instance: InstanceId) -> Result<Option<Copy>> {
-        let copy = self.copies(source)?.into_iter().find(|copy| copy.instance == instance);
-        let Some(copy) = copy else { return Ok(None) };
-        Ok(self.meta_of(copy.object)?.filter(|meta| meta.instance() == instance).map(|_| copy))
+    /// An object and its copies, as far as they and their instances exist: first those that are here, then the object,
+    /// then the others.
+    ///
+    /// # Errors
+    /// `Stale` if there is none; what the store answers.
+    pub fn living(&self, object: ObjectId) -> Result<Vec<Meta>> {
+        let here = self.store.instance()?.id;
+        let mut ids = vec![object];
+        ids.extend(self.copies(object)?.iter().map(|copy| copy.object));
+        let mut metas = self.store.metas(&ids, true)?;
+        let lives = self.lives(&ids)?;
+        let is_alive = |id: &ObjectId| lives.get(id).is_some_and(|life| !life.is_over());
+        let original = metas.get(&object).and_then(|meta| meta.as_ref().ok()).cloned();
+        let mut failure = None;
+        let mut living = Vec::new();
+        for id in ids.into_iter().filter(is_alive) {
+            match metas.remove(&id) {
+                Some(Ok(meta)) if original.as_ref().is_none_or(|original| is_faithful(original, &meta)) => {
+                    living.push(meta);
+                }
+                Some(Err(error)) if id == object => failure = Some(error),
+                _ => {}
+            }
+        }
+        living.sort_by_key(|meta| (meta.instance() != here, meta.id() != object));
+        if living.is_empty() {
+            return Err(failure.unwrap_or_else(|| {
+                let what = format!("object {object} is gone, and it has no copy: `vineyard-fs gc` removes its name");
+                Error::stale(what)
+            }));
+        }
+        Ok(living)
+    }
+
+    /// How many bytes would come here if an object was copied; `None` if it is here already, or nobody tells.
+    pub fn bytes_to_copy(&self, object: ObjectId) -> Option<u64> {
+        let here = self.store.instance().ok()?.id;
+        let living = self.living(object).ok()?;
+        if living.first().is_some_and(|meta| meta.instance() == here) {
+            return None;
+        }
+        living.iter().find_map(|meta| copy_size(&*self.store, meta).ok())
+    }
+
+    /// Copies one of these objects here: the first that is to be had.
+    fn copy_one(&self, living: &[Meta], object: ObjectId, progress: Progress) -> Result<(ObjectId, ObjectId)> {
+        let mut failure = None;
+        for meta in living {
+            let extra = Map::from_iter([(COPY_OF.to_owned(), Value::from(object.to_string()))]);
+            match copy_object(&*self.store, meta, extra, &mut *progress) {
+                Ok(copy) => return Ok((meta.id(), copy)),
+                Err(error) if is_lost(&error) => drop(failure.get_or_insert(error)),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failure.unwrap_or_else(|| gone(object)))
     }
 
     /// Sees to it that an object has a copy here that is as permanent as itself.
     ///
     /// # Errors
-    /// As [`copy_object`]; `Stale` if the object is gone.
+    /// As [`copy_object`]; `Stale` if the object is gone, and has no copy elsewhere.
     pub fn copy_here(&self, object: ObjectId, progress: Progress) -> Result<Brought> {
         let _unit = self.unit();
         let here = self.store.instance()?.id;
-        let meta = self.meta_of(object)?.ok_or_else(|| gone(object))?;
-        if meta.instance() == here {
-            return Ok(Brought::Here(object));
+        let living = self.living(object)?;
+        if let Some(meta) = living.first().filter(|meta| meta.instance() == here) {
+            return Ok(Brought::Here(meta.id()));
         }
-        if let Some(copy) = self.copy_on(object, here)? {
-            return Ok(Brought::Here(copy.object));
-        }
-        let extra = Map::from_iter([(COPY_OF.to_owned(), Value::from(object.to_string()))]);
-        let copy = copy_object(&*self.store, &meta, extra, progress)?;
-        match self.register(Copy { source: object, instance: here, object: copy }) {
+        let (from, copy) = self.copy_one(&living, object, progress)?;
+        match self.register(Copy { source: object, instance: here, object: copy }, from) {
             Ok(brought) => Ok(brought),
             Err(error) => {
                 self.store.delete(&[copy])?;
@@ -238,19 +292,30 @@ impl FileSystem {
         }
     }
 
-    /// Makes a copy known, unless another one was quicker.
-    fn register(&self, copy: Copy) -> Result<Brought> {
-        if let Some(other) = self.copy_on(copy.source, copy.instance)? {
-            self.store.delete(&[copy.object])?;
-            return Ok(Brought::Here(other.object));
-        }
+    /// Makes a copy known that was made of `from`, the object or a copy of it. If others were made here meanwhile, the
+    /// oldest stays.
+    fn register(&self, copy: Copy, from: ObjectId) -> Result<Brought> {
         self.store.put_name(&copy.name(), copy.object).context(|| "making a copy known".into())?;
         // Who removes the object looks for copies afterwards; so one of us sees the other.
-        if self.meta_of(copy.source)?.is_none() {
+        let is_wanted = match from == copy.source {
+            true => self.meta_of(from)?.is_some(),
+            // Of an object that died with its instance the name tells.
+            false => self.names_below("")?.iter().any(|(_, object)| *object == copy.source),
+        };
+        if !is_wanted {
             self.store.drop_name(&copy.name())?;
             return Err(gone(copy.source));
         }
-        Ok(Brought::Copied(copy.object))
+        let here = self.copies(copy.source)?.into_iter().filter(|other| other.instance == copy.instance);
+        let mut here: Vec<Copy> = here.collect();
+        here.sort_by_key(|other| other.object);
+        let mut alive = self.store.metas(&here.iter().map(|other| other.object).collect::<Vec<_>>(), true)?;
+        here.retain(|other| alive.remove(&other.object).is_some());
+        let Some(oldest) = here.first().map(|other| other.object) else { return Err(gone(copy.object)) };
+        for other in here.iter().skip(1) {
+            self.drop_copy(other)?;
+        }
+        Ok(if oldest == copy.object { Brought::Copied(oldest) } else { Brought::Here(oldest) })
     }
 
     /// Moves a dataset to this instance: its name points to a copy here, and the former object goes, with its copies
@@ -261,42 +326,61 @@ impl FileSystem {
     pub fn move_here(&self, named: &Named, progress: Progress) -> Result<Brought> {
         let _unit = self.unit();
         let here = self.store.instance()?.id;
-        let meta = self.meta_of(named.object)?.ok_or_else(|| gone(named.object))?;
-        if meta.instance() == here {
-            return Ok(Brought::Here(named.object));
-        }
-        let known = self.copy_on(named.object, here)?;
-        let copy = match &known {
-            Some(copy) => copy.object,
-            None => copy_object(&*self.store, &meta, Map::new(), progress)?,
+        let living = self.living(named.object)?;
+        let known = living.first().filter(|meta| meta.instance() == here).map(Meta::id);
+        let copy = match known {
+            Some(object) if object == named.object => return Ok(Brought::Here(object)),
+            Some(copy) => copy,
+            None => self.copy_one(&living, named.object, progress)?.1,
         };
         if let Err(error) = self.promote(&named.name, named.object, copy) {
             if known.is_none() {
-                self.store.delete(&[copy])?;
+                self.discard(copy);
             }
             return Err(error);
         }
         Ok(Brought::Copied(copy))
     }
 
+    /// Removes a copy that was to become a dataset, unless it has become one under whatever name.
+    pub fn discard(&self, copy: ObjectId) {
+        self.delete_unnamed(copy);
+    }
+
     /// Lets a name point to a copy of its object, which then goes.
     ///
     /// # Errors
-    /// `Stale` if the name points elsewhere by now; what the store answers.
+    /// `Stale` if the name points elsewhere by now; what the store answers. The copy is to be [discarded](Self::discard)
+    /// then.
     pub fn promote(&self, name: &str, object: ObjectId, copy: ObjectId) -> Result<()> {
+        let replaced = || Error::stale(format!("{name:?} has got another value meanwhile"));
         {
             let _naming = self.naming();
-            if self.object_of(name)? != Some(object) {
-                return Err(Error::stale(format!("{name:?} has got another value meanwhile")));
+            // Somebody else may save the dataset, or move it elsewhere, at the same time.
+            let saving = self.announce(name, copy)?;
+            let put = self.object_of(name).and_then(|there| match there == Some(object) {
+                true => self.put_name(name, copy),
+                false => Err(replaced()),
+            });
+            if let Err(error) = put {
+                self.withdraw(saving);
+                return Err(error);
             }
-            self.store.put_name(name, copy)?;
-        }
-        // It is the dataset now, and no copy any more.
-        for other in self.copies(object)?.iter().filter(|other| other.object == copy) {
-            self.store.drop_name(&other.name())?;
+            // It is the dataset now, and no copy any more.
+            let forgotten = self.copies(object).and_then(|copies| {
+                let own = copies.iter().filter(|other| other.object == copy);
+                own.map(Copy::name).try_for_each(|name| self.store.drop_name(&name))
+            });
+            if let Err(error) = forgotten {
+                self.warn(format!("{name:?} is still listed as a copy, `vineyard-fs gc` ends that: {error}"));
+            }
+            self.settle_save(name, saving);
         }
         self.delete_unnamed(object);
-        Ok(())
+        match self.object_of(name) {
+            Ok(there) if there != Some(copy) => Err(replaced()),
+            _ => Ok(()),
+        }
     }
 
     /// Remembers that an object of another instance is to be copied here.
@@ -354,9 +438,12 @@ mod tests {
     #[test]
     fn names_of_copies_are_read_back() {
         let copy = Copy { source: ObjectId(0x1234), instance: InstanceId(17), object: ObjectId(5) };
-        assert_eq!(copy.name(), ".vineyard-fs/copies/o0000000000001234/i17");
+        assert_eq!(copy.name(), ".vineyard-fs/copies/o0000000000001234/i17/o0000000000000005");
+        assert_eq!(Copy::parse(&copy.name(), ObjectId(6)), None);
         assert_eq!(Copy::parse(&copy.name(), ObjectId(5)), Some(copy));
-        for wrong in ["x", ".vineyard-fs/copies/o1/i1", ".vineyard-fs/copies/o0000000000001234/17", COPIES] {
+        for wrong in
+            ["x", ".vineyard-fs/copies/o1/i1/o0000000000000005", ".vineyard-fs/copies/o0000000000001234/i17", COPIES]
+        {
             assert_eq!(Copy::parse(wrong, ObjectId(5)), None, "{wrong}");
         }
     }
@@ -398,5 +485,61 @@ mod tests {
             assert!(!is_faithful(&written, &other));
         }
         assert!(!is_faithful(&written, &meta(Some(&recipe(9)), 2)));
+    }
+
+    fn copies_of_x(store: &FakeStore, count: usize) -> (ObjectId, Vec<ObjectId>) {
+        let scalar = json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int", "signature": 7});
+        let object = store.put_object("x", scalar.clone()).unwrap();
+        let made = store.create_objects(vec![scalar; count]).unwrap();
+        made.iter().for_each(|made| store.persist(made.id).unwrap());
+        (object, made.iter().map(|made| made.id).collect())
+    }
+
+    #[test]
+    fn of_copies_that_are_made_at_the_same_time_one_stays() {
+        for _ in 0..50 {
+            let store = Arc::new(FakeStore::new(1 << 20));
+            let (source, copies) = copies_of_x(&store, 3);
+            let pin = &|object: &ObjectId| {
+                let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+                fs.register(Copy { source, instance: InstanceId(0), object: *object }, source).unwrap()
+            };
+            let brought: Vec<Brought> = std::thread::scope(|scope| {
+                let pins: Vec<_> = copies.iter().map(|object| scope.spawn(move || pin(object))).collect();
+                pins.into_iter().map(|pin| pin.join().unwrap()).collect()
+            });
+            assert!(brought.iter().any(|brought| brought.object() == copies[0]), "the oldest stays: {brought:?}");
+            let known = copies_of(&*store, &[source]).unwrap().remove(0);
+            assert_eq!(known.iter().map(|copy| copy.object).collect::<Vec<_>>(), copies[..1]);
+            assert_eq!(store.object_count(), 2);
+        }
+    }
+
+    #[test]
+    fn of_two_who_move_a_dataset_one_does() {
+        for _ in 0..50 {
+            let store = Arc::new(FakeStore::new(1 << 20));
+            let (source, copies) = copies_of_x(&store, 3);
+            let go = &|copy: ObjectId| {
+                let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+                let moved = fs.promote("x", source, copy);
+                if moved.is_err() {
+                    fs.discard(copy);
+                }
+                moved.is_ok()
+            };
+            let moved: Vec<bool> = std::thread::scope(|scope| {
+                let all: Vec<_> = copies.iter().map(|copy| scope.spawn(move || go(*copy))).collect();
+                all.into_iter().map(|one| one.join().unwrap()).collect()
+            });
+            assert!(moved.contains(&true));
+            let all = NameQuery::Prefix { prefix: String::new(), limit: None };
+            let names = store.names(&[all]).unwrap().remove(0);
+            assert!(
+                matches!(names.as_slice(), [(name, object)] if name == "x" && copies.contains(object)),
+                "{names:?}"
+            );
+            assert_eq!(store.object_count(), 1);
+        }
     }
 }

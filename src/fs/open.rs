@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Buffer;
-use super::copies::is_lost;
+use super::copies::{is_faithful, is_lost};
 use super::inode::{Inode, Mode, Node, Use, ViewNode};
 use super::objects::Loaded;
 use super::opens::{Open, Shown};
@@ -12,7 +12,7 @@ use super::resolve::Target;
 use super::{Caller, FileSystem, Handle, Opened, Serve, ServePolicy, Serving};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, View};
-use crate::vineyard::Arrived;
+use crate::vineyard::{Arrived, ObjectId};
 
 /// Files below this size are not worth a memory file: one request and a page serve them.
 const SMALL: u64 = 64 << 10;
@@ -261,7 +261,7 @@ impl FileSystem {
         }
         let out = match &mode {
             Mode::Lazy { image, loaded } => match self.read_lazily(&inode, loaded, image, offset..end) {
-                Err(error) if loaded.is_remote() && is_lost(&error) => {
+                Err(error) if is_lost(&error) => {
                     let (loaded, image) = self.other_copy(&inode, view, loaded, image).ok_or(error)?;
                     self.read_lazily(&inode, &loaded, &image, offset..end)?
                 }
@@ -309,7 +309,8 @@ impl FileSystem {
         Ok(out)
     }
 
-    /// For a file whose data was lost while it was open: the same bytes elsewhere, from where it is read from now on.
+    /// For a file whose data was lost while it was open: the same bytes elsewhere, from where it is read from now on. They
+    /// are in another copy, or the dataset has moved and its name leads to where they are.
     fn other_copy(
         &self,
         inode: &Inode,
@@ -317,10 +318,12 @@ impl FileSystem {
         loaded: &Loaded,
         image: &Image,
     ) -> Option<(Arc<Loaded>, Arc<Image>)> {
-        let found = self.nearest(view.object, view.view, Some(loaded.meta.id())).ok()?;
-        if found.0.meta.signature() != loaded.meta.signature() || found.1.size() != image.size() {
-            return None;
-        }
+        let equal = |object: ObjectId| {
+            let found = self.nearest(object, view.view, Some(loaded.meta.id())).ok()?;
+            Some(found).filter(|(other, bytes)| is_faithful(&loaded.meta, &other.meta) && bytes.size() == image.size())
+        };
+        let moved = || self.object_of(&view.name).ok()?.filter(|now| *now != view.object);
+        let found = equal(view.object).or_else(|| equal(moved()?))?;
         tracing::info!(name = ?view.name, object = %view.object, copy = %found.0.meta.id(), "goes on with a copy");
         let mut state = inode.state();
         if matches!(state.mode, Some(Mode::Lazy { .. })) {

@@ -1,5 +1,6 @@
 //! The filesystem without a mount.
 
+mod away;
 mod bed;
 mod held;
 mod kills;
