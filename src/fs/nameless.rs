@@ -70,9 +70,8 @@ impl FileSystem {
     pub(super) fn delete_without(&self, object: ObjectId, names: &[&str]) {
         match self.all_names_if_few() {
             Ok(Some(all)) => {
-                let leads =
-                    |(name, id): &NamedObject| *id == object && is_name(name) && !names.contains(&name.as_str());
-                if !all.iter().any(leads) {
+                let keeps = |name: &String| !saves::is_mark(name) && !names.contains(&name.as_str());
+                if !all.iter().any(|(name, id)| *id == object && keeps(name)) {
                     self.delete_object(object);
                 }
                 return;
@@ -126,7 +125,7 @@ impl FileSystem {
     /// Deletes those of these objects that no name leads to.
     fn delete_of(&self, objects: &[ObjectId]) -> Result<()> {
         let all = NameQuery::Prefix { prefix: String::new(), limit: None };
-        let names = self.store.names(&[all])?.into_iter().flatten().filter(|(name, _)| is_name(name));
+        let names = self.store.names(&[all])?.into_iter().flatten().filter(|(name, _)| !saves::is_mark(name));
         let named: HashSet<ObjectId> = names.map(|(_, id)| id).collect();
         let (stay, go): (Vec<ObjectId>, Vec<ObjectId>) = objects.iter().partition(|object| named.contains(object));
         self.forget_suspects(&stay);

@@ -3,11 +3,11 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::FileSystem;
+use super::{FileSystem, saves};
 use crate::error::Result;
 use crate::vineyard::ObjectId;
 use crate::vineyard::journal::{Journal, Unit};
-use crate::vineyard::store::NameQuery;
+use crate::vineyard::store::{NameQuery, NamedObject};
 
 /// A blob of somebody else that comes into question must stay unsealed for so long to be taken for a lost one: of the
 /// right size, and made in the moment in which the former server ended.
@@ -69,7 +69,17 @@ impl FileSystem {
             return Ok(0);
         }
         let names = self.store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }])?;
-        let named: HashSet<ObjectId> = names.into_iter().flatten().map(|(_, id)| id).collect();
+        // A save of our own that was announced and has not happened gives its object no name.
+        let is_own = |name: &str, id: &ObjectId| name.starts_with(&saves::prefix()) && suspects.contains(id);
+        let (saves, names): (Vec<NamedObject>, Vec<NamedObject>) =
+            names.into_iter().flatten().partition(|(name, id)| is_own(name, id));
+        let named: HashSet<ObjectId> = names.into_iter().map(|(_, id)| id).collect();
+        for (name, id) in saves {
+            // That a save is through is for others to see, as long as its object is there.
+            if !named.contains(&id) || !saves::is_mark(&name) {
+                self.store.drop_name(&name)?;
+            }
+        }
         suspects.retain(|id| named.contains(id) || !self.waits_for_readers(*id));
         let (blobs, objects): (Vec<ObjectId>, Vec<ObjectId>) = suspects.iter().partition(|id| id.is_blob());
         // Owners were made last. The store keeps what is a member of something that stays.
@@ -128,5 +138,77 @@ impl FileSystem {
         }
         journal.settle_unanswered(wishes.into_keys());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::error::Kind;
+    use crate::vineyard::Store;
+    use crate::vineyard::fake::{FakeStore, Op};
+
+    fn bed() -> (Arc<FakeStore>, FileSystem) {
+        let journal = Journal::open(tempfile::tempfile().unwrap()).unwrap();
+        let store = Arc::new(FakeStore::new(1 << 20).journaled(journal));
+        (store.clone(), FileSystem::unmounted(store as Arc<dyn Store>))
+    }
+
+    fn object(store: &FakeStore) -> ObjectId {
+        let content = json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int"});
+        let made = store.create_objects(vec![content]).unwrap()[0].id;
+        store.persist(made).unwrap();
+        made
+    }
+
+    fn names(store: &FakeStore) -> Vec<String> {
+        let all = [NameQuery::Prefix { prefix: String::new(), limit: None }];
+        store.names(&all).unwrap().remove(0).into_iter().map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn what_a_killed_server_had_announced_goes_with_its_object() {
+        let (store, fs) = bed();
+        let [unfinished, finished, others] = [(); 3].map(|()| object(&store));
+        drop((fs.announce("x", unfinished).unwrap(), fs.announce("y", finished).unwrap()));
+        store.put_name("y", finished).unwrap();
+        let theirs = fs.announce("z", others).unwrap();
+        // What the journal tells the next server.
+        store.journal().unwrap().keep([unfinished, finished]);
+        assert_eq!(fs.reclaim().unwrap(), 2);
+        assert_eq!(names(&store).len(), 2, "{:?}", names(&store));
+        assert_eq!((fs.object_of("y").unwrap(), store.object_count()), (Some(finished), 2));
+        fs.withdraw(theirs);
+        assert_eq!(names(&store), ["y"]);
+    }
+
+    #[test]
+    fn what_could_not_be_withdrawn_is_withdrawn_later() {
+        let (store, fs) = bed();
+        let made = object(&store);
+        store.put_name("old", made).unwrap();
+        store.fail_next(Op::DropName, 1, Kind::Unavailable);
+        fs.withdraw(fs.announce("new", made).unwrap());
+        assert_eq!(names(&store).len(), 2);
+        assert_eq!(fs.reclaim().unwrap(), 1);
+        assert_eq!((names(&store), store.object_count()), (vec!["old".to_owned()], 1));
+    }
+
+    #[test]
+    fn the_mark_of_a_save_that_is_through_keeps_no_object_alive() {
+        let (store, fs) = bed();
+        // Somebody died who had announced a value of the same name.
+        let dead = fs.announce("x", object(&store)).unwrap();
+        for _ in 0..3 {
+            fs.point_name("x", object(&store), &["x"]).unwrap();
+            fs.remove_name("x").unwrap();
+        }
+        assert_eq!(store.object_count(), 1, "that of the dead one");
+        drop(dead);
     }
 }

@@ -42,6 +42,11 @@ pub(super) fn prefix() -> String {
     format!("{HIDDEN}saves/")
 }
 
+/// True for the name of a save that is through, which keeps nothing alive.
+pub(super) fn is_mark(name: &str) -> bool {
+    name.ends_with(DONE) && name.starts_with(&prefix())
+}
+
 impl Saving {
     fn new(name: &str, object: ObjectId) -> Saving {
         Saving { prefix: format!("{}{:016x}/", prefix(), stable_hash(&[name.as_bytes()])), object }
@@ -76,6 +81,7 @@ impl FileSystem {
             && let Err(error) = self.store.drop_name(&saving.open())
         {
             self.warn(format!("{:?} is left over, `vineyard-fs gc` removes it: {error}", saving.open()));
+            self.suspect_for_long(saving.object);
         }
     }
 

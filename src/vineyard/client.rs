@@ -25,7 +25,8 @@ use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
 use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
-    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, Request, ShallowCopyReply, StatusReply, checked_id,
+    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, GetDataReply, Request, ShallowCopyReply, StatusReply,
+    checked_id,
 };
 use super::store::{
     BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, NewObject, Store, StoreStatus,
@@ -340,6 +341,14 @@ impl Store for Client {
         Ok(metas)
     }
 
+    fn objects(&self, limit: u64) -> Result<Vec<Meta>> {
+        let request = Request::ListData { pattern: "*", regex: false, limit };
+        let reply: GetDataReply = self.call(Repeat::Safe, &request, "get_data_reply")?;
+        // What is no object is nobody's copy either.
+        let trees = reply.content.map(|content| content.0).unwrap_or_default().into_iter();
+        Ok(trees.filter_map(|(_, tree)| Meta::new(tree).ok()).collect())
+    }
+
     fn blob_sizes(&self, ids: &[ObjectId]) -> Result<HashMap<ObjectId, u64>> {
         let mut sizes = HashMap::with_capacity(ids.len());
         let stored: Vec<ObjectId> = ids.iter().copied().filter(|id| id.is_stored_blob()).collect();
@@ -368,6 +377,13 @@ impl Store for Client {
     fn migrate_to(&self, instance: InstanceId, id: ObjectId) -> Result<ObjectId> {
         let copy = self.remote.migrate(instance, id, &|| self.cluster())?;
         self.heard_of(copy, id, instance)
+    }
+
+    fn reach(&self, instance: InstanceId) -> Result<()> {
+        match self.instance()?.id == instance {
+            true => Ok(()),
+            false => self.remote.reach(instance, &|| self.cluster()),
+        }
     }
 
     fn remote_status(&self) -> Option<RemoteStatus> {

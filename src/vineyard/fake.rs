@@ -18,6 +18,7 @@ pub use self::state::Late;
 use self::state::{Place, State};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
+use super::journal::Journal;
 use super::memory::{Blob, Segment, WritableFile};
 use super::meta::Meta;
 use super::store::{
@@ -63,6 +64,7 @@ pub struct FakeStore {
     file: Arc<WritableFile>,
     segment: Arc<Segment>,
     state: Mutex<State>,
+    journal: Option<Journal>,
 }
 
 impl FakeStore {
@@ -89,7 +91,13 @@ impl FakeStore {
         let segment = Segment::map(&file, len as usize).expect("mapping of the fake store's memory");
         let state = State { next: 1, clock_ms: 1_700_000_000_000, generation: 1, ..State::default() };
         let shared = true;
-        FakeStore { id, limit, shared, file: Arc::new(WritableFile::new(file)), segment, state: Mutex::new(state) }
+        let file = Arc::new(WritableFile::new(file));
+        FakeStore { id, limit, shared, file, segment, state: Mutex::new(state), journal: None }
+    }
+
+    /// The same store with a journal.
+    pub fn journaled(self, journal: Journal) -> Self {
+        FakeStore { journal: Some(journal), ..self }
     }
 
     /// The same store with metadata of its own: no other instance can be there.
@@ -296,6 +304,12 @@ impl Store for FakeStore {
         Ok(ids.iter().filter_map(|&id| Some((id, Meta::new(state.expand(id, self.id)?)))).collect())
     }
 
+    fn objects(&self, limit: u64) -> Result<Vec<Meta>> {
+        let state = self.enter(Op::Metas)?;
+        let ids = state.objects.keys().copied().take(limit as usize);
+        Ok(ids.filter_map(|id| Meta::new(state.expand(id, self.id)?).ok()).collect())
+    }
+
     fn blob_sizes(&self, ids: &[ObjectId]) -> Result<HashMap<ObjectId, u64>> {
         let state = self.enter(Op::BlobSizes)?;
         let size = |id: ObjectId| self.find(&state, BlobKey { instance: self.id, id }).ok().map(|p| (id, p.size));
@@ -445,6 +459,10 @@ impl Store for FakeStore {
         let mut state = self.enter(Op::Delete)?;
         ids.iter().for_each(|&id| state.delete_with_owners(id));
         Ok(())
+    }
+
+    fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
     }
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {

@@ -373,6 +373,18 @@ impl Remote {
         peer.migrate(id)
     }
 
+    /// Whether an instance answers: a connection is made that is not kept for anything else.
+    ///
+    /// # Errors
+    /// `Unreachable`; `Stale` if another one is at its address.
+    pub fn reach(&self, instance: InstanceId, cluster: Cluster) -> Result<()> {
+        let peer = self.peer(instance);
+        peer.locate(cluster)?;
+        let (connection, _) = peer.checkout(true)?;
+        peer.checkin(connection);
+        Ok(())
+    }
+
     /// Lets an instance delete objects of its own.
     ///
     /// # Errors

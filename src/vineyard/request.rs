@@ -59,6 +59,8 @@ pub enum Request<'a> {
     PutName { object_id: u64, name: &'a str },
     #[serde(rename = "list_name_request")]
     ListName { pattern: String, regex: bool, limit: u64 },
+    #[serde(rename = "list_data_request")]
+    ListData { pattern: &'a str, regex: bool, limit: u64 },
     #[serde(rename = "drop_name_request")]
     DropName { name: &'a str },
     #[serde(rename = "del_data_request")]

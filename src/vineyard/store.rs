@@ -188,6 +188,13 @@ pub trait Store: BlobSource {
     /// metadata is unusable maps to the error. `sync` first catches up with other instances.
     fn metas(&self, ids: &[ObjectId], sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>>;
 
+    /// Metadata of objects of the whole cluster, members of others included; at most so many. vineyardd answers nobody else
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// What the store answers.
+    fn objects(&self, limit: u64) -> Result<Vec<Meta>>;
+
     /// Sizes of blobs of this instance, without taking references. Unknown ones are absent.
     fn blob_sizes(&self, ids: &[ObjectId]) -> Result<HashMap<ObjectId, u64>>;
 
@@ -197,6 +204,15 @@ pub trait Store: BlobSource {
     /// `Unreachable`; `Timeout`; what that instance answers.
     fn migrate_to(&self, instance: InstanceId, id: ObjectId) -> Result<ObjectId> {
         Err(Error::new(Kind::Unsupported, format!("this store has no instance {instance} to copy {id} to")))
+    }
+
+    /// Whether another instance answers anybody.
+    ///
+    /// # Errors
+    /// `Unreachable`; `Stale` if another one is at its address.
+    fn reach(&self, instance: InstanceId) -> Result<()> {
+        let _ = instance;
+        Ok(())
     }
 
     /// Use of memory and connections.
