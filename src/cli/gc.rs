@@ -20,12 +20,16 @@ pub struct Args {
     pub(super) place: Place,
 }
 
-/// Cleans up. What cannot be cleaned up does not keep the rest.
+/// Cleans up, first after commands and servers that were killed on this machine. What cannot be cleaned up does not keep
+/// the rest.
 ///
 /// # Errors
 /// If something could not be cleaned up.
 pub fn run(arguments: &Args) -> Result<()> {
     let opened = arguments.place.open()?;
+    if !arguments.dry_run {
+        opened.reclaim()?;
+    }
     let mut done = Vec::new();
     let mut failures = 0;
     for finding in opened.fs.find_garbage()? {
@@ -39,11 +43,17 @@ pub fn run(arguments: &Args) -> Result<()> {
             }
         }
     }
+    let young = opened.fs.young_saves()?;
     opened.warn();
     match arguments.json {
         true => store::print_json(&done.iter().map(json_of).collect())?,
-        false if done.is_empty() => store::print("nothing to clean up\n")?,
+        false if done.is_empty() && young == 0 => store::print("nothing to clean up\n")?,
         false => {
+            if young > 0 {
+                let saves = if young == 1 { "1 save is".to_owned() } else { format!("{young} saves are") };
+                let when = "what an unfinished one has left is removed 10 minutes after it began";
+                store::print(&format!("{saves} under way or unfinished: {when}\n"))?;
+            }
             let would = if arguments.dry_run { "would be: " } else { "" };
             store::print(&done.iter().map(|finding| format!("{would}{}\n", line(finding))).collect::<String>())?;
         }
@@ -69,6 +79,7 @@ fn line(finding: &Finding) -> String {
         }
         Finding::Unfinished { object, .. } => format!("removed what an unfinished save has left: {object}"),
         Finding::Needless(copy) => format!("removed the {}: no name leads to that any more", copy_text(copy)),
+        Finding::Unknown(copy) => format!("removed the {}: nothing leads to it", copy_text(copy)),
         Finding::Lost(copy) => format!("forgot the {}: it is none any more", copy_text(copy)),
     }
 }
@@ -86,6 +97,7 @@ fn json_of(finding: &Finding) -> Value {
             json!({"kind": "unfinished", "name": name, "id": object.to_string()})
         }
         Finding::Needless(copy) => json!({"kind": "needless", "id": copy.source.to_string(), "copy": of(copy)}),
+        Finding::Unknown(copy) => json!({"kind": "unknown", "id": copy.source.to_string(), "copy": of(copy)}),
         Finding::Lost(copy) => json!({"kind": "lost", "id": copy.source.to_string(), "copy": of(copy)}),
     }
 }
@@ -106,7 +118,8 @@ mod tests {
         let copy = Copy { source: ObjectId(1), instance: InstanceId(2), object: ObjectId(9) };
         let orphaned = Finding::Orphaned { name: "x".into(), object: ObjectId(1), copy: copy.clone() };
         assert_eq!(json_of(&orphaned)["copy"], json!({"id": "o0000000000000009", "instance": 2}));
-        for finding in [orphaned, Finding::Needless(copy.clone()), Finding::Lost(copy)] {
+        for finding in [orphaned, Finding::Needless(copy.clone()), Finding::Unknown(copy.clone()), Finding::Lost(copy)]
+        {
             assert!(line(&finding).contains("i2"), "{}", line(&finding));
         }
     }

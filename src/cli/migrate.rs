@@ -2,18 +2,25 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
 use indicatif::HumanBytes;
 
-use super::store::{self, Opened, Place};
+use super::store::{self, Notes, Opened, Place};
 use crate::error::{Error, Kind, Result};
 use crate::fs::FileSystem;
 use crate::fs::copies::Brought;
 use crate::fs::direct::Named;
 use crate::fs::naming::lock_of;
-use crate::vineyard::copy::{Progress, copy_size};
-use crate::vineyard::store::InstanceInfo;
-use crate::vineyard::{Client, ClientOptions, InstanceId, Store};
+use crate::vineyard::copy::Progress;
+use crate::vineyard::store::{Instance, InstanceInfo};
+use crate::vineyard::{InstanceId, ObjectId, Store};
+
+/// How often it is looked whether to go on.
+const SLICE: Duration = Duration::from_millis(100);
+/// How often the owner of data that another instance copies is asked whether it is still there.
+const PING: Duration = Duration::from_secs(2);
 
 /// What `migrate` takes.
 #[derive(Clone, Debug, clap::Args)]
@@ -46,7 +53,7 @@ pub struct PinArgs {
 /// # Errors
 /// If one could not be moved; it is where it was then.
 pub fn run(arguments: &Args) -> Result<()> {
-    let opened = arguments.place.open()?;
+    let opened = arguments.place.open_to_change()?;
     let here = opened.store.instance()?.id;
     let target = match &arguments.to {
         None => Target::Here,
@@ -57,10 +64,10 @@ pub fn run(arguments: &Args) -> Result<()> {
         let named = opened.fs.require(&opened.path(text))?;
         named.shown()?;
         let (brought, to) = match &target {
-            Target::Here => (with_bar(&opened.fs, &*opened.store, &named, FileSystem::move_here)?, here),
-            Target::Beside(id, client, fs) => {
+            Target::Here => (with_bar(&opened.fs, &named, FileSystem::move_here)?, here),
+            Target::Beside(id, fs, _notes) => {
                 let named = fs.require(&named.name)?;
-                (with_bar(fs, &**client, &named, FileSystem::move_here)?, *id)
+                (with_bar(fs, &named, FileSystem::move_here)?, *id)
             }
             Target::Far(id) => (far(&opened, &named, *id)?, *id),
         };
@@ -79,26 +86,22 @@ pub fn run(arguments: &Args) -> Result<()> {
 /// # Errors
 /// If a copy could not be made or removed.
 pub fn pin(arguments: &PinArgs) -> Result<()> {
-    let opened = arguments.place.open()?;
+    let opened = arguments.place.open_to_change()?;
     let here = opened.store.instance()?.id;
     store::catch_interrupts()?;
     for text in &arguments.names {
         let named = opened.fs.require(&opened.path(text))?;
         let name = store::printable(&named.name);
         if arguments.drop {
-            let copies = opened.fs.copies(named.object)?;
-            match copies.iter().find(|copy| copy.instance == here) {
-                Some(copy) => {
-                    opened.fs.drop_copy(copy)?;
-                    store::print(&format!("removed the copy of {name} on instance {here}\n"))?;
-                }
-                None => store::print(&format!("{name} has no copy on instance {here}\n"))?,
-            }
+            store::print(&match drop_copies(&opened, &named, here)? {
+                true => format!("removed the copy of {name} on instance {here}\n"),
+                false => format!("{name} has no copy on instance {here}\n"),
+            })?;
             continue;
         }
         named.shown()?;
         let copy = |fs: &FileSystem, named: &Named, progress: Progress| fs.copy_here(named.object, progress);
-        store::print(&match with_bar(&opened.fs, &*opened.store, &named, copy)? {
+        store::print(&match with_bar(&opened.fs, &named, copy)? {
             Brought::Here(object) => format!("{name} is on instance {here} already ({object})\n"),
             Brought::Copied(object) => format!("{name} has a copy on instance {here} ({object})\n"),
         })?;
@@ -107,15 +110,30 @@ pub fn pin(arguments: &PinArgs) -> Result<()> {
     Ok(())
 }
 
+/// Removes the copies of a dataset on this instance. False if there are none.
+///
+/// # Errors
+/// `Busy` if they are all that is left of it.
+fn drop_copies(opened: &Opened, named: &Named, here: InstanceId) -> Result<bool> {
+    let mut copies = opened.fs.copies(named.object)?;
+    copies.retain(|copy| copy.instance == here);
+    if !copies.is_empty() && opened.fs.living(named.object).is_ok_and(|all| all.iter().all(|m| m.instance() == here)) {
+        let name = store::printable(&named.name);
+        let what = format!("the copy of {name:?} on instance {here} is all that is left of it");
+        let hint = "`vineyard-fs gc` makes it the dataset, `vineyard-fs rm` removes that";
+        return Err(Error::new(Kind::Busy, format!("{what}: {hint}")));
+    }
+    copies.iter().try_for_each(|copy| opened.fs.drop_copy(copy))?;
+    Ok(!copies.is_empty())
+}
+
 /// Copies with a bar of bytes.
 fn with_bar(
     fs: &FileSystem,
-    store: &dyn Store,
     named: &Named,
     copy: impl FnOnce(&FileSystem, &Named, Progress) -> Result<Brought>,
 ) -> Result<Brought> {
-    let meta = store.metas(&[named.object], true)?.remove(&named.object).transpose()?;
-    let size = meta.map(|meta| copy_size(store, &meta)).transpose()?;
+    let size = fs.bytes_to_copy(named.object);
     let bar = store::progress(&named.name, size);
     let started = std::time::Instant::now();
     let result = copy(fs, named, &mut |bytes| {
@@ -136,7 +154,7 @@ enum Target {
     /// The instance that is asked anyway.
     Here,
     /// Another one of this machine, by its own socket.
-    Beside(InstanceId, Arc<Client>, Box<FileSystem>),
+    Beside(InstanceId, Box<FileSystem>, Option<Notes>),
     /// One that only TCP leads to.
     Far(InstanceId),
 }
@@ -149,15 +167,12 @@ fn target(text: &str, here: InstanceId, source: &dyn Store) -> Result<Target> {
     }
     // The socket may be one of another machine that is called the same: the number tells.
     let socket = Path::new(&info.ipc_socket);
-    let beside = socket
-        .exists()
-        .then(|| Client::connect(ClientOptions::socket(socket).remote(store::remote())))
-        .and_then(Result::ok);
-    match beside.filter(|client| client.instance().is_ok_and(|instance| instance.rpc_endpoint == info.rpc_endpoint)) {
-        Some(client) if client.instance()?.id == id => {
-            let client = Arc::new(client);
-            let fs = FileSystem::unmounted(client.clone() as Arc<dyn Store>).locked_by(lock_of(socket));
-            Ok(Target::Beside(id, client, Box::new(fs)))
+    let beside = socket.exists().then(|| store::connect_to_change(socket)).and_then(Result::ok);
+    let is_there = |instance: Instance| instance.rpc_endpoint == info.rpc_endpoint && instance.id == id;
+    match beside {
+        Some((client, notes)) if client.instance().is_ok_and(is_there) => {
+            let fs = FileSystem::unmounted(Arc::new(client) as Arc<dyn Store>).locked_by(lock_of(socket));
+            Ok(Target::Beside(id, Box::new(fs), notes))
         }
         _ => Ok(Target::Far(id)),
     }
@@ -185,20 +200,77 @@ fn choose<'c>(
 
 /// The instance makes the copy by its own means; how far it is, it does not tell.
 fn far(opened: &Opened, named: &Named, to: InstanceId) -> Result<Brought> {
-    let meta = opened.store.metas(&[named.object], true)?.remove(&named.object).transpose()?;
-    if meta.is_some_and(|meta| meta.instance() == to) {
-        return Ok(Brought::Here(named.object));
-    }
-    let bar = store::progress(&named.name, None);
-    bar.enable_steady_tick(std::time::Duration::from_millis(200));
-    let copy = opened.store.migrate_to(to, named.object);
-    bar.finish_and_clear();
-    let copy = copy?;
+    let living = opened.fs.living(named.object)?;
+    let there = living.iter().find(|meta| meta.instance() == to).map(|meta| meta.id());
+    let copy = match (there, living.first()) {
+        (Some(object), _) if object == named.object => return Ok(Brought::Here(object)),
+        (Some(copy), _) => copy,
+        (None, Some(source)) => {
+            let bar = store::progress(&named.name, None);
+            bar.enable_steady_tick(Duration::from_millis(200));
+            let store = opened.store.clone() as Arc<dyn Store>;
+            let copy = let_copy(&store, source.id(), source.instance(), to);
+            bar.finish_and_clear();
+            copy?
+        }
+        (None, None) => return Err(named.shown().err().unwrap_or_else(|| Error::stale("the dataset is gone"))),
+    };
     match opened.fs.promote(&named.name, named.object, copy) {
         Ok(()) => Ok(Brought::Copied(copy)),
         Err(error) => {
-            opened.store.delete(&[copy])?;
+            if there.is_none() {
+                opened.fs.discard(copy);
+            }
             Err(error)
+        }
+    }
+}
+
+/// What comes while another instance copies.
+enum News {
+    /// It is through.
+    Ended(Result<ObjectId>),
+    /// The owner of the data does not answer: it never will be.
+    OwnerLost(Error),
+}
+
+/// Waits for an instance that copies an object of `owner` for itself, as long as nobody interrupts that and the owner
+/// answers.
+fn let_copy(store: &Arc<dyn Store>, object: ObjectId, owner: InstanceId, to: InstanceId) -> Result<ObjectId> {
+    store.reach(owner)?;
+    let (told, news) = channel();
+    let work = |name: &str, work: Box<dyn FnOnce(Arc<dyn Store>, Sender<News>) + Send>| {
+        let (store, told) = (store.clone(), told.clone());
+        std::thread::Builder::new().name(name.into()).spawn(move || work(store, told))
+    };
+    // Neither is waited for: a reply that comes after the news is of no use.
+    work("migration", Box::new(move |store, told| drop(told.send(News::Ended(store.migrate_to(to, object))))))?;
+    work(
+        "owner",
+        Box::new(move |store, told| {
+            let lost = loop {
+                std::thread::sleep(PING);
+                if let Err(error) = store.reach(owner) {
+                    break error;
+                }
+            };
+            drop(told.send(News::OwnerLost(lost)));
+        }),
+    )?;
+    let left = |error: Error| {
+        let what = format!("{error}; instance {to} may still make a copy of {object}, which nobody needs");
+        Err(Error::new(error.kind(), what))
+    };
+    loop {
+        match news.recv_timeout(SLICE) {
+            Ok(News::Ended(copy)) => return copy,
+            Ok(News::OwnerLost(error)) => return left(error),
+            Err(RecvTimeoutError::Timeout) => {
+                if let Err(error) = store::check_interrupt() {
+                    return left(error);
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(Error::new(Kind::Internal, "nobody migrates any more")),
         }
     }
 }

@@ -22,7 +22,9 @@ pub struct Args {
 /// # Errors
 /// If there is no such dataset, or the new name is taken and may not be replaced.
 pub fn run(arguments: &Args) -> Result<()> {
-    let opened = arguments.place.open()?;
+    let opened = arguments.place.open_to_change()?;
+    // Between its steps the dataset has both names.
+    store::catch_interrupts()?;
     let from = opened.fs.require(&opened.path(&arguments.old))?;
     let mut new = opened.new_path(&arguments.new)?;
     if new.ends_with('/') {

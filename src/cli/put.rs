@@ -41,7 +41,7 @@ pub struct Args {
 /// If the file cannot be read, the name is taken and may not be replaced, or the store has no room; nothing is left
 /// behind then.
 pub fn run(arguments: &Args) -> Result<()> {
-    let opened = arguments.place.open()?;
+    let opened = arguments.place.open_to_change()?;
     let path = match &arguments.name {
         Some(name) => path_of(&arguments.file, Some(&opened.new_path(name)?))?,
         None => path_of(&arguments.file, None)?,

@@ -21,7 +21,7 @@ pub struct Args {
 /// # Errors
 /// If something could not be removed.
 pub fn run(arguments: &Args) -> Result<()> {
-    let opened = arguments.place.open()?;
+    let opened = arguments.place.open_to_change()?;
     let mut failures: Vec<Error> = Vec::new();
     for text in &arguments.names {
         let path = opened.path(text);

@@ -16,8 +16,10 @@ use crate::fs::FileSystem;
 use crate::fs::copies::HIDDEN;
 use crate::fs::naming::lock_of;
 use crate::fuse::area::Maker;
+use crate::fuse::leftovers::Leftovers;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::status;
+use crate::vineyard::journal::Journal;
 use crate::vineyard::launch::{self, Environment};
 use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, Store};
 
@@ -54,6 +56,44 @@ pub struct Opened {
     pub fs: FileSystem,
     /// Mounts of this store: mount point, and the name that is its root.
     mounts: Vec<(PathBuf, String)>,
+    /// What is left if this process is killed.
+    _notes: Option<Notes>,
+}
+
+/// The journal of a process that changes a store; without notes it goes when the process ends.
+pub struct Notes(Leftovers);
+
+impl Notes {
+    /// Those of a client of this store, and the journal for it. None where there is no place for them: it works without.
+    fn open(socket: &Path, take_over: bool) -> (Option<Notes>, Option<Journal>) {
+        let opened = Leftovers::open(socket, take_over).map(Notes).and_then(|notes| {
+            let journal = Journal::open(notes.0.share()?)?;
+            Ok((notes, journal))
+        });
+        match opened {
+            Ok((notes, journal)) => (Some(notes), Some(journal)),
+            Err(error) => {
+                tracing::info!("what is left after a kill will not be known: {error}");
+                (None, None)
+            }
+        }
+    }
+}
+
+impl Drop for Notes {
+    fn drop(&mut self) {
+        self.0.end(false);
+    }
+}
+
+/// A client that changes the store at this socket.
+///
+/// # Errors
+/// If no vineyardd answers.
+pub fn connect_to_change(socket: &Path) -> Result<(Client, Option<Notes>)> {
+    let (notes, journal) = Notes::open(socket, false);
+    let client = Client::connect(ClientOptions::socket(socket).remote(remote()).journal(journal))?;
+    Ok((client, notes))
 }
 
 impl Place {
@@ -62,16 +102,44 @@ impl Place {
     /// # Errors
     /// If none answers, or it is not clear which one is meant; the message says what to do.
     pub fn open(&self) -> Result<Opened> {
+        self.open_with(|socket| Ok((Client::connect(ClientOptions::socket(socket).remote(remote()))?, None)))
+    }
+
+    /// As [`Place::open`], for a command that changes the store: what it leaves if it is killed is known to others.
+    ///
+    /// # Errors
+    /// As [`Place::open`].
+    pub fn open_to_change(&self) -> Result<Opened> {
+        self.open_with(connect_to_change)
+    }
+
+    fn open_with(&self, connect: impl FnOnce(&Path) -> Result<(Client, Option<Notes>)>) -> Result<Opened> {
         let mounts = mounts();
         let socket = choose(self.socket.as_deref(), &Environment::current(), &mounts)?;
-        let store = Arc::new(Client::connect(ClientOptions::socket(&socket).remote(remote()))?);
+        let (client, notes) = connect(&socket)?;
+        let store = Arc::new(client);
         let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>).locked_by(lock_of(&socket));
         let mounts = mounts.into_iter().filter(|mount| mount.socket == socket);
-        Ok(Opened { store, fs, mounts: mounts.map(|mount| (mount.mountpoint, mount.prefix)).collect() })
+        let mounts = mounts.map(|mount| (mount.mountpoint, mount.prefix)).collect();
+        Ok(Opened { store, fs, mounts, _notes: notes })
     }
 }
 
 impl Opened {
+    /// Removes what commands and servers of this user that were killed on this machine have left in the store. Returns how
+    /// many objects and blobs were looked at.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn reclaim(&self) -> Result<usize> {
+        let socket = self.store.instance()?.socket;
+        let (notes, journal) = Notes::open(&socket, true);
+        let client = Client::connect(ClientOptions::socket(&socket).remote(remote()).journal(journal))?;
+        let looked_at = FileSystem::unmounted(Arc::new(client) as Arc<dyn Store>).reclaim();
+        drop(notes);
+        looked_at
+    }
+
     /// What a user calls a dataset: a name, a path below the root of a mount, or the whole path of a file on a mount.
     pub fn path<'a>(&self, text: &'a str) -> std::borrow::Cow<'a, str> {
         let below = |(mountpoint, prefix): &(PathBuf, String)| {

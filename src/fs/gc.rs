@@ -7,17 +7,19 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::copies::{Copy, HIDDEN};
+use super::copies::{COPY_OF, Copy, HIDDEN};
 use super::{FileSystem, saves};
 use crate::error::Result;
 use crate::vineyard::store::{InstanceInfo, NameQuery, NamedObject};
-use crate::vineyard::{InstanceId, ObjectId};
+use crate::vineyard::{InstanceId, Meta, ObjectId};
 
 /// How long after an object was made its save may take.
 const SAVING: Duration = Duration::from_secs(600);
 /// A save that looks unfinished is looked at again after this time: ids tell the time by the clock of the machine that made
 /// them, which may be set wrong, or have been set since. Longer than a save is announced unless its writer hangs.
 const SECOND_LOOK: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(10) };
+/// Most objects that are looked through for copies that nothing leads to.
+const MOST_OBJECTS: u64 = 200_000;
 /// Objects that are asked for with one call.
 const BATCH: usize = 512;
 
@@ -84,6 +86,8 @@ pub enum Finding {
     },
     /// A copy that does not exist any more, or is a dataset now; what it was found by is removed.
     Lost(Copy),
+    /// A copy that somebody made who was killed before it could be found; it is removed.
+    Unknown(Copy),
 }
 
 impl FileSystem {
@@ -139,9 +143,12 @@ impl FileSystem {
             }
         }
         let saves = hidden.into_iter().filter(|(name, _)| name.starts_with(&saves::prefix()));
-        for (name, object) in self.still_announced(saves.filter(|(_, object)| is_old(*object)).collect())? {
+        let saves = saves.filter(|(_, object)| is_old(*object)).collect();
+        let (saves, unknown) = self.still_unfinished(saves, self.unknown_copies(&ids)?)?;
+        for (name, object) in saves {
             findings.push(Finding::Unfinished { name, object, used: named.contains(&object) });
         }
+        findings.extend(unknown.into_iter().map(Finding::Unknown));
         for (name, object) in datasets {
             let Some(life) = lives.get(&object).copied().filter(|life| life.is_over()) else { continue };
             findings.push(match copies.get(&object).and_then(|copies| copies.first()) {
@@ -152,15 +159,52 @@ impl FileSystem {
         Ok(findings)
     }
 
-    /// Those of announced saves that are announced a while later, too.
-    fn still_announced(&self, saves: Vec<NamedObject>) -> Result<Vec<NamedObject>> {
-        if saves.is_empty() {
-            return Ok(saves);
+    /// Copies of living objects that were made long ago and that no name and no other object leads to. What was named
+    /// once is none of them: an object without a name may be one that an open file still reads, but the original of a copy
+    /// that became a dataset is gone.
+    fn unknown_copies(&self, named: &[ObjectId]) -> Result<Vec<Copy>> {
+        if !self.is_shared()? {
+            return Ok(Vec::new());
+        }
+        let objects = self.store.objects(MOST_OBJECTS)?;
+        if objects.len() as u64 >= MOST_OBJECTS {
+            self.warn(format!("of more than {MOST_OBJECTS} objects not all were looked at"));
+        }
+        let there: HashSet<ObjectId> = objects.iter().map(Meta::id).collect();
+        let members: HashSet<ObjectId> = objects.iter().flat_map(members).collect();
+        let copy = |meta: &Meta| {
+            let source = meta.get(COPY_OF)?.as_str()?.parse().ok()?;
+            Some(Copy { source, instance: meta.instance(), object: meta.id() })
+        };
+        let is_unknown = |copy: &Copy| {
+            let is_reached = named.binary_search(&copy.object).is_ok() || members.contains(&copy.object);
+            is_old(copy.object) && there.contains(&copy.source) && !is_reached
+        };
+        Ok(objects.iter().filter_map(copy).filter(is_unknown).collect())
+    }
+
+    /// Those of announced saves that are announced a while later, too, and those copies that have no name then.
+    fn still_unfinished(&self, saves: Vec<NamedObject>, copies: Vec<Copy>) -> Result<(Vec<NamedObject>, Vec<Copy>)> {
+        if saves.is_empty() && copies.is_empty() {
+            return Ok((saves, copies));
         }
         std::thread::sleep(SECOND_LOOK);
-        let all = NameQuery::Prefix { prefix: saves::prefix(), limit: None };
+        let all = NameQuery::Prefix { prefix: String::new(), limit: None };
         let now = self.store.names(&[all])?.pop().unwrap_or_default();
-        Ok(saves.into_iter().filter(|save| now.contains(save)).collect())
+        let is_named = |copy: &Copy| now.iter().any(|(_, object)| *object == copy.object);
+        Ok((
+            saves.into_iter().filter(|save| now.contains(save)).collect(),
+            copies.into_iter().filter(|copy| !is_named(copy)).collect(),
+        ))
+    }
+
+    /// How many announced saves are so young that nobody can tell whether they are under way.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub fn young_saves(&self) -> Result<usize> {
+        let saves = self.names_below(&saves::prefix())?;
+        Ok(saves.iter().filter(|(name, object)| !saves::is_mark(name) && !is_old(*object)).count())
     }
 
     /// Cleans one finding up. False if it is none any more.
@@ -194,6 +238,15 @@ impl FileSystem {
                 }
                 Ok(still)
             }
+            Finding::Unknown(copy) => {
+                let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+                let all = NameQuery::Prefix { prefix: String::new(), limit: None };
+                let still = !self.store.names(&[all])?.into_iter().flatten().any(|(_, object)| object == copy.object);
+                if still {
+                    self.store.delete(&[copy.object])?;
+                }
+                Ok(still)
+            }
             Finding::Needless(copy) | Finding::Lost(copy) => {
                 let still = self.object_of(&copy.name())? == Some(copy.object);
                 match finding {
@@ -205,6 +258,12 @@ impl FileSystem {
             }
         }
     }
+}
+
+/// All objects below an object.
+fn members(meta: &Meta) -> Vec<ObjectId> {
+    let trees = meta.iter().filter_map(|(key, value)| value.as_object().and_then(|_| meta.member(key).ok()));
+    trees.flat_map(|member| [vec![member.id()], members(&member)].concat()).collect()
 }
 
 /// True for objects that were made so long ago that nobody is still about to name them.
@@ -267,6 +326,35 @@ mod tests {
         assert_eq!(fs.object_of("dead").unwrap(), Some(alive));
         assert!(fs.find_garbage().unwrap().is_empty());
         assert_eq!(store.object_count(), 2);
+    }
+
+    #[test]
+    fn a_copy_that_nothing_leads_to_is_found_as_long_as_its_original_lives() {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let scalar = || json!({"typename": "vineyard::Scalar<int64_t>", "value_": "41", "type_": "int"});
+        let original = store.put_object("x", scalar()).unwrap();
+        let copy_of = |source: ObjectId| {
+            let mut content = scalar();
+            content[COPY_OF] = source.to_string().into();
+            let object = store.create_objects(vec![content]).unwrap()[0].id;
+            store.persist(object).unwrap();
+            Copy { source, instance: InstanceId(0), object }
+        };
+        let [left, known, member, replaced] = [original, original, original, ObjectId(77)].map(copy_of);
+        store.put_name(&known.name(), known.object).unwrap();
+        let parent = json!({"typename": "t", "x_": {"id": member.object.to_string()}});
+        store.put_object("parent", parent).unwrap();
+        let found = fs.find_garbage().unwrap();
+        assert_eq!(found, [Finding::Unknown(left.clone())]);
+        // Somebody names it in the last moment.
+        store.put_name(&left.name(), left.object).unwrap();
+        assert!(!fs.clean(&found[0]).unwrap());
+        store.drop_name(&left.name()).unwrap();
+        assert!(fs.clean(&found[0]).unwrap());
+        let left: Vec<ObjectId> = store.objects(9).unwrap().iter().map(Meta::id).collect();
+        assert!([original, known.object, member.object, replaced.object].iter().all(|id| left.contains(id)));
+        assert_eq!((left.len(), fs.find_garbage().unwrap()), (5, vec![]));
     }
 
     #[test]

@@ -114,7 +114,7 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
         0 => Some(format!("this kernel (FUSE 7.{}) has no passthrough; Linux 6.9 has", agreed.minor)),
         _ => files.probe(&mounted.fuse).err().map(|error| error.to_string()),
     };
-    let leftovers = match Leftovers::open(&config.socket) {
+    let leftovers = match Leftovers::open(&config.socket, true) {
         Ok(leftovers) if !config.read_only => Some(leftovers),
         Ok(_) => None,
         Err(error) => {

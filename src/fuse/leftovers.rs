@@ -1,7 +1,8 @@
-//! Where journals lie: one file for each keeper, named after the store's socket, in a folder of this user.
+//! Where journals lie: one file for each keeper, and for each command that changes a store, named after the store's
+//! socket, in a folder of this user.
 //!
-//! A journal outlives its keeper. The next keeper of a mount over the same store takes over what dead ones left; what
-//! is in a journal is explained at [`crate::vineyard::journal`].
+//! A journal outlives its keeper. The next keeper of a mount over the same store, and `vineyard-fs gc`, take over what dead
+//! ones left; what is in a journal is explained at [`crate::vineyard::journal`].
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Write};
@@ -17,22 +18,23 @@ use crate::vineyard::journal::LEAST_LEN;
 /// Most bytes that are taken over of one journal.
 const MOST: u64 = 64 << 20;
 
-/// The journal of this keeper.
+/// The journal of this keeper, or of this command.
 #[derive(Debug)]
 pub struct Leftovers {
     path: PathBuf,
 }
 
 impl Leftovers {
-    /// Makes a journal for the store at `socket`, with what dead keepers of the store noted.
+    /// Makes a journal for the store at `socket`; with `take_over`, what dead keepers and commands of the store noted is in
+    /// it.
     ///
     /// # Errors
     /// If the folder or the file cannot be made.
-    pub fn open(socket: &Path) -> Result<Self> {
-        Self::open_in(&runtime::base().join("journals"), socket)
+    pub fn open(socket: &Path, take_over: bool) -> Result<Self> {
+        Self::open_in(&runtime::base().join("journals"), socket, take_over)
     }
 
-    fn open_in(folder: &Path, socket: &Path) -> Result<Self> {
+    fn open_in(folder: &Path, socket: &Path, take_over: bool) -> Result<Self> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
         made.context(|| format!("cannot make the folder {folder:?}"))?;
         let pid = std::process::id();
@@ -45,7 +47,7 @@ impl Leftovers {
             .mode(0o600)
             .open(&path)
             .context(|| format!("cannot make {path:?}"))?;
-        for left in dead(folder, &store)? {
+        for left in if take_over { dead(folder, &store)? } else { Vec::new() } {
             let claimed = folder.join(format!("{store}.taken.{pid}"));
             // Who renames it first has it.
             if std::fs::rename(&left, &claimed).is_ok() {
@@ -110,6 +112,7 @@ fn dead(folder: &Path, store: &str) -> Result<Vec<PathBuf>> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::vineyard::journal::Journal;
 
     #[test]
     fn a_keeper_takes_over_what_dead_ones_of_its_store_left() {
@@ -122,8 +125,11 @@ mod tests {
         write(format!("{store}.taken.4294967293"), "+ o0000000000000002\n");
         write(format!("{store}.1.{}", runtime::start_time(1).unwrap()), "+ o0000000000000003\n");
         write(format!("{}.4294967294.7", mountinfo::digest(other)), "+ o0000000000000004\n");
-        let journal = Leftovers::open_in(folder.path(), socket).unwrap();
-        let kept = crate::vineyard::journal::Journal::open(journal.share().unwrap()).unwrap();
+        let journal = Leftovers::open_in(folder.path(), socket, false).unwrap();
+        assert!(Journal::open(journal.share().unwrap()).unwrap().kept().is_empty(), "a command leaves them alone");
+        journal.end(false);
+        let journal = Leftovers::open_in(folder.path(), socket, true).unwrap();
+        let kept = Journal::open(journal.share().unwrap()).unwrap();
         assert_eq!(kept.kept().iter().map(|id| id.0).collect::<Vec<_>>(), [1, 2]);
         let left = std::fs::read_dir(folder.path()).unwrap().count();
         assert_eq!(left, 3, "that of a keeper that runs, that of another store, and the new one");
