@@ -10,6 +10,7 @@ mod column;
 mod derive;
 mod dtype;
 mod frame;
+mod global;
 mod json;
 mod materialize;
 pub mod native;

@@ -14,7 +14,7 @@ use crate::fs::direct::Named;
 use crate::fs::gc::Life;
 use crate::fs::objects::Summary;
 use crate::image::View;
-use crate::vineyard::{Meta, ObjectId, Store};
+use crate::vineyard::{InstanceId, Meta, ObjectId, Store};
 
 /// Most members of one object, fields of a schema, and characters of a value that are shown to people; JSON has all.
 const SHOWN: usize = 40;
@@ -109,8 +109,16 @@ fn instance(opened: &Opened, meta: &Meta) -> Result<Value> {
     // A vineyardd without a cluster may have no such list.
     let cluster: BTreeMap<_, _> = opened.store.cluster().unwrap_or_default();
     let info = cluster.get(&id);
+    // The parts of a global object tell where it is.
+    let several = (id == InstanceId::UNSPECIFIED).then(|| {
+        let mut parts: Vec<u64> = meta.blobs().iter().map(|blob| blob.instance.0).collect();
+        parts.sort_unstable();
+        parts.dedup();
+        parts
+    });
     Ok(json!({
-        "id": id.0,
+        "id": several.is_none().then_some(id.0),
+        "several": several,
         "here": id == here.id,
         "host": info.map(|info| &info.hostname),
         "socket": info.map(|info| &info.ipc_socket),
@@ -255,7 +263,15 @@ fn text(report: &Value) -> String {
     line("signature", show("/signature"));
     if !get("/instance").is_null() {
         let here = if get("/instance/here") == true { " (this one)" } else { "" };
-        line("instance", format!("{}{here} on {}", show("/instance/id"), show("/instance/host")));
+        let several =
+            get("/instance/several").as_array().map(|ids| ids.iter().map(Value::to_string).collect::<Vec<_>>());
+        line(
+            "instance",
+            match several {
+                Some(ids) => format!("several: {}", ids.join(", ")),
+                None => format!("{}{here} on {}", show("/instance/id"), show("/instance/host")),
+            },
+        );
     }
     for copy in get("/copies").as_array().into_iter().flatten() {
         let text = |key: &str| copy.get(key).map(|value| value.as_str().map_or(value.to_string(), str::to_owned));

@@ -7,6 +7,7 @@ use super::store::{self, Place};
 use crate::error::Result;
 use crate::fs::direct::Named;
 use crate::fs::gc::Life;
+use crate::vineyard::InstanceId;
 
 /// What `ls` takes.
 #[derive(Clone, Debug, clap::Args)]
@@ -83,7 +84,7 @@ fn json_of(named: &Named) -> Value {
         "type": summary.map(|s| &*s.typename),
         "rows": summary.and_then(|s| s.rows),
         "bytes": size(named),
-        "instance": summary.map(|s| s.instance.0),
+        "instance": summary.map(|s| s.instance).filter(|id| *id != InstanceId::UNSPECIFIED).map(|id| id.0),
         "created": summary.map_or(Value::Null, |s| store::time_json(s.created)),
     })
 }
@@ -99,7 +100,7 @@ fn table(datasets: &[Named]) -> String {
                 store::type_text(&summary.typename),
                 number(summary.rows),
                 size(named).map_or("-".into(), |bytes| HumanBytes(bytes).to_string()),
-                if summary.broken.is_some() { "-".into() } else { summary.instance.0.to_string() },
+                if summary.broken.is_some() { "-".into() } else { summary.instance_text() },
                 store::time_text(summary.created),
                 file,
             ],
@@ -123,7 +124,7 @@ mod tests {
     use super::*;
     use crate::fs::objects::Summary;
     use crate::image::View;
-    use crate::vineyard::{InstanceId, ObjectId};
+    use crate::vineyard::ObjectId;
 
     fn named(broken: Option<&str>) -> Named {
         let summary = Summary {
@@ -158,6 +159,12 @@ mod tests {
         );
         let value = json_of(&named(None));
         assert_eq!((&value["bytes"], &value["rows"], &value["state"]), (&json!(2048), &json!(12), &json!("ok")));
+        let mut spread = named(None);
+        let summary =
+            spread.summary.take().map(|summary| Summary { instance: InstanceId::UNSPECIFIED, ..(*summary).clone() });
+        spread.summary = summary.map(Arc::new);
+        assert!(table(std::slice::from_ref(&spread)).contains(" several "));
+        assert_eq!((&json_of(&named(None))["instance"], &json_of(&spread)["instance"]), (&json!(3), &Value::Null));
         let broken = named(Some("offset 9\u{7}"));
         assert_eq!(note(&broken), "  (broken: offset 9\\u{7})");
         assert_eq!(json_of(&broken)["bytes"], Value::Null);

@@ -350,10 +350,10 @@ fn with_notes(schema: &SchemaRef, other: &Schema) -> SchemaRef {
 /// `vineyard::GlobalDataFrame`: its parts in order, as the batches of one table.
 ///
 /// # Errors
-/// `Malformed` if the parts' schemas differ.
+/// `Malformed` if the parts' schemas differ; as [`super::global::parts`].
 pub fn global_frame(meta: &Meta, source: &dyn BlobSource) -> Result<Table> {
     let mut whole: Option<Table> = None;
-    for (number, part) in meta.list("partitions_")?.iter().enumerate() {
+    for (number, part) in super::global::parts(meta)?.iter().enumerate() {
         let part = super::decode(part, source).context(|| format!("object {}: part {number}", meta.id()))?;
         let super::Dataset::Table(part) = part else {
             return Err(meta.error(format!("has a part {number} that is no table")));

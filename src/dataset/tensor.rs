@@ -178,7 +178,7 @@ pub fn tensor(meta: &Meta, source: &dyn BlobSource) -> Result<Dataset> {
 pub fn global_tensor(meta: &Meta, source: &dyn BlobSource) -> Result<Dataset> {
     let mut whole: Option<Tensor> = None;
     let mut data = Vec::new();
-    for part in meta.list("partitions_")? {
+    for part in super::global::parts(meta)? {
         let Dataset::Tensor(part) = tensor(&part, source)? else {
             return Err(meta.error("has a part that is no numeric tensor"));
         };

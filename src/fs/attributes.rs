@@ -226,7 +226,7 @@ impl FileSystem {
             ("id", object.to_string()),
             ("name", name),
             ("type", summary.typename.to_string()),
-            ("instance", summary.instance.0.to_string()),
+            ("instance", summary.instance_text()),
         ];
         out.extend(summary.rows.map(|rows| ("rows", rows.to_string())));
         out.extend(summary.signature.map(|signature| ("signature", format!("s{signature:016x}"))));

@@ -59,6 +59,14 @@ impl Summary {
         self.sizes.iter().find(|(v, _)| *v == view).map(|(_, size)| *size)
     }
 
+    /// Number of the instance where the data lives, for people; those of its parts are several.
+    pub fn instance_text(&self) -> String {
+        match self.instance {
+            InstanceId::UNSPECIFIED => "several".into(),
+            InstanceId(number) => number.to_string(),
+        }
+    }
+
     pub(super) fn broken(id: ObjectId, meta: Option<&Meta>, error: &Error) -> Summary {
         Summary {
             id,
