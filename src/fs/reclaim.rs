@@ -78,6 +78,7 @@ impl FileSystem {
             // That a save is through is for others to see, as long as its object is there.
             if !named.contains(&id) || !saves::is_mark(&name) {
                 self.store.drop_name(&name)?;
+                self.sweep_after(&name)?;
             }
         }
         suspects.retain(|id| named.contains(id) || !self.waits_for_readers(*id));
@@ -209,6 +210,9 @@ mod tests {
             fs.remove_name("x").unwrap();
         }
         assert_eq!(store.object_count(), 1, "that of the dead one");
-        drop(dead);
+        let unfinished = dead.map(|saving| store.names(&[NameQuery::Exact(saving.open())]).unwrap().remove(0)[0].1);
+        store.journal().unwrap().keep(unfinished);
+        fs.reclaim().unwrap();
+        assert_eq!((store.object_count(), names(&store)), (0, vec![]), "the marks go with the last that is announced");
     }
 }

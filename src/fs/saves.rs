@@ -52,7 +52,7 @@ impl Saving {
         Saving { prefix: format!("{}{:016x}/", prefix(), stable_hash(&[name.as_bytes()])), object }
     }
 
-    fn open(&self) -> String {
+    pub(super) fn open(&self) -> String {
         format!("{}{}", self.prefix, self.object)
     }
 
@@ -119,6 +119,19 @@ impl FileSystem {
                     self.remove_superseded(other.object)?;
                 }
                 self.store.drop_name(&other.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same after a save that was announced under this name and did not happen.
+    pub(super) fn sweep_after(&self, announced: &str) -> Result<()> {
+        let prefix = announced.rsplit_once('/').map_or(announced, |(prefix, _)| prefix);
+        let others = self.names_below(&format!("{prefix}/"))?;
+        if others.iter().all(|(name, _)| is_mark(name)) {
+            for (name, object) in others {
+                self.remove_superseded(object)?;
+                self.store.drop_name(&name)?;
             }
         }
         Ok(())
