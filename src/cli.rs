@@ -86,6 +86,10 @@ enum Command {
     /// Keep a copy of datasets on this instance of the cluster
     Pin(migrate::PinArgs),
     /// Remove names whose objects are gone, and copies that nothing names
+    ///
+    /// What commands and servers that were killed on this machine have left goes at once. What an unfinished save
+    /// elsewhere has left goes ten minutes after its data was stored, and so does a copy that nothing leads to: until
+    /// then somebody may be about to name it.
     Gc(gc::Args),
     /// Completions for a shell, to be sourced
     Completions {

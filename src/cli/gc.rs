@@ -20,16 +20,14 @@ pub struct Args {
     pub(super) place: Place,
 }
 
-/// Cleans up, first after commands and servers that were killed on this machine. What cannot be cleaned up does not keep
-/// the rest.
+/// Cleans up, first after commands and servers that were killed on this machine. What cannot be cleaned up does not
+/// keep the rest.
 ///
 /// # Errors
 /// If something could not be cleaned up.
 pub fn run(arguments: &Args) -> Result<()> {
     let opened = arguments.place.open()?;
-    if !arguments.dry_run {
-        opened.reclaim()?;
-    }
+    let reclaimed = if arguments.dry_run { 0 } else { opened.reclaim()? };
     let mut done = Vec::new();
     let mut failures = 0;
     for finding in opened.fs.find_garbage()? {
@@ -47,8 +45,12 @@ pub fn run(arguments: &Args) -> Result<()> {
     opened.warn();
     match arguments.json {
         true => store::print_json(&done.iter().map(json_of).collect())?,
-        false if done.is_empty() && young == 0 => store::print("nothing to clean up\n")?,
+        false if done.is_empty() && young == 0 && reclaimed == 0 => store::print("nothing to clean up\n")?,
         false => {
+            if reclaimed > 0 {
+                let what = format!("removed what killed commands and servers have left: {reclaimed} objects and blobs");
+                store::print(&format!("{what} were looked at\n"))?;
+            }
             if young > 0 {
                 let saves = if young == 1 { "1 save is".to_owned() } else { format!("{young} saves are") };
                 let when = "what an unfinished one has left is removed 10 minutes after it began";

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use indicatif::HumanBytes;
@@ -239,24 +239,20 @@ enum News {
 fn let_copy(store: &Arc<dyn Store>, object: ObjectId, owner: InstanceId, to: InstanceId) -> Result<ObjectId> {
     store.reach(owner)?;
     let (told, news) = channel();
-    let work = |name: &str, work: Box<dyn FnOnce(Arc<dyn Store>, Sender<News>) + Send>| {
-        let (store, told) = (store.clone(), told.clone());
-        std::thread::Builder::new().name(name.into()).spawn(move || work(store, told))
-    };
-    // Neither is waited for: a reply that comes after the news is of no use.
-    work("migration", Box::new(move |store, told| drop(told.send(News::Ended(store.migrate_to(to, object))))))?;
-    work(
-        "owner",
-        Box::new(move |store, told| {
-            let lost = loop {
-                std::thread::sleep(PING);
-                if let Err(error) = store.reach(owner) {
-                    break error;
-                }
-            };
-            drop(told.send(News::OwnerLost(lost)));
-        }),
-    )?;
+    // Neither thread is waited for: what it tells after the news is of no use.
+    let thread = |name: &str| std::thread::Builder::new().name(name.into());
+    let (copier, tell) = (store.clone(), told.clone());
+    thread("migration").spawn(move || drop(tell.send(News::Ended(copier.migrate_to(to, object)))))?;
+    let asker = store.clone();
+    thread("owner").spawn(move || {
+        let lost = loop {
+            std::thread::sleep(PING);
+            if let Err(error) = asker.reach(owner) {
+                break error;
+            }
+        };
+        drop(told.send(News::OwnerLost(lost)));
+    })?;
     let left = |error: Error| {
         let what = format!("{error}; instance {to} may still make a copy of {object}, which nobody needs");
         Err(Error::new(error.kind(), what))
@@ -274,7 +270,6 @@ fn let_copy(store: &Arc<dyn Store>, object: ObjectId, owner: InstanceId, to: Ins
         }
     }
 }
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

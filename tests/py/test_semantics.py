@@ -78,6 +78,21 @@ def _(m):
     assert value(m / "x.arrow") == 2
     (m / "old.arrow").write_bytes(head + rest)
     assert value(m / "old.arrow") == 1
+    client = m.store.client
+    for name, length in [("small", 100), ("large", 500_000)]:
+        m.store.put(name, np.full(length, 1.0))
+        with open(m / f"{name}.npy", "rb", buffering=0) as reader:
+            reader.read(128)
+            former = client.get_name(name)
+            m.store.put(name, np.full(length, 2.0))
+            client.delete(former)
+            try:
+                rest = reader.readall()
+            except OSError as error:
+                assert name == "large" and error.errno == errno.ESTALE
+            else:
+                assert (np.frombuffer(rest) == 1.0).all() and len(rest) == 8 * length
+        assert (np.load(m / f"{name}.npy") == 2.0).all()
 
 
 @check("read while the server is killed or upgraded")
