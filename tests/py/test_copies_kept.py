@@ -1,5 +1,6 @@
 """What a copy is for: it keeps its bytes, stands for a dataset whose instance is lost, and nothing of it is left over."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from cluster import Cluster
 from conftest import BINARY, cli
+from test_clock import clock  # noqa: F401
 from test_copies import numbers, sha, told, unnoticed, until, where
 
 
@@ -163,6 +165,29 @@ def test_what_a_killed_command_has_left_is_removed(cluster, command):
     cli("gc", "--socket", cluster[1].socket)
     assert until(lambda: cluster[1].usage() == 0, 20)
     assert np.array_equal(cluster[0].client.get(name="x"), np.arange(8_000_000.0)) and unnoticed(cluster[0]) == []
+
+
+def test_gc_finds_copies_that_nothing_leads_to(cluster, clock):
+    import vineyard
+
+    def copy_of(source):
+        meta = vineyard.ObjectMeta()
+        meta["typename"], meta["vineyard_fs_copy_of_"] = "vineyard::Tensor<double>", repr(source)
+        made = cluster[0].client.create_metadata(meta)
+        cluster[0].client.persist(made.id)
+        return repr(made.id)
+
+    source = cluster[0].put("x", np.arange(10.0))
+    left, replaced = copy_of(source), copy_of(vineyard.ObjectID("o0000000000000123"))
+    found = ["gc", "--json", "--socket", cluster[0].socket]
+    assert json.loads(cli(*found).stdout) == [], "somebody may be about to name it"
+    clock.set(3600)
+    later = {"env": {**os.environ, **clock.env}}
+    listed = json.loads(cli(*found, "--dry-run", **later).stdout)
+    assert [(entry["kind"], entry["id"], entry["copy"]["id"]) for entry in listed] == [("unknown", repr(source), left)]
+    assert len(json.loads(cli(*found, **later).stdout)) == 1 and json.loads(cli(*found, **later).stdout) == []
+    assert cluster[0].client.exists(vineyard.ObjectID(replaced)) and not cluster[0].client.exists(vineyard.ObjectID(left))
+    assert np.array_equal(cluster[0].client.get(name="x"), np.arange(10.0))
 
 
 def test_gc_tells_of_saves_that_may_be_under_way(cluster):
