@@ -357,7 +357,7 @@ impl FileSystem {
         {
             let _naming = self.naming();
             // Somebody else may save the dataset, or move it elsewhere, at the same time.
-            let saving = self.announce(name, copy)?;
+            let saving = self.announce_move(name, copy)?;
             let put = self.object_of(name).and_then(|there| match there == Some(object) {
                 true => self.put_name(name, copy),
                 false => Err(replaced()),
@@ -374,7 +374,7 @@ impl FileSystem {
             if let Err(error) = forgotten {
                 self.warn(format!("{name:?} is still listed as a copy, `vineyard-fs gc` ends that: {error}"));
             }
-            self.settle_save(name, saving);
+            self.settle_move(name, saving, object);
         }
         self.delete_unnamed(object);
         match self.object_of(name) {

@@ -11,16 +11,22 @@
 //!   ours goes; or it will find our mark when it is through, and removes our object if that is not the value.
 //!
 //! Marks go with the last save that is announced.
+//!
+//! Who moves a dataset to another instance announces that too, as what it is: it brings nothing new, so it gives way to
+//! whoever saves at the same time. A save that finds the moved object in the place of its own puts its own again, and a
+//! move that finds a save that is through puts that back.
 
 use super::FileSystem;
 use super::copies::HIDDEN;
 use super::name::stable_hash;
 use crate::error::{Context, Result};
 use crate::vineyard::ObjectId;
-use crate::vineyard::store::NameQuery;
+use crate::vineyard::store::{NameQuery, NamedObject};
 
 /// What ends the name of a save that is through.
 const DONE: &str = ".done";
+/// What ends the name of a move, before that.
+const MOVE: &str = ".move";
 
 /// A save that others can see.
 #[derive(Debug)]
@@ -28,6 +34,8 @@ pub(super) struct Saving {
     /// What the names of all saves of this name begin with.
     prefix: String,
     object: ObjectId,
+    /// It is a move.
+    moves: bool,
 }
 
 /// Another save of the same name.
@@ -35,6 +43,7 @@ struct Other {
     name: String,
     object: ObjectId,
     done: bool,
+    moves: bool,
 }
 
 /// What names of saves begin with.
@@ -48,12 +57,12 @@ pub(super) fn is_mark(name: &str) -> bool {
 }
 
 impl Saving {
-    fn new(name: &str, object: ObjectId) -> Saving {
-        Saving { prefix: format!("{}{:016x}/", prefix(), stable_hash(&[name.as_bytes()])), object }
+    fn new(name: &str, object: ObjectId, moves: bool) -> Saving {
+        Saving { prefix: format!("{}{:016x}/", prefix(), stable_hash(&[name.as_bytes()])), object, moves }
     }
 
     pub(super) fn open(&self) -> String {
-        format!("{}{}", self.prefix, self.object)
+        format!("{}{}{}", self.prefix, self.object, if self.moves { MOVE } else { "" })
     }
 
     fn done(&self) -> String {
@@ -67,10 +76,22 @@ impl FileSystem {
     /// # Errors
     /// What the store answers.
     pub(super) fn announce(&self, name: &str, object: ObjectId) -> Result<Option<Saving>> {
+        self.announce_as(name, object, false)
+    }
+
+    /// The same for an object that is a copy of what the name leads to.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub(super) fn announce_move(&self, name: &str, copy: ObjectId) -> Result<Option<Saving>> {
+        self.announce_as(name, copy, true)
+    }
+
+    fn announce_as(&self, name: &str, object: ObjectId, moves: bool) -> Result<Option<Saving>> {
         if !self.is_shared()? {
             return Ok(None);
         }
-        let saving = Saving::new(name, object);
+        let saving = Saving::new(name, object, moves);
         self.store.put_name(&saving.open(), object).context(|| format!("announcing a new value of {name:?}"))?;
         Ok(Some(saving))
     }
@@ -90,6 +111,32 @@ impl FileSystem {
         let Some(saving) = saving else { return };
         if let Err(error) = self.settle_now(name, &saving) {
             self.warn(format!("saves of {name:?} may have left something over, `vineyard-fs gc` removes it: {error}"));
+        }
+    }
+
+    /// After the name was put that led to `moved` before.
+    pub(super) fn settle_move(&self, name: &str, saving: Option<Saving>, moved: ObjectId) {
+        if let Some(saving) = &saving
+            && let Err(error) = self.give_way(name, saving, moved)
+        {
+            self.warn(format!("{name:?} was moved while it was saved, and may have its former value: {error}"));
+        }
+        self.settle_save(name, saving);
+    }
+
+    /// Puts back what was saved between the look at the name and the move.
+    fn give_way(&self, name: &str, saving: &Saving, moved: ObjectId) -> Result<()> {
+        let (value, others) = self.value_and_saves(name, saving)?;
+        let saved = others.iter().filter(|other| other.done && !other.moves && other.object != moved);
+        let saved: Vec<ObjectId> = saved.map(|other| other.object).collect();
+        if value != Some(saving.object) || saved.is_empty() {
+            return Ok(());
+        }
+        // What was replaced long ago, of which only the mark is left, is deleted.
+        let alive = self.store.metas(&saved, true)?;
+        match saved.iter().filter(|object| alive.contains_key(object)).max() {
+            Some(object) => self.store.put_name(name, *object),
+            None => Ok(()),
         }
     }
 
@@ -113,6 +160,10 @@ impl FileSystem {
     /// mark for us, also after we have looked. While anybody else is announced, it is left to them.
     fn sweep(&self, name: &str, saving: &Saving) -> Result<()> {
         let (value, others) = self.value_and_saves(name, saving)?;
+        if value != Some(saving.object) {
+            // Whoever replaced it while it was announced took it for one that has a name.
+            self.remove_superseded(saving.object)?;
+        }
         if others.iter().all(|other| other.done) {
             for other in others {
                 if value != Some(other.object) {
@@ -154,13 +205,21 @@ impl FileSystem {
         let mut answers = self.store.names(&queries)?.into_iter();
         let value = answers.next().unwrap_or_default().pop().map(|(_, object)| object);
         let saves = answers.next().unwrap_or_default().into_iter();
-        Ok((value, saves.map(|(name, object)| Other { done: name.ends_with(DONE), name, object }).collect()))
+        let other = |(name, object): NamedObject| {
+            let (open, done) = name.strip_suffix(DONE).map_or((name.as_str(), false), |open| (open, true));
+            Other { moves: open.ends_with(MOVE), done, object, name }
+        };
+        Ok((value, saves.map(other).collect()))
     }
 
     /// Removes what others have left to us. False if somebody else must still see our save.
     fn is_settled(&self, name: &str, saving: &Saving) -> Result<bool> {
-        let (value, mut others) = self.value_and_saves(name, saving)?;
+        let (mut value, mut others) = self.value_and_saves(name, saving)?;
         others.retain(|other| other.object != saving.object);
+        if !saving.moves && others.iter().any(|other| other.moves && Some(other.object) == value) {
+            self.store.put_name(name, saving.object)?;
+            value = Some(saving.object);
+        }
         if value != Some(saving.object) {
             // Whoever replaced it may have seen it, and removed it too.
             self.remove_superseded(saving.object)?;
@@ -225,6 +284,53 @@ mod tests {
             assert_eq!(store.object_count(), 1);
             assert!(store.metas(&[names[0].1], true).unwrap().contains_key(&names[0].1), "the value lives");
         }
+    }
+
+    #[test]
+    fn a_move_gives_way_to_a_save() {
+        // What comes between the look at the name and the move: the whole save, or the beginning of one that ends before
+        // or after the move.
+        for (whole, move_ends_first) in [(true, false), (false, false), (false, true)] {
+            let store = Arc::new(FakeStore::new(1 << 20));
+            let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+            let (source, copy, saved) = (object(&store), object(&store), object(&store));
+            store.put_name("x", source).unwrap();
+            let moving = fs.announce_move("x", copy).unwrap();
+            let mut saving = None;
+            if whole {
+                fs.point_name("x", saved, &["x"]).unwrap();
+            } else {
+                saving = fs.announce("x", saved).unwrap();
+                store.put_name("x", saved).unwrap();
+                store.delete(&[source]).unwrap();
+            }
+            store.put_name("x", copy).unwrap();
+            if move_ends_first {
+                fs.settle_move("x", moving, source);
+                fs.settle_save("x", saving);
+            } else {
+                fs.settle_save("x", saving);
+                fs.settle_move("x", moving, source);
+            }
+            assert_eq!(fs.object_of("x").unwrap(), Some(saved), "{whole} {move_ends_first}");
+            assert_eq!(store.object_count(), 1, "{whole} {move_ends_first}");
+            assert_nothing_hidden(&store);
+        }
+    }
+
+    #[test]
+    fn what_is_replaced_while_it_is_still_announced_goes() {
+        let store = Arc::new(FakeStore::new(1 << 20));
+        let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
+        let (first, second) = (object(&store), object(&store));
+        let saving = fs.announce("x", first).unwrap().unwrap();
+        store.put_name("x", first).unwrap();
+        assert!(fs.is_settled("x", &saving).unwrap());
+        fs.point_name("x", second, &["x"]).unwrap();
+        store.drop_name(&saving.open()).unwrap();
+        fs.sweep("x", &saving).unwrap();
+        assert_eq!((fs.object_of("x").unwrap(), store.object_count()), (Some(second), 1));
+        assert_nothing_hidden(&store);
     }
 
     #[test]
