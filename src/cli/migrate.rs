@@ -219,7 +219,7 @@ fn far(opened: &Opened, named: &Named, to: InstanceId) -> Result<Brought> {
         Ok(()) => Ok(Brought::Copied(copy)),
         Err(error) => {
             if there.is_none() {
-                opened.fs.discard(copy);
+                opened.fs.discard(copy, &error);
             }
             Err(error)
         }

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 
 use super::FileSystem;
 use super::direct::Named;
+use super::naming::is_clear;
 use super::objects::Loaded;
 use crate::dataset::recipe::recipe_of;
 use crate::error::{Context, Error, Kind, Result};
@@ -335,16 +336,20 @@ impl FileSystem {
         };
         if let Err(error) = self.promote(&named.name, named.object, copy) {
             if known.is_none() {
-                self.discard(copy);
+                self.discard(copy, &error);
             }
             return Err(error);
         }
         Ok(Brought::Copied(copy))
     }
 
-    /// Removes a copy that was to become a dataset, unless it has become one under whatever name.
-    pub fn discard(&self, copy: ObjectId) {
-        self.delete_unnamed(copy);
+    /// Removes a copy that was to become a dataset and did not because of an error, unless it has become one under whatever
+    /// name, or still may.
+    pub fn discard(&self, copy: ObjectId, error: &Error) {
+        match is_clear(error) {
+            true => self.delete_unnamed(copy),
+            false => self.leave_open([copy]),
+        }
     }
 
     /// Lets a name point to a copy of its object, which then goes.
@@ -363,6 +368,9 @@ impl FileSystem {
                 false => Err(replaced()),
             });
             if let Err(error) = put {
+                if !is_clear(&error) {
+                    self.leave_open([object]);
+                }
                 self.withdraw(saving);
                 return Err(error);
             }
@@ -523,8 +531,8 @@ mod tests {
             let go = &|copy: ObjectId| {
                 let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
                 let moved = fs.promote("x", source, copy);
-                if moved.is_err() {
-                    fs.discard(copy);
+                if let Err(error) = &moved {
+                    fs.discard(copy, error);
                 }
                 moved.is_ok()
             };

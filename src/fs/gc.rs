@@ -244,7 +244,7 @@ impl FileSystem {
                 Ok(still)
             }
             Finding::Unknown(copy) => {
-                let _naming = self.naming.lock().unwrap_or_else(|e| e.into_inner());
+                let _naming = self.naming();
                 let all = NameQuery::Prefix { prefix: String::new(), limit: None };
                 let still = !self.store.names(&[all])?.into_iter().flatten().any(|(_, object)| object == copy.object);
                 if still {

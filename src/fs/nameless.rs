@@ -24,11 +24,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Part of the time that such questions may take: vineyardd answers nobody else meanwhile.
 const SHARE: u32 = 5;
 
-/// Whether a name keeps its object: the announcement of a save does not, and goes with that save.
-fn is_name(name: &str) -> bool {
-    !name.starts_with(&saves::prefix())
-}
-
 /// Objects that wait until it is known whether a name leads to them.
 #[derive(Default)]
 pub(super) struct Nameless {
