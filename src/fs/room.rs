@@ -122,10 +122,12 @@ mod tests {
         let store = Arc::new(FakeStore::new(1 << 20));
         let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
         let kept = |name: &str| {
-            let blob = store.put_blob(&[1; 500]).unwrap();
-            let blob = json!({"id": blob.id.to_string(), "typename": "vineyard::Blob"});
+            let blob = |bytes: &[u8]| json!({"id": store.put_blob(bytes).unwrap().id.to_string(), "typename": "vineyard::Blob"});
             let recipe = json!({"view": "parquet", "size": 500}).to_string();
-            store.put_object(name, json!({"typename": "t", KEPT: blob, RECIPE: recipe})).unwrap()
+            let content = json!({"typename": "vineyard::Tensor<double>", "value_type_": "float64",
+                "value_type_meta_": "<f8", "shape_": "[2]", "partition_index_": "[]", "order_": "\"C\"",
+                "buffer_": blob(&[0; 16]), KEPT: blob(&[1; 500]), RECIPE: recipe});
+            store.put_object(name, content).unwrap()
         };
         let copy = Copy { source: ObjectId(77), instance: InstanceId(0), object: ObjectId::INVALID }.name();
         let announced = ".vineyard-fs/saves/0000000000000000/o0000000000000009";
@@ -133,6 +135,6 @@ mod tests {
         assert_eq!(fs.give_up_kept(u64::MAX).unwrap(), 500);
         assert_eq!((fs.object_of(&copy).unwrap(), fs.object_of(announced).unwrap()), (Some(copied), Some(saved)));
         assert_ne!(fs.object_of("x").unwrap(), Some(own));
-        assert_eq!((store.object_count(), store.blob_count()), (3, 2));
+        assert_eq!((store.object_count(), store.blob_count()), (3, 5));
     }
 }
