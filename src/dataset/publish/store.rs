@@ -9,9 +9,15 @@ use serde_json::{Map, Value, json};
 use super::Staged;
 use super::check::{self, Offset};
 use super::plan::{Draft, Field, Outcome, Part, Plan, PlannedBlob, PlannedObject};
+use crate::dataset::native::ARRAY;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::store::{NewBlob, NewObject};
 use crate::vineyard::{ObjectId, Store};
+
+/// The type of vineyard's lists, which may lie in one another.
+const LIST: &str = "vineyard::LargeListArray";
+/// Schemas from this size on, as text, are looked at again.
+const LONG: usize = 1 << 20;
 
 /// Bytes that one thread copies before it looks for more work.
 const PIECE: u64 = 8 << 20;
@@ -63,8 +69,7 @@ pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Pu
         }
     };
     let root = root.ok_or_else(|| Error::new(Kind::Internal, "a plan without objects"))?;
-    // Bytes as they are need no proof.
-    if !matches!(plan.outcome, Outcome::File | Outcome::Pickle) {
+    if needs_proof(plan) {
         super::proof::prove(store, root, lock(&made.blobs).iter().copied().collect())?;
     }
     if !made.alone {
@@ -73,6 +78,14 @@ pub fn execute(store: &dyn Store, plan: &Plan, staged: &Staged<'_>) -> Result<Pu
     made.keep.store(true, Ordering::Relaxed);
     let blobs = lock(&made.blobs).drain(..).map(|(id, _)| id).collect();
     Ok(Published { id: root, blobs, outcome: plan.outcome, warnings: plan.warnings.clone() })
+}
+
+/// Whether it is not certain that what is made can be read again. Files as they are, tensors, and columns of vineyard's own
+/// flat types can; asking for the metadata of a wide table would take as long as a good part of its save.
+fn needs_proof(plan: &Plan) -> bool {
+    let nests = |object: &PlannedObject| matches!(object.typename.as_str(), ARRAY | LIST);
+    let text = |(_, field): &(String, Field)| matches!(field, Field::Json(Value::String(text)) if text.len() > LONG);
+    plan.decode.is_some() || plan.objects.iter().any(|object| nests(object) || object.fields.iter().any(text))
 }
 
 /// As [`execute`]; where the content turns out broken only while it is decoded, or what was made of it cannot be read
