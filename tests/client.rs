@@ -240,7 +240,6 @@ fn every_name_is_found_and_no_other() {
         "axb",
         "[!a]",
         "a/b*c",
-        "",
         "日本",
         ".hid",
         "a\0b",
@@ -268,6 +267,7 @@ fn every_name_is_found_and_no_other() {
     for name in &names {
         client.put_name(name, id).unwrap();
     }
+    assert_eq!(client.put_name("", id).unwrap_err().kind(), Kind::Invalid, "it would take the place of all");
     names.push("a".into());
     names.sort_unstable();
     let queries: Vec<NameQuery> = names.iter().map(|n| NameQuery::Exact(n.clone())).collect();
