@@ -53,6 +53,7 @@ def digest(path) -> str:
 
 def next_server(mount, how: str):
     server = mount.status()["server"]["pid"]
+    mount.expected_restarts += 1
     if how == "upgraded":
         cli("upgrade", mount.path)
     else:
