@@ -402,7 +402,7 @@ impl FileSystem {
             }
         } else {
             self.point_name(&name, from.object, &path_names)?;
-            self.store.drop_name(&from.name)?;
+            self.remove_version(&from.name, from.object)?;
         }
         self.find(path)?.ok_or_else(|| Error::stale(format!("{path:?} was removed meanwhile")))
     }

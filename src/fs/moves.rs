@@ -222,6 +222,10 @@ impl FileSystem {
         for (old, ..) in plan.names.iter().filter(|(old, ..)| !new.contains(old.as_str()) && now.contains_key(old)) {
             self.store.drop_name(old)?;
         }
+        if self.is_shared()? {
+            // A save on another instance that has replaced one under its new name left it to the old one.
+            planned.into_iter().for_each(|object| self.delete_unnamed(object));
+        }
         Ok(())
     }
 

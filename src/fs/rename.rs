@@ -133,23 +133,15 @@ impl FileSystem {
         Ok(())
     }
 
-    /// As [`FileSystem::remove_name`], unless the name leads to another object by now.
-    fn remove_version(&self, name: &str, object: ObjectId) -> Result<()> {
+    /// As [`FileSystem::remove_name`], unless the name leads to another object by now. Also for the old name of an object
+    /// that has got a new one: that may lead to another object by now, whose save left ours to this name.
+    pub(super) fn remove_version(&self, name: &str, object: ObjectId) -> Result<()> {
         let _naming = self.naming();
         if self.object_of(name)? == Some(object) {
             let _unit = self.unit();
             self.suspect(&[object]);
             self.store.drop_name(name)?;
             self.delete_unnamed(object);
-        }
-        Ok(())
-    }
-
-    /// Removes a name whose object has another one, unless it leads elsewhere by now.
-    fn drop_old_name(&self, name: &str, object: ObjectId) -> Result<()> {
-        let _naming = self.naming();
-        if self.object_of(name)? == Some(object) {
-            self.store.drop_name(name)?;
         }
         Ok(())
     }
@@ -249,7 +241,7 @@ impl FileSystem {
             let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| *dataset == name);
             let new_name = self.point_path(&target, native, object)?;
             if new_name != name {
-                self.drop_old_name(&name, object)?;
+                self.remove_version(&name, object)?;
             }
             staged.state().published = Some((new_name, object));
         }
@@ -350,7 +342,7 @@ impl FileSystem {
         if name == view.name {
             return Ok(());
         }
-        self.drop_old_name(&view.name, view.object)
+        self.remove_version(&view.name, view.object)
     }
 
     /// The kernel lets the new path lead to the inode of the old one, and may open that for writing: it must know by
