@@ -9,7 +9,15 @@ import subprocess
 import time
 import urllib.request
 
+import numpy as np
+import pandas as pd
 from conftest import Mount, unmount_all, vineyardd_binary
+
+
+def numbers(rows: int, columns: int, seed: int = 1) -> pd.DataFrame:
+    """The same for the same arguments; no two values are alike."""
+    random = np.random.default_rng(seed)
+    return pd.DataFrame({f"c{i}": random.random(rows) for i in range(columns)})
 
 
 def etcd_binary() -> str:

@@ -176,6 +176,26 @@ def store(folder):
     store.stop()
 
 
+def instances(folder, count):
+    from cluster import Cluster
+
+    cluster = Cluster(folder, count)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def cluster(folder):
+    """Two instances on one etcd."""
+    yield from instances(folder, 2)
+
+
+@pytest.fixture
+def three(folder):
+    """Three instances on one etcd."""
+    yield from instances(folder, 3)
+
+
 @pytest.fixture(params=["passthrough", "requests"])
 def serving(request):
     """Both ways to serve files: by the kernel from memory files, and by requests."""

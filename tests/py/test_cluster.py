@@ -13,23 +13,11 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 import vineyard
-from cluster import Cluster
-
-
-@pytest.fixture
-def cluster(folder):
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.stop()
+from cluster import numbers
 
 
 def remote(mount) -> dict:
     return mount.status()["fs"]["remote"]
-
-
-def numbers(rows: int, columns: int, seed: int = 1) -> pd.DataFrame:
-    random = np.random.default_rng(seed)
-    return pd.DataFrame({f"c{i}": random.random(rows) for i in range(columns)})
 
 
 def test_what_another_client_wrote_is_read_everywhere(cluster):

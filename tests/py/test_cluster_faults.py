@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from cluster import Cluster, Link
+from cluster import Cluster, Link, numbers
 from conftest import cli
 
 # What a program may see of data that cannot be had.
@@ -29,22 +29,10 @@ needs_links = pytest.mark.skipif(not has_links(), reason="needs root, network na
 
 
 @pytest.fixture
-def cluster(folder):
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture
 def linked(folder):
     cluster = Cluster(folder, 2, linked=True)
     yield cluster
     cluster.stop()
-
-
-def numbers(rows: int, columns: int, seed: int = 1) -> pd.DataFrame:
-    random = np.random.default_rng(seed)
-    return pd.DataFrame({f"c{i}": random.random(rows) for i in range(columns)})
 
 
 def outcome(action, limit=15):

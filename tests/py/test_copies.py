@@ -8,27 +8,8 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from cluster import Cluster
+from cluster import numbers
 from conftest import cli
-
-
-@pytest.fixture
-def cluster(folder):
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture
-def three(folder):
-    cluster = Cluster(folder, 3)
-    yield cluster
-    cluster.stop()
-
-
-def numbers(rows: int, columns: int, seed: int = 1) -> pd.DataFrame:
-    random = np.random.default_rng(seed)
-    return pd.DataFrame({f"c{i}": random.random(rows) for i in range(columns)})
 
 
 def told(instance, *arguments):

@@ -13,21 +13,7 @@ import pytest
 from cluster import Cluster
 from conftest import BINARY, cli
 from test_clock import clock  # noqa: F401
-from test_copies import numbers, sha, told, unnoticed, until, where
-
-
-@pytest.fixture
-def cluster(folder):
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture
-def three(folder):
-    cluster = Cluster(folder, 3)
-    yield cluster
-    cluster.stop()
+from test_copies import sha, told, unnoticed, until, where
 
 
 def begin(instance, *arguments):
