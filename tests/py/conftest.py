@@ -122,6 +122,11 @@ class Mount:
         self.expected_restarts += 1
         return pid
 
+    def upgrade(self):
+        """Replaces the server by a new one, as `vineyard-fs upgrade` does."""
+        cli("upgrade", self.path)
+        self.expected_restarts += 1
+
     def faults(self) -> list[str]:
         """What is wrong with the mount: servers that ended by themselves, and panics."""
         found = []

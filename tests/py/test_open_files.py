@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +11,6 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import cli
 
 READER = """
 import hashlib, mmap, os, sys
@@ -53,11 +51,7 @@ def digest(path) -> str:
 
 def next_server(mount, how: str):
     server = mount.status()["server"]["pid"]
-    mount.expected_restarts += 1
-    if how == "upgraded":
-        cli("upgrade", mount.path)
-    else:
-        os.kill(server, signal.SIGKILL)
+    mount.upgrade() if how == "upgraded" else mount.kill_server()
     deadline = time.monotonic() + 20
     while mount.status().get("server", {}).get("pid") in (None, server):
         assert time.monotonic() < deadline, "no server comes back"

@@ -101,13 +101,13 @@ def _(m):
         m.store.put(name, np.arange(float(size)))
     first = {name: open(m / f"{name}.npy", "rb") for name in ["small", "large"]}
     maps = {name: mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) for name, file in first.items()}
-    cli("upgrade", m.path)
+    m.upgrade()
     for name, file in first.items():
         with open(m / f"{name}.npy", "rb") as again:
             expected = again.read()
         save(m / f"{name}.npy", 1)
         os.unlink(m / f"{name}.npy")
-        cli("upgrade", m.path)
+        m.kill_server()
         assert file.read() == expected and maps[name][:] == expected
         file.close()
         maps[name].close()
