@@ -65,7 +65,7 @@ fn a_killed_server_is_replaced_under_open_files() {
         open.read_to_end(&mut whole).unwrap();
         assert!(whole == bytes, "round {round}, the descriptor of before");
     }
-    assert_eq!(point.status()["server"]["restarts"], 3);
+    wait_until("the keeper tells its restarts", || point.status()["server"]["restarts"] == 3);
     drop(open);
     let output = point.unmount(&[]);
     assert!(output.status.success(), "{}", errors(&output));

@@ -59,14 +59,29 @@ impl Point {
         run(&[&["unmount", self.path().to_str().unwrap()], more].concat())
     }
 
+    #[track_caller]
     pub fn status(&self) -> Value {
-        let output = run(&["status", "--json", self.path().to_str().unwrap()]);
-        assert!(output.status.success(), "{}", errors(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
+        self.ask_status().unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// Its status, or what the command says if nothing is mounted.
+    pub fn ask_status(&self) -> Result<Value, String> {
+        let output = run(&["status", "--json", self.path().to_str().unwrap()]);
+        match output.status.success() {
+            true => Ok(serde_json::from_slice(&output.stdout).unwrap()),
+            false => Err(errors(&output)),
+        }
+    }
+
+    /// The number of a process of the mount. A busy keeper does not always tell it within a second.
     pub fn pid(&self, of: &str) -> Option<i32> {
-        self.status()[of]["pid"].as_i64().and_then(|pid| pid.try_into().ok())
+        let start = Instant::now();
+        loop {
+            let pid = self.status()[of]["pid"].as_i64();
+            if pid.is_some() || start.elapsed() > Duration::from_secs(20) {
+                return pid.and_then(|pid| pid.try_into().ok());
+            }
+        }
     }
 
     pub fn is_mounted(&self) -> bool {

@@ -111,9 +111,15 @@ class Mount:
         return self.path / name
 
     def status(self) -> dict:
+        """Waits for keepers and servers that are too busy to tell theirs within a second, but not for ever."""
         import json
 
-        return json.loads(cli("status", self.path, "--json").stdout)
+        patience = time.monotonic() + 20
+        while True:
+            status = json.loads(cli("status", self.path, "--json").stdout)
+            told = status["state"] == "dead" or ("server" in status and status["state"] != "hung")
+            if told or time.monotonic() > patience:
+                return status
 
     def kill_server(self) -> int:
         """Kills the server; the keeper starts another. Returns the process number."""

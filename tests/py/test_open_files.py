@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+DROP_CACHES = "/proc/sys/vm/drop_caches"
+
 READER = """
 import hashlib, mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -150,8 +152,10 @@ def test_what_was_saved_here_opens_while_it_is_open(make_mount):
             assert digest(mount / f"{name}.bin") == hashlib.sha256(data).hexdigest()
             assert os.pread(files[name], 1 << 20, 5 << 20) == data[5 << 20 : 6 << 20]
             os.close(files[name])
-        with open("/proc/sys/vm/drop_caches", "w") as drop:
-            drop.write("2")
+        # Only root may, and not everywhere; the kernel forgets by itself, too.
+        if os.access(DROP_CACHES, os.W_OK):
+            with open(DROP_CACHES, "w") as drop:
+                drop.write("2")
         time.sleep(0.5)
 
 
