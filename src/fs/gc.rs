@@ -17,7 +17,7 @@ use crate::vineyard::{InstanceId, Meta, ObjectId};
 const SAVING: Duration = Duration::from_secs(600);
 /// A save that looks unfinished is looked at again after this time: ids tell the time by the clock of the machine that made
 /// them, which may be set wrong, or have been set since. Longer than a save is announced unless its writer hangs.
-const SECOND_LOOK: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(10) };
+const SECOND_LOOK: Duration = if cfg!(test) { Duration::from_millis(500) } else { Duration::from_secs(10) };
 /// Most objects that are looked through for copies that nothing leads to.
 const MOST_OBJECTS: u64 = 50_000;
 /// Objects that are asked for with one call.
@@ -293,7 +293,7 @@ mod tests {
 
     use super::*;
     use crate::vineyard::Store;
-    use crate::vineyard::fake::FakeStore;
+    use crate::vineyard::fake::{FakeStore, Op};
 
     #[test]
     fn only_what_is_provably_dead_is_found() {
@@ -369,8 +369,11 @@ mod tests {
         let made = store.put_object(".vineyard-fs/saves/1/x", scalar).unwrap();
         let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>);
         std::thread::scope(|scope| {
+            let looked = store.calls(Op::Names);
             let looking = scope.spawn(|| fs.find_garbage().unwrap());
-            std::thread::sleep(SECOND_LOOK / 3);
+            while store.calls(Op::Names) == looked {
+                std::thread::yield_now();
+            }
             store.put_name("x", made).unwrap();
             store.drop_name(".vineyard-fs/saves/1/x").unwrap();
             assert_eq!(looking.join().unwrap(), []);

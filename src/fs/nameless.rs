@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::copies::Copy;
 use super::{FileSystem, saves};
 use crate::error::Result;
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -24,13 +25,19 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Part of the time that such questions may take: vineyardd answers nobody else meanwhile.
 const SHARE: u32 = 5;
 
+/// Objects that are looked for with one question.
+const BATCH: usize = 256;
+/// Objects that are deleted with one request.
+const DELETED: usize = 16;
+/// For how long others may be kept from changing names.
+const HELD: Duration = Duration::from_millis(50);
+
 /// Objects that wait until it is known whether a name leads to them.
 #[derive(Default)]
 pub(super) struct Nameless {
-    /// Held while it is asked for the names.
-    settling: Mutex<()>,
     waiting: Mutex<Waiting>,
     came: Condvar,
+    settled: Condvar,
 }
 
 #[derive(Default)]
@@ -40,6 +47,8 @@ struct Waiting {
     asked: Vec<ObjectId>,
     /// A thread looks after them.
     attended: bool,
+    /// Somebody deletes them, and what comes to wait by that.
+    settling: bool,
 }
 
 impl Nameless {
@@ -47,10 +56,65 @@ impl Nameless {
         self.waiting.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Waits for the turn to delete objects. Who deletes one must not ask for it.
+    fn turn(&self) -> Turn<'_> {
+        let mut waiting = self.waiting();
+        while waiting.settling {
+            waiting = self.settled.wait(waiting).unwrap_or_else(|e| e.into_inner());
+        }
+        waiting.settling = true;
+        Turn { nameless: self, ended: false }
+    }
+
     /// Whether an object waits.
     pub(super) fn contains(&self, object: ObjectId) -> bool {
         let waiting = self.waiting();
         waiting.objects.contains(&object) || waiting.asked.contains(&object)
+    }
+}
+
+/// The turn to delete objects. One thread has it at a time.
+struct Turn<'a> {
+    nameless: &'a Nameless,
+    ended: bool,
+}
+
+impl Turn<'_> {
+    /// Some that wait. If there are none, the turn ends in the same moment: what comes later is looked after by others.
+    fn take(&mut self) -> Option<Vec<ObjectId>> {
+        let mut waiting = self.nameless.waiting();
+        if waiting.objects.is_empty() {
+            self.end(waiting);
+            return None;
+        }
+        let some = waiting.objects.len().min(BATCH);
+        waiting.asked = waiting.objects.drain(..some).collect();
+        Some(waiting.asked.clone())
+    }
+
+    /// What was taken is settled, but for these.
+    fn settle(&self, left: &[ObjectId]) {
+        let mut waiting = self.nameless.waiting();
+        waiting.asked.clear();
+        waiting.objects.extend(left);
+    }
+
+    fn end(&mut self, mut waiting: MutexGuard<'_, Waiting>) {
+        waiting.settling = false;
+        self.ended = true;
+        drop(waiting);
+        self.nameless.settled.notify_all();
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            let mut waiting = self.nameless.waiting();
+            let asked = std::mem::take(&mut waiting.asked);
+            waiting.objects.extend(asked);
+            self.end(waiting);
+        }
     }
 }
 
@@ -75,17 +139,17 @@ impl FileSystem {
             Err(error) => tracing::info!(%object, "whether an object has a name is asked later: {error}"),
         }
         self.suspect_for_long(object);
-        let attended = {
-            let mut waiting = self.nameless.waiting();
-            waiting.objects.push(object);
-            waiting.attended
-        };
-        match attended {
-            true => self.nameless.came.notify_one(),
-            false => {
-                if let Err(error) = self.delete_all_nameless() {
-                    self.warn(format!("object {object} may be left over: {error}"));
-                }
+        let mut waiting = self.nameless.waiting();
+        waiting.objects.push(object);
+        if waiting.attended {
+            self.nameless.came.notify_one();
+        } else if !waiting.settling {
+            // Or it is a copy of one that is deleted right now, and has its turn after that.
+            waiting.settling = true;
+            drop(waiting);
+            let mut turn = Turn { nameless: &self.nameless, ended: false };
+            if let Err(error) = self.settle_all(&mut turn, false) {
+                self.warn(format!("object {object} may be left over: {error}"));
             }
         }
     }
@@ -95,37 +159,46 @@ impl FileSystem {
     /// # Errors
     /// What the store answers; they go on waiting then.
     pub fn delete_nameless(&self) -> Result<usize> {
+        let mut turn = self.nameless.turn();
         // Nobody moves an object from one name to another while it is looked for.
-        let _naming = self.naming();
-        self.delete_all_nameless()
+        self.settle_all(&mut turn, true)
     }
 
-    /// As [`FileSystem::delete_nameless`], with the lock on names held or without anybody else.
-    fn delete_all_nameless(&self) -> Result<usize> {
-        let _settling = self.nameless.settling.lock().unwrap_or_else(|e| e.into_inner());
-        let objects = {
-            let mut waiting = self.nameless.waiting();
-            waiting.asked = std::mem::take(&mut waiting.objects);
-            waiting.asked.clone()
-        };
-        let settled = if objects.is_empty() { Ok(()) } else { self.delete_of(&objects) };
-        let mut waiting = self.nameless.waiting();
-        let asked = std::mem::take(&mut waiting.asked);
-        if settled.is_err() {
-            waiting.objects.extend(asked);
+    /// Deletes all that wait and have no name. `lock` keeps names as they are, where that is not certain anyway.
+    fn settle_all(&self, turn: &mut Turn<'_>, lock: bool) -> Result<usize> {
+        let mut settled = 0;
+        while let Some(objects) = turn.take() {
+            let naming = lock.then(|| self.naming());
+            let (left, _) = self.delete_of(&objects)?;
+            drop(naming);
+            turn.settle(&left);
+            settled += objects.len() - left.len();
         }
-        settled.map(|()| objects.len())
+        Ok(settled)
     }
 
-    /// Deletes those of these objects that no name leads to.
-    fn delete_of(&self, objects: &[ObjectId]) -> Result<()> {
+    /// Deletes those of these objects that no name leads to. Returns those for which there was no time, and how long it
+    /// took to ask for the names.
+    fn delete_of(&self, objects: &[ObjectId]) -> Result<(Vec<ObjectId>, Duration)> {
+        let start = Instant::now();
         let all = NameQuery::Prefix { prefix: String::new(), limit: None };
-        let names = self.store.names(&[all])?.into_iter().flatten().filter(|(name, _)| !saves::is_mark(name));
-        let named: HashSet<ObjectId> = names.map(|(_, id)| id).collect();
+        let (mut named, mut copied) = (HashSet::new(), HashSet::new());
+        for (name, id) in self.store.names(&[all])?.into_iter().flatten().filter(|(name, _)| !saves::is_mark(name)) {
+            copied.extend(Copy::parse(&name, id).map(|copy| copy.source));
+            named.insert(id);
+        }
+        let question = start.elapsed();
         let (stay, go): (Vec<ObjectId>, Vec<ObjectId>) = objects.iter().partition(|object| named.contains(object));
         self.forget_suspects(&stay);
-        go.iter().for_each(|object| self.delete_suspect(*object));
-        Ok(())
+        let mut parts = go.chunks(DELETED);
+        while start.elapsed() < question + HELD
+            && let Some(part) = parts.next()
+        {
+            let (copied, alone): (Vec<ObjectId>, Vec<ObjectId>) = part.iter().partition(|id| copied.contains(id));
+            self.delete_suspects(&alone);
+            copied.into_iter().for_each(|object| self.delete_suspect(object));
+        }
+        Ok((parts.flatten().copied().collect(), question))
     }
 
     /// Looks after objects that wait, for ever. For a thread of its own.
@@ -137,12 +210,22 @@ impl FileSystem {
                 waiting = self.nameless.came.wait(waiting).unwrap_or_else(|e| e.into_inner());
             }
             drop(waiting);
-            let start = Instant::now();
-            if let Err(error) = self.delete_nameless() {
+            let question = self.settle_some().unwrap_or_else(|error| {
                 tracing::info!("objects without a name are deleted later: {error}");
-            }
-            std::thread::sleep(PAUSE.max(start.elapsed() * SHARE));
+                Duration::ZERO
+            });
+            std::thread::sleep(PAUSE.max(question * SHARE));
         }
+    }
+
+    /// Deletes some of those that wait and have no name. Returns how long it took to ask for the names.
+    fn settle_some(&self) -> Result<Duration> {
+        let mut turn = self.nameless.turn();
+        let Some(objects) = turn.take() else { return Ok(Duration::ZERO) };
+        let _naming = self.naming();
+        let (left, question) = self.delete_of(&objects)?;
+        turn.settle(&left);
+        Ok(question)
     }
 
     /// All names, if they are so few that asking for them takes less time than asking for the metadata of an object.
@@ -206,6 +289,45 @@ mod tests {
                 assert_eq!(store.object_count(), 1, "{order:?}");
             }
         }
+    }
+
+    #[test]
+    fn what_has_copies_goes_with_them() {
+        for names in [0, 1000] {
+            let (store, fs) = store(names);
+            let source = object(&store, &["x"]);
+            for instance in 1..=3 {
+                let copy = object(&store, &[]);
+                let copy = Copy { source, instance: crate::vineyard::InstanceId(instance), object: copy };
+                store.put_name(&copy.name(), copy.object).unwrap();
+            }
+            fs.remove_name("x").unwrap();
+            assert_eq!((store.object_count(), fs.copies(source).unwrap().len()), (1, 0), "{names} names");
+        }
+    }
+
+    #[test]
+    fn others_may_change_names_while_many_objects_go() {
+        let (store, fs) = store(1000);
+        let count = 3 * BATCH + 7;
+        let objects: Vec<ObjectId> = (0..count).map(|_| object(&store, &[])).collect();
+        store.put_name("kept", objects[BATCH]).unwrap();
+        fs.nameless.waiting().objects.extend(&objects);
+        assert_eq!(fs.delete_nameless().unwrap(), count);
+        assert_eq!((store.object_count(), fs.object_of("kept").unwrap()), (2, Some(objects[BATCH])));
+        let waiting = fs.nameless.waiting();
+        assert!(waiting.objects.is_empty() && waiting.asked.is_empty() && !waiting.settling);
+    }
+
+    #[test]
+    fn what_cannot_be_asked_for_waits_on() {
+        let (store, fs) = store(1000);
+        let object = object(&store, &[]);
+        fs.nameless.waiting().objects.push(object);
+        store.fail_next(crate::vineyard::fake::Op::Names, 1, crate::Kind::Unavailable);
+        fs.delete_nameless().unwrap_err();
+        assert!(fs.nameless.contains(object) && store.object_count() == 2);
+        assert_eq!((fs.delete_nameless().unwrap(), store.object_count()), (1, 1));
     }
 
     #[test]

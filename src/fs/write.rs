@@ -512,6 +512,23 @@ impl FileSystem {
         }
     }
 
+    /// As [`FileSystem::delete_suspect`], with one request for several that have no copies.
+    pub(super) fn delete_suspects(&self, objects: &[ObjectId]) {
+        let opens = self.lazy_opens();
+        let (read, free): (Vec<ObjectId>, Vec<ObjectId>) = objects.iter().partition(|id| opens.contains_key(id));
+        self.doomed.lock().unwrap_or_else(|e| e.into_inner()).extend(read);
+        drop(opens);
+        for object in &free {
+            self.cache.forget(*object);
+            self.objects.forget(*object);
+        }
+        match self.store.delete(&free) {
+            Ok(()) => self.forget_suspects(&free),
+            // Which one it is shows one by one.
+            Err(_) => free.into_iter().for_each(|object| self.delete_suspect(object)),
+        }
+    }
+
     /// Deletes an object that nothing names any more, as soon as no open handle reads its blobs.
     pub(super) fn delete_object(&self, object: ObjectId) {
         let _noted_if_not = self.delete_or_note(object);
