@@ -13,7 +13,7 @@ use crate::fs::FileSystem;
 use crate::fs::copies::Brought;
 use crate::fs::direct::Named;
 use crate::fs::naming::lock_of;
-use crate::vineyard::copy::Progress;
+use crate::vineyard::copy::{Progress, whole};
 use crate::vineyard::store::{Instance, InstanceInfo};
 use crate::vineyard::{InstanceId, ObjectId, Store};
 
@@ -206,6 +206,7 @@ fn far(opened: &Opened, named: &Named, to: InstanceId) -> Result<Brought> {
         (Some(object), _) if object == named.object => return Ok(Brought::Here(object)),
         (Some(copy), _) => copy,
         (None, Some(source)) => {
+            whole(source)?;
             let bar = store::progress(&named.name, None);
             bar.enable_steady_tick(Duration::from_millis(200));
             let store = opened.store.clone() as Arc<dyn Store>;

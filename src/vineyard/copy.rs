@@ -45,16 +45,25 @@ pub fn copy_size(store: &dyn Store, meta: &Meta) -> Result<u64> {
     blobs.iter().map(|key| store.size(*key)).sum()
 }
 
+/// Refuses what has no copy of its own.
+///
+/// # Errors
+/// `Unsupported` for an object whose members live on several instances.
+pub fn whole(meta: &Meta) -> Result<()> {
+    if meta.instance() == InstanceId::UNSPECIFIED || meta.get("global") == Some(&Value::Bool(true)) {
+        let what = format!("{} is spread over instances: its parts stay where they are", meta.id());
+        return Err(Error::new(Kind::Unsupported, what));
+    }
+    Ok(())
+}
+
 /// Makes a permanent copy on the instance of `store`, with some plain values of the root added. All or nothing.
 ///
 /// # Errors
 /// `Unsupported` for an object whose members live on several instances; `Full`; `Stale` if the object goes meanwhile;
 /// `Unreachable`; `Remote` if data of other instances may not be brought; what `progress` says.
 pub fn copy_object(store: &dyn Store, meta: &Meta, extra: Map<String, Value>, progress: Progress) -> Result<ObjectId> {
-    if meta.instance() == InstanceId::UNSPECIFIED || meta.get("global") == Some(&Value::Bool(true)) {
-        let what = format!("{} is spread over instances: its parts stay where they are", meta.id());
-        return Err(Error::new(Kind::Unsupported, what));
-    }
+    whole(meta)?;
     let here = store.instance()?.id;
     let keys = meta.blobs();
     store.prepare(&keys)?;
