@@ -295,7 +295,7 @@ impl FileSystem {
 
     /// Changes of names also keep out who else holds this [lock](naming::lock_of).
     #[must_use]
-    pub fn locked_by(mut self, folder: Option<std::fs::File>) -> Self {
+    pub fn locked_by(mut self, folder: Option<naming::Folder>) -> Self {
         self.naming = naming::Naming::new(folder);
         self
     }

@@ -1,9 +1,9 @@
-//! Connecting to a Unix socket without waiting for ever.
+//! Connecting to a Unix socket without waiting for ever, and telling two sockets apart.
 
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -36,6 +36,16 @@ pub fn connect_within(path: &Path, deadline: Instant) -> Result<UnixStream> {
     Ok(stream)
 }
 
+/// Where a socket lies, whatever path led there: links are followed. It need not exist.
+pub fn place(path: &Path) -> PathBuf {
+    let beside = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Ok(folder.canonicalize()?.join(path.file_name().ok_or(ErrorKind::InvalidInput)?))
+    };
+    let found: Result<PathBuf> = path.canonicalize().or_else(|_| beside(path));
+    found.unwrap_or_else(|_| path.to_owned())
+}
+
 /// Whether somebody listens there, who has no room for more who connect.
 pub fn is_full(error: &Error) -> bool {
     error.kind() == ErrorKind::TimedOut
@@ -63,6 +73,19 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    #[test]
+    fn a_socket_is_one_by_whatever_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let real = folder.path().canonicalize().unwrap().join("s");
+        assert_eq!(place(&folder.path().join("./s")), real, "before it is there");
+        let _listener = UnixListener::bind(&real).unwrap();
+        let (link, below) = (folder.path().join("link"), folder.path().join("below"));
+        std::os::unix::fs::symlink("s", &link).unwrap();
+        std::os::unix::fs::symlink(".", &below).unwrap();
+        assert_eq!([place(&link), place(&below.join("s")), place(&real)], [&real, &real, &real].map(PathBuf::clone));
+        assert_eq!(place(Path::new("/nowhere/at/all")), Path::new("/nowhere/at/all"));
+    }
 
     #[test]
     fn who_has_no_room_is_not_waited_for_and_who_has_some_soon_is() {

@@ -27,9 +27,14 @@ pub struct Args {
 /// If something could not be cleaned up.
 pub fn run(arguments: &Args) -> Result<()> {
     let opened = arguments.place.open()?;
-    let reclaimed = if arguments.dry_run { 0 } else { opened.reclaim()? };
     let mut done = Vec::new();
     let mut failures = 0;
+    let reclaimed = if arguments.dry_run { opened.left_behind() } else { opened.reclaim() };
+    let reclaimed = reclaimed.unwrap_or_else(|error| {
+        failures += 1;
+        eprintln!("vineyard-fs: what killed commands and servers have left: {error}");
+        0
+    });
     for finding in opened.fs.find_garbage()? {
         match if arguments.dry_run { Ok(true) } else { opened.fs.clean(&finding) } {
             Ok(true) => done.push(finding),
@@ -44,19 +49,22 @@ pub fn run(arguments: &Args) -> Result<()> {
     let young = opened.fs.young_saves()?;
     opened.warn();
     match arguments.json {
-        true => store::print_json(&done.iter().map(json_of).collect())?,
+        true => {
+            let left = (reclaimed > 0).then(|| json!({"kind": "left", "looked_at": reclaimed}));
+            store::print_json(&left.into_iter().chain(done.iter().map(json_of)).collect())?;
+        }
         false if done.is_empty() && young == 0 && reclaimed == 0 => store::print("nothing to clean up\n")?,
         false => {
+            let would = if arguments.dry_run { "would be: " } else { "" };
             if reclaimed > 0 {
                 let what = format!("removed what killed commands and servers have left: {reclaimed} objects and blobs");
-                store::print(&format!("{what} were looked at\n"))?;
+                store::print(&format!("{would}{what} were looked at\n"))?;
             }
             if young > 0 {
                 let saves = if young == 1 { "1 save is".to_owned() } else { format!("{young} saves are") };
                 let when = "what an unfinished one has left is removed 10 minutes after it began";
                 store::print(&format!("{saves} under way or unfinished: {when}\n"))?;
             }
-            let would = if arguments.dry_run { "would be: " } else { "" };
             store::print(&done.iter().map(|finding| format!("{would}{}\n", line(finding))).collect::<String>())?;
         }
     }

@@ -19,6 +19,7 @@ use crate::fuse::area::Maker;
 use crate::fuse::leftovers::Leftovers;
 use crate::fuse::runtime::Runtime;
 use crate::fuse::status;
+use crate::socket::place;
 use crate::vineyard::journal::Journal;
 use crate::vineyard::launch::{self, Environment};
 use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, Store};
@@ -54,6 +55,8 @@ pub struct Opened {
     pub store: Arc<Client>,
     /// Its names and files.
     pub fs: FileSystem,
+    /// Its socket.
+    socket: PathBuf,
     /// Mounts of this store: mount point, and the name that is its root.
     mounts: Vec<(PathBuf, String)>,
     /// What is left if this process is killed.
@@ -119,9 +122,10 @@ impl Place {
         let (client, notes) = connect(&socket)?;
         let store = Arc::new(client);
         let fs = FileSystem::unmounted(store.clone() as Arc<dyn Store>).locked_by(lock_of(&socket));
-        let mounts = mounts.into_iter().filter(|mount| mount.socket == socket);
+        let here = place(&socket);
+        let mounts = mounts.into_iter().filter(|mount| place(&mount.socket) == here);
         let mounts = mounts.map(|mount| (mount.mountpoint, mount.prefix)).collect();
-        Ok(Opened { store, fs, mounts, _notes: notes })
+        Ok(Opened { store, fs, socket, mounts, _notes: notes })
     }
 }
 
@@ -132,12 +136,24 @@ impl Opened {
     /// # Errors
     /// What the store answers.
     pub fn reclaim(&self) -> Result<usize> {
-        let socket = self.store.instance()?.socket;
-        let (notes, journal) = Notes::open(&socket, true);
-        let client = Client::connect(ClientOptions::socket(&socket).remote(remote()).journal(journal))?;
+        let (notes, journal) = Notes::open(&self.socket, true);
+        let client = Client::connect(ClientOptions::socket(&self.socket).remote(remote()).journal(journal))?;
         let looked_at = FileSystem::unmounted(Arc::new(client) as Arc<dyn Store>).reclaim();
         drop(notes);
         looked_at
+    }
+
+    /// At most how many objects and blobs [`Opened::reclaim`] would look at.
+    ///
+    /// # Errors
+    /// If what was noted cannot be read.
+    pub fn left_behind(&self) -> Result<usize> {
+        let count = |file| {
+            let journal = Journal::open(file)?;
+            let wished: usize = journal.unanswered().values().map(|wish| wish.sizes.len()).sum();
+            Ok(journal.kept().len() + wished)
+        };
+        Leftovers::of_dead(&self.socket)?.into_iter().map(count).sum()
     }
 
     /// What a user calls a dataset: a name, a path below the root of a mount, or the whole path of a file on a mount.
@@ -207,8 +223,8 @@ fn choose(named: Option<&Path>, environment: &Environment, mounts: &[MountedStor
         return Ok(std::path::absolute(socket)?);
     }
     let mut stores: Vec<&Path> = mounts.iter().map(|mount| mount.socket.as_path()).collect();
-    stores.sort_unstable();
-    stores.dedup();
+    stores.sort_unstable_by_key(|socket| place(socket));
+    stores.dedup_by_key(|socket| place(socket));
     match stores.as_slice() {
         [store] => {
             let answer = launch::probe(store, PATIENCE);

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,75 +14,140 @@ use nix::errno::Errno;
 
 use super::FileSystem;
 use crate::error::{Context, Error, Kind, Result};
+use crate::socket::place;
 use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::ObjectId;
 
 /// How long others are waited for. They hold the lock for some questions to vineyardd; one that was stopped meanwhile must
 /// not stop everybody.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For how long nobody is waited for after that was in vain.
+const IN_VAIN: Duration = Duration::from_secs(60);
+/// How often it is tried meanwhile.
+const RETRY: Duration = Duration::from_micros(500);
+/// Who has held the lock for so long, again and again without a break,
+const BUSY: Duration = Duration::from_millis(50);
+/// takes a break of this length: others see it within [`RETRY`], while the kernel would give the lock to whoever asks first
+/// after it is free.
+const BREAK: Duration = Duration::from_millis(2);
 
 /// See the [module](self).
 #[derive(Default)]
 pub(super) struct Naming {
-    within: Mutex<()>,
-    folder: Option<File>,
+    within: Mutex<Pace>,
+    folder: Option<Folder>,
     changes: AtomicU64,
+}
+
+/// How this process has used the lock of all processes.
+#[derive(Default)]
+struct Pace {
+    /// When it was released last.
+    released: Option<Instant>,
+    /// For how long it has been held since the last break.
+    held: Duration,
+    /// When somebody else was waited for in vain.
+    in_vain: Option<Instant>,
+}
+
+/// The folder on which those who use a store lock each other out.
+#[derive(Debug)]
+pub struct Folder {
+    file: File,
+    path: PathBuf,
 }
 
 /// Nobody else changes names until it is dropped.
 pub(super) struct Guard<'a> {
     naming: &'a Naming,
-    folder: Option<&'a File>,
-    _within: MutexGuard<'a, ()>,
+    folder: Option<(&'a Folder, Instant)>,
+    pace: MutexGuard<'a, Pace>,
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         self.naming.changes.fetch_add(1, Ordering::Relaxed);
-        if let Some(folder) = self.folder {
-            let _unlocked = flock(folder, libc::LOCK_UN);
+        if let Some((folder, since)) = self.folder {
+            let _unlocked = folder.flock(libc::LOCK_UN);
+            self.pace.held += since.elapsed();
+            self.pace.released = Some(Instant::now());
         }
     }
 }
 
-fn flock(file: &File, operation: libc::c_int) -> nix::Result<()> {
-    // SAFETY: the descriptor is open as long as `file` lives.
-    Errno::result(unsafe { libc::flock(file.as_raw_fd(), operation) }).map(drop)
+impl Folder {
+    fn flock(&self, operation: libc::c_int) -> nix::Result<()> {
+        // SAFETY: the descriptor is open as long as the file lives.
+        Errno::result(unsafe { libc::flock(self.file.as_raw_fd(), operation) }).map(drop)
+    }
+
+    /// False if somebody else keeps it for too long.
+    fn lock(&self, pace: &mut Pace) -> bool {
+        pace.rest();
+        let start = Instant::now();
+        let patience = match pace.in_vain {
+            Some(when) if when.elapsed() < IN_VAIN => Duration::ZERO,
+            _ => PATIENCE,
+        };
+        loop {
+            match self.flock(libc::LOCK_EX | libc::LOCK_NB) {
+                Ok(()) => {
+                    pace.in_vain = None;
+                    return true;
+                }
+                Err(Errno::EWOULDBLOCK | Errno::EINTR) if start.elapsed() < patience => std::thread::sleep(RETRY),
+                Err(errno) => {
+                    if patience > Duration::ZERO {
+                        pace.in_vain = Some(Instant::now());
+                        let folder = self.path.display();
+                        tracing::warn!(
+                            "names are changed without the lock on {folder}, which somebody else keeps ({}; `fuser -v \
+                             {folder}` tells who): saves and renames of other mounts at the same moment may be lost",
+                            errno.desc()
+                        );
+                    }
+                    return false;
+                }
+            }
+        }
+    }
+}
+
+impl Pace {
+    /// Takes a break if it is due.
+    fn rest(&mut self) {
+        let free = self.released.map_or(BREAK, |released| released.elapsed());
+        if free < BREAK && self.held < BUSY {
+            return;
+        }
+        if free < BREAK {
+            std::thread::sleep(BREAK - free);
+        }
+        self.held = Duration::ZERO;
+    }
 }
 
 /// The folder on which those who use the store at a socket lock each other out; `None` without the right to open it.
-pub fn lock_of(socket: &Path) -> Option<File> {
-    let folder = socket.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let opened = File::open(folder).inspect_err(|error| {
-        tracing::info!("other mounts of this store are not locked out: {}: {error}", folder.display());
-    });
-    opened.ok()
+pub fn lock_of(socket: &Path) -> Option<Folder> {
+    let path = place(socket).parent().unwrap_or(Path::new("/")).to_owned();
+    match File::open(&path) {
+        Ok(file) => Some(Folder { file, path }),
+        Err(error) => {
+            tracing::info!("other mounts of this store are not locked out: {}: {error}", path.display());
+            None
+        }
+    }
 }
 
 impl Naming {
-    pub(super) fn new(folder: Option<File>) -> Self {
+    pub(super) fn new(folder: Option<Folder>) -> Self {
         Naming { folder, ..Naming::default() }
     }
 
     fn lock(&self) -> Guard<'_> {
-        let within = self.within.lock().unwrap_or_else(|e| e.into_inner());
-        let start = Instant::now();
-        let mut pause = Duration::from_micros(100);
-        let folder = self.folder.as_ref().filter(|folder| {
-            loop {
-                match flock(folder, libc::LOCK_EX | libc::LOCK_NB) {
-                    Ok(()) => return true,
-                    Err(Errno::EWOULDBLOCK | Errno::EINTR) if start.elapsed() < PATIENCE => {}
-                    Err(errno) => {
-                        tracing::warn!("names are changed without the lock on them: {}", errno.desc());
-                        return false;
-                    }
-                }
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(Duration::from_millis(5));
-            }
-        });
-        Guard { naming: self, folder, _within: within }
+        let mut pace = self.within.lock().unwrap_or_else(|e| e.into_inner());
+        let folder = self.folder.as_ref().filter(|folder| folder.lock(&mut pace));
+        Guard { naming: self, folder: folder.map(|folder| (folder, Instant::now())), pace }
     }
 }
 
@@ -205,5 +270,40 @@ mod tests {
             }
         });
         assert!(lock_of(Path::new("/nowhere/at/all")).is_none());
+    }
+
+    #[test]
+    fn who_is_busy_lets_others_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let [busy, other] = [(); 2].map(|()| Naming::new(lock_of(&folder.path().join("vineyard.sock"))));
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        let _guard = busy.lock();
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                });
+            }
+            for _ in 0..20 {
+                assert!(other.lock().folder.is_some());
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn who_keeps_the_lock_is_waited_for_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let [keeper, other] = [(); 2].map(|()| Naming::new(lock_of(&folder.path().join("vineyard.sock"))));
+        let kept = keeper.lock();
+        let start = Instant::now();
+        assert!(other.lock().folder.is_none() && start.elapsed() >= PATIENCE);
+        let start = Instant::now();
+        (0..20).for_each(|_| assert!(other.lock().folder.is_none()));
+        assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+        drop(kept);
+        assert!(other.lock().folder.is_some());
     }
 }

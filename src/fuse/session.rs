@@ -4,7 +4,6 @@
 //! made from what was agreed, and its descriptor is then replaced by the real one. A final notification makes the
 //! kernel repeat what an earlier server read and did not answer.
 
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
@@ -29,7 +28,7 @@ use super::stats::Stats;
 use super::workers::Workers;
 use super::{metrics, privileges, status};
 use crate::error::{Context, Error, Kind, Result};
-use crate::fs::naming::lock_of;
+use crate::fs::naming::{self, lock_of};
 use crate::fs::{FileSystem, Host, Options};
 use crate::vineyard::journal::Journal;
 use crate::vineyard::{Client, ClientOptions, MemoryMaker, RemoteOptions, RemotePolicy};
@@ -298,7 +297,7 @@ fn open_filesystem(
     hello: &Hello,
     link: &Arc<KeeperLink>,
     host: Arc<dyn Host>,
-    names: Option<File>,
+    names: Option<naming::Folder>,
 ) -> Result<FileSystem> {
     let config = &hello.config;
     let link = link.clone();
