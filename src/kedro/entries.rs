@@ -328,7 +328,11 @@ impl Rules<'_> {
     /// The entry of a dataset that has to stay in memory.
     pub fn memory(&self, left: &Left) -> Planned {
         let config = Map::from_iter([("type".to_owned(), Value::from("MemoryDataset"))]);
-        Planned { name: left.name.clone(), config, comment: Some(one_line(&left.reason)) }
+        let mut comment = one_line(&left.reason);
+        if !self.versions.kedro_at_least((1, 0)) {
+            comment.push_str("; before Kedro 1, ParallelRunner refuses a catalog that says so: use another runner");
+        }
+        Planned { name: left.name.clone(), config, comment: Some(comment) }
     }
 
     /// The factory that takes whatever no other entry does.

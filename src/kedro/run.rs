@@ -277,6 +277,10 @@ fn not_mounted(facts: &Facts, root: &Path, env: &str, mount: Option<&Path>) -> O
         for (name, dataset) in described.datasets.iter().filter(|(_, dataset)| !dataset.producers.is_empty()) {
             let Some(entry) = facts.merged.get(name).filter(|entry| !entry.in_memory()) else { continue };
             let Some(path) = entry.filepath.as_deref().and_then(|path| local_path(path, root)) else { continue };
+            // `data/05_model_input/x.pkl` and the like: files that the user keeps in the project.
+            if path.starts_with(root) {
+                continue;
+            }
             let folder = if below(&path, DEFAULT_MOUNT) {
                 PathBuf::from(DEFAULT_MOUNT)
             } else if written.contains_key(name.as_str())

@@ -129,6 +129,7 @@ fn what_has_to_stay_in_memory_is_kept_from_factories() {
         assert!(said.contains("left out connection"), "{said}");
         let written = kedro.read("conf/vineyard/catalog/__default__.yml");
         assert!(written.contains("connection:\n  type: MemoryDataset\n"), "{written}");
+        assert_eq!(written.contains("ParallelRunner refuses"), kedro.name != "kedro1", "{written}");
         kedro.kedro_run(&["--env", "vineyard"]);
         success(kedro.ours(&["catalog", "create", "--observe", "--catch-all"]));
         assert_eq!(kedro.read("conf/vineyard/catalog/__default__.yml"), written);

@@ -85,6 +85,16 @@ fn a_run_or_catalog_that_kedro_would_not_see_is_refused() {
         let mut run = kedro.ours_as_is(&["run", "--existing", "--mount"]);
         success(run.arg(&absent).args(["--", "--env", "vineyard"]).output().unwrap());
         assert_eq!(names(&absent), ["X.arrow", "total.pkl"]);
+        // What the user keeps in the project is no mount, even if it looks like one.
+        let entry =
+            |name: &str| format!("{name}:\n  type: pickle.PickleDataSet\n  filepath: data/05_model_input/{name}.pkl\n");
+        let class = if kedro.name.contains("018") { "DataSet" } else { "Dataset" };
+        let entries = [entry("X"), entry("total")].concat().replace("DataSet", class);
+        kedro.write("conf/vineyard/catalog/__default__.yml", &entries);
+        let mut run = kedro.ours_as_is(&["run", "--", "--env", "vineyard"]);
+        success(run.output().unwrap());
+        assert_eq!(names(&kedro.project.join("data/05_model_input")), ["X.pkl", "total.pkl"]);
+        fs::remove_dir_all(kedro.project.join("data/05_model_input")).unwrap();
         fs::remove_dir_all(kedro.project.join("conf/vineyard")).unwrap();
 
         let patterns = "\"config_patterns\": {\"catalog\": [\"datasets*\"]}}";

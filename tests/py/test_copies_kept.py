@@ -153,6 +153,29 @@ def test_what_a_killed_command_has_left_is_removed(cluster, command):
     assert np.array_equal(cluster[0].client.get(name="x"), np.arange(8_000_000.0)) and unnoticed(cluster[0]) == []
 
 
+def told_of(socket, *arguments):
+    return json.loads(cli(*arguments, "--json", "--socket", socket).stdout)
+
+
+def test_gc_finds_what_killed_commands_have_left_by_whatever_path_they_came(store, folder):
+    (folder / "b.bin").write_bytes(os.urandom(64 << 20))
+    (folder / "elsewhere").mkdir()
+    link = folder / "elsewhere" / "link.sock"
+    os.symlink(store.socket, link)
+    for came, asked in [(link, store.socket), (store.socket, link), (link, link)]:
+        command = [BINARY, "put", folder / "b.bin", "x.bin", "--socket", came]
+        process = subprocess.Popen([str(word) for word in command])
+        while store.usage() == 0:
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert store.usage() >= 64 << 20 and told_of(asked, "ls") == []
+        left = told_of(asked, "gc", "--dry-run")
+        assert [entry["kind"] for entry in left] == ["left"] and store.usage() >= 64 << 20
+        assert [entry["kind"] for entry in told_of(asked, "gc")] == ["left"]
+        assert store.usage() == 0 and told_of(asked, "gc", "--dry-run") == []
+
+
 def test_gc_finds_copies_that_nothing_leads_to(cluster, clock):
     import vineyard
 
