@@ -49,8 +49,7 @@ impl FileSystem {
         let Some(journal) = self.store.journal() else { return Ok(0) };
         let looked_at = self.reclaim_known(journal)?;
         // This takes longer, and is seldom needed.
-        self.reclaim_unanswered(journal)?;
-        Ok(looked_at)
+        Ok(looked_at + self.reclaim_unanswered(journal)?)
     }
 
     /// Whether there is something that only [`FileSystem::reclaim`] will remove, as soon as the store answers.
@@ -117,12 +116,14 @@ impl FileSystem {
         is_read
     }
 
-    /// Removes blobs whose ids no server learned, because it was killed or the answer did not come in time.
-    fn reclaim_unanswered(&self, journal: &Journal) -> Result<()> {
+    /// Removes blobs whose ids no server learned, because it was killed or the answer did not come in time. Returns how
+    /// many.
+    fn reclaim_unanswered(&self, journal: &Journal) -> Result<usize> {
         let wishes = journal.unanswered();
         if wishes.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
+        let mut dropped = 0;
         let found = wishes.values().map(|wish| self.store.unanswered(wish)).collect::<Result<Vec<_>>>()?;
         let found: Vec<ObjectId> = found.into_iter().flatten().collect();
         if !found.is_empty() {
@@ -135,10 +136,11 @@ impl FileSystem {
             let mut lost = self.store.unsealed(&found)?;
             lost.retain(|id| !journal.is_own(*id));
             self.store.drop_blobs(&lost)?;
-            tracing::info!(blobs = lost.len(), "dropped what the store had made without its maker hearing of it");
+            dropped = lost.len();
+            tracing::info!(blobs = dropped, "dropped what the store had made without its maker hearing of it");
         }
         journal.settle_unanswered(wishes.into_keys());
-        Ok(())
+        Ok(dropped)
     }
 }
 
