@@ -11,6 +11,8 @@ use crate::vineyard::BlobSource;
 
 /// Bytes that are looked at in one step.
 const CHUNK: u64 = 1 << 20;
+/// Bytes from which on it pays to read only the first few of a binary value.
+const LONG: usize = 256;
 
 /// Verifies that offsets ascend and stay inside the data, that strings are UTF-8 cut between characters, that dictionary
 /// keys, views, list views and unions point to what is there, and that run ends rise. Reads these and strings, nothing
@@ -220,8 +222,13 @@ fn views(layout: &ArrayLayout, source: &dyn BlobSource) -> Result<()> {
             match View::of(view)? {
                 View::Here(value) => check::view_text(value, text)?,
                 View::There { buffer, offset, len, start } => {
-                    let span = data.get(buffer).ok_or_else(|| Error::malformed("a view outside its data"))?;
-                    let value = window.bytes(buffer, span, offset as u64, len as u64, source)?;
+                    let outside = || Error::malformed("a view outside its data");
+                    let span = data.get(buffer).filter(|data| (offset + len) as u64 <= data.len());
+                    // Of bytes that are no text, those matter that the view repeats; short ones are read whole, as they
+                    // follow one another then.
+                    let looked_at = if text || len < LONG { len } else { start.len() };
+                    let span = span.ok_or_else(outside)?;
+                    let value = window.bytes(buffer, span, offset as u64, looked_at as u64, source)?;
                     check::view_value(value, start, text)?;
                 }
             }
@@ -236,22 +243,23 @@ struct Window {
     buffer: usize,
     start: u64,
     bytes: Vec<u8>,
+    /// How many bytes views took of it.
+    taken: u64,
 }
 
 impl Window {
     fn bytes(&mut self, buffer: usize, span: &Span, at: u64, len: u64, source: &dyn BlobSource) -> Result<&[u8]> {
-        if at.saturating_add(len) > span.len() {
-            return Err(Error::malformed("a view outside its data"));
-        }
         let end = self.start + self.bytes.len() as u64;
         if buffer != self.buffer || at < self.start || at + len > end {
-            // Ahead only for one that follows the last one.
-            let follows = at == 0 || (buffer == self.buffer && (self.start..=end).contains(&at));
-            let ahead = if follows { CHUNK.min(span.len() - at) } else { 0 };
+            // Ahead only for one that follows the last one, and no more than twice what was of use before: views that
+            // jump about, in whatever order, cost little more than their own bytes.
+            let follows = buffer == self.buffer && (self.start..=end).contains(&at);
+            let ahead = if follows { CHUNK.min(self.taken * 2).min(span.len() - at) } else { 0 };
             self.bytes.resize(len.max(ahead) as usize, 0);
             span.read(source, at, &mut self.bytes)?;
-            (self.buffer, self.start) = (buffer, at);
+            (self.buffer, self.start, self.taken) = (buffer, at, 0);
         }
+        self.taken += len;
         let from = (at - self.start) as usize;
         self.bytes.get(from..from + len as usize).ok_or_else(|| Error::malformed("a view outside its data"))
     }
@@ -290,9 +298,12 @@ fn runs(layout: &ArrayLayout, source: &dyn BlobSource) -> Result<()> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
     use crate::dataset::column;
     use crate::dataset::testing::Nothing;
+    use crate::vineyard::{Blob, BlobKey, InstanceId, ObjectId};
 
     fn strings(offsets: &[u64], data: &[u8]) -> Result<()> {
         let buffers = vec![Span::EMPTY, column::offsets(offsets.iter().copied()), Span::literal(data)];
@@ -322,6 +333,72 @@ mod tests {
         assert!(strings(&[0, 3 * 1000, len], text.as_bytes()).is_ok());
         assert!(strings(&[0, CHUNK, len], text.as_bytes()).is_err());
         assert!(strings(&[0, len - 1], &text.as_bytes()[..text.len() - 1]).is_err());
+    }
+
+    /// A source of one blob that counts the bytes and the reads.
+    #[derive(Default)]
+    struct Counted {
+        blob: Vec<u8>,
+        bytes: AtomicU64,
+        reads: AtomicU64,
+    }
+
+    impl BlobSource for Counted {
+        fn size(&self, _: BlobKey) -> Result<u64> {
+            Ok(self.blob.len() as u64)
+        }
+        fn read(&self, _: BlobKey, offset: u64, out: &mut [u8]) -> Result<()> {
+            out.copy_from_slice(&self.blob[offset as usize..offset as usize + out.len()]);
+            self.bytes.fetch_add(out.len() as u64, Ordering::Relaxed);
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        fn prepare(&self, _: &[BlobKey]) -> Result<()> {
+            Ok(())
+        }
+        fn verify(&self, _: &[BlobKey]) -> Result<()> {
+            Ok(())
+        }
+        fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
+            Ok(None)
+        }
+    }
+
+    /// Checks views of so many bytes each at these places of a buffer of 4 MiB; the bytes and reads that it took.
+    fn looked_at(data_type: DataType, places: &[u32], len: u32) -> (u64, u64) {
+        let source = Counted { blob: vec![b'x'; 4 << 20], ..Counted::default() };
+        let key = BlobKey { instance: InstanceId(0), id: ObjectId::blob_made(1, 1) };
+        let data = Span::blob(key, source.blob.len() as u64);
+        let view = |at: &u32| [len.to_le_bytes(), *b"xxxx", [0; 4], at.to_le_bytes()].concat();
+        let views = Span::literal(places.iter().flat_map(view).collect::<Vec<u8>>());
+        let buffers = vec![Span::EMPTY, views, data.clone(), data];
+        check(&ArrayLayout::flat(data_type, places.len() as u64, Some(0), buffers), &source).unwrap();
+        (source.bytes.into_inner(), source.reads.into_inner())
+    }
+
+    /// In whatever order views lead through a buffer, looking at them reads a few times their bytes at most.
+    #[test]
+    fn views_cost_what_they_are_long() {
+        let count = 20_000u32;
+        let orders: [(&str, &dyn Fn(u32) -> u32); 5] = [
+            ("by turns the start and far away", &|i| i % 2 * (3 << 20)),
+            ("by turns the start and a little further", &|i| i % 2 * 20),
+            ("three in a row, and back", &|i| i % 3 * 20),
+            ("one past each window", &|i| i * 40 % (3 << 20)),
+            ("backwards", &|i| (count - i) * 20),
+        ];
+        for (name, place) in orders {
+            let places: Vec<u32> = (0..count).map(place).collect();
+            for data_type in [DataType::Utf8View, DataType::BinaryView] {
+                let (bytes, reads) = looked_at(data_type, &places, 20);
+                assert!(bytes <= 3 * 20 * u64::from(count) && reads <= count.into(), "{name}: {bytes} in {reads}");
+            }
+        }
+        // Those that follow one another are read many at a time, long binary values hardly at all.
+        let places: Vec<u32> = (0..count).map(|i| i * 20).collect();
+        let (bytes, reads) = looked_at(DataType::Utf8View, &places, 20);
+        assert!(bytes <= 3 * 20 * u64::from(count) && reads < 50, "{bytes} in {reads}");
+        assert_eq!(looked_at(DataType::BinaryView, &places, 3 << 20), (4 * u64::from(count), count.into()));
     }
 
     /// Every array that the Arrow crates make passes, and none does of which an element leads astray.
