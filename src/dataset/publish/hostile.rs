@@ -1,6 +1,11 @@
 //! Files that break their format's rules: cut, with wrong bits, with lying lengths.
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
+
+use arrow_array::*;
+use arrow_schema::{DataType, Field as ArrowField};
+
 use super::tests::*;
 use super::*;
 use crate::dataset::{self, Dataset};
@@ -139,6 +144,71 @@ fn bombs_become_plain_files() {
     writer.close().unwrap();
     assert!(bytes.len() < 1 << 20);
     assert_eq!(survive(&FakeStore::new(16 << 20), &Temp::new(bytes), Written::Parquet), Some(Outcome::File));
+}
+
+/// Columns whose elements take no bytes, of any number of rows, in files of a few hundred bytes.
+fn weightless(rows: usize) -> Vec<ArrayRef> {
+    let field = |data_type| Arc::new(ArrowField::new("x", data_type, true));
+    let nothing = || Arc::new(StructArray::new_empty_fields(rows, None)) as ArrayRef;
+    let binary = || FixedSizeBinaryArray::try_new_with_len(0, Vec::<u8>::new().into(), None, rows).unwrap();
+    let no_bytes = Arc::new(Int8Array::from(Vec::<i8>::new()));
+    let lists = FixedSizeListArray::try_new_with_length(field(DataType::Int8), 0, no_bytes, None, rows).unwrap();
+    let of = |array: ArrayRef| {
+        let field = field(array.data_type().clone());
+        let outer = StructArray::new(vec![field.clone()].into(), vec![array.clone()], None);
+        let offsets = arrow_buffer::OffsetBuffer::from_lengths([rows]);
+        let list = LargeListArray::new(field, offsets, array, None);
+        [Arc::new(outer) as ArrayRef, Arc::new(list)]
+    };
+    let nulls = Arc::new(NullArray::new(rows));
+    [
+        vec![nothing(), Arc::new(binary()), Arc::new(lists)],
+        of(nothing()).into(),
+        of(Arc::new(binary())).into(),
+        of(nulls).into(),
+    ]
+    .concat()
+}
+
+#[test]
+fn elements_of_no_bytes_take_none_of_the_store() {
+    let store = FakeStore::new(1 << 20);
+    for rows in [3, 30_000, 1 << 31, 1 << 40, 1 << 60] {
+        for column in weightless(rows) {
+            let name = format!("{rows} of {}", column.data_type());
+            let batch = RecordBatch::try_from_iter_with_nullable([("x", column.clone(), true)]).unwrap();
+            let temp = Temp::new(arrow_bytes(std::slice::from_ref(&batch), Default::default()));
+            let plan = plan(&temp.staged(), Written::Arrow, &attrs(), Limits::default()).unwrap();
+            assert_eq!((plan.outcome, &plan.warnings), (Outcome::Table, &Vec::new()), "{name}");
+            // The largest bitmap is that of 32,768 rows, of an element and of one around it.
+            assert!(plan.size() <= temp.staged().bytes.len() as u64 + 2 * 4096, "{name}: {}", plan.size());
+            let published = publish(&store, &|_| "x".into(), &plan, &temp.staged(), None).unwrap();
+            let meta = meta_of(&store, published.id);
+            assert_eq!(bytes_back(&store, &meta), temp.staged().bytes, "{name}");
+            same_table(&store, &meta, &[batch]);
+            store.delete(&[published.id]).unwrap();
+        }
+    }
+}
+
+/// Joining batches makes a bitmap for all elements as soon as one of them is null.
+#[test]
+fn batches_of_elements_of_no_bytes_are_not_joined() {
+    let batch = |len: usize, nulls| {
+        let values = FixedSizeBinaryArray::try_new_with_len(0, Vec::<u8>::new().into(), nulls, len).unwrap();
+        let field = Arc::new(ArrowField::new("x", DataType::FixedSizeBinary(0), true));
+        let list = LargeListArray::new(field, arrow_buffer::OffsetBuffer::from_lengths([len]), Arc::new(values), None);
+        RecordBatch::try_from_iter([("x", Arc::new(list) as ArrayRef)]).unwrap()
+    };
+    let mut batches = vec![batch(1 << 50, None); 5];
+    batches.push(batch(2, Some(vec![true, false].into())));
+    let store = FakeStore::new(1 << 20);
+    let temp = Temp::new(arrow_bytes(&batches, Default::default()));
+    let plan = plan(&temp.staged(), Written::Arrow, &attrs(), Limits::default()).unwrap();
+    let published = publish(&store, &|_| "x".into(), &plan, &temp.staged(), None).unwrap();
+    let meta = meta_of(&store, published.id);
+    assert_eq!((published.outcome, meta.unsigned("partitions_-size").unwrap()), (Outcome::Table, 6));
+    assert_eq!(bytes_back(&store, &meta), temp.staged().bytes);
 }
 
 #[test]

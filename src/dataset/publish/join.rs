@@ -49,7 +49,8 @@ pub(super) fn joinable(data_type: &DataType) -> bool {
     match data_type {
         Null | Boolean | Utf8 | LargeUtf8 | Binary | LargeBinary => true,
         List(child) | LargeList(child) => joinable(child.data_type()),
-        other => width(other).is_some(),
+        // Elements of no bytes may be more than a joined bitmap can have bits.
+        other => width(other).is_some_and(|width| width > 0),
     }
 }
 

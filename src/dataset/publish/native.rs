@@ -67,7 +67,7 @@ pub(super) fn array(draft: &mut Draft, column: &Column) -> Result<Field> {
 /// The validity bitmap of a type that has one.
 fn validity(draft: &mut Draft, column: &Column) -> Field {
     match draft.blob(column.buffer(0)) {
-        Field::Empty => draft.all_valid(column.len),
+        Field::Empty => draft.all_valid(column.len, column.size()),
         bitmap => bitmap,
     }
 }

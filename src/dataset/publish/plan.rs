@@ -19,6 +19,8 @@ use crate::vineyard::ObjectId;
 
 /// Most objects that get the same bitmap.
 const MOST_OWNERS: usize = 64;
+/// Bytes of a bitmap that nothing needs to outweigh.
+const SMALL_BITMAP: u64 = 4096;
 
 /// Consecutive bytes of a blob, and how to get them.
 #[derive(Clone, Debug)]
@@ -249,14 +251,17 @@ impl Draft {
         Field::Blob(index)
     }
 
-    /// The validity bitmap of `len` elements of which none is null.
+    /// The validity bitmap of `len` elements of which none is null, and whose values take `values` bytes.
     ///
     /// vineyard's own clients take the one empty blob of the store for it. For each member of a new object vineyardd walks
     /// all the owners that the member has (`IMetaService::IncRef`, `src/server/services/meta_service.cc` of v6d 0.24):
     /// with 16,000 such columns in the store, saving a table of 81 took a quarter of a second, and deleting it as long.
-    pub(super) fn all_valid(&mut self, len: u64) -> Field {
+    ///
+    /// Values of no bytes (structs without fields, binaries of width 0) may be any number in a file of a few hundred
+    /// bytes: a bitmap that is larger than what it speaks of is the empty blob, as elsewhere.
+    pub(super) fn all_valid(&mut self, len: u64, values: u64) -> Field {
         let size = len.div_ceil(8);
-        if size == 0 {
+        if size == 0 || size > values.max(SMALL_BITMAP) {
             return Field::Empty;
         }
         let blobs = &mut self.blobs;
