@@ -24,6 +24,7 @@ mod parquet_claims;
 mod parquet_file;
 #[cfg(test)]
 mod parquet_tests;
+mod parquet_times;
 mod parquet_types;
 mod plan;
 mod proof;
@@ -219,6 +220,7 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
     let size = bytes.len() as u64;
     let mut draft = Draft::default();
     let mut decoding = None;
+    let mut warnings = Vec::new();
     let (outcome, typename, mut root, exact) = match view {
         Written::Arrow | Written::Feather => {
             let read = if bytes.starts_with(arrow_file::MAGIC) { arrow_file::read } else { arrow_stream::read };
@@ -248,6 +250,7 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
         }
         Written::Parquet => {
             let decode = parquet_file::Decode::open(staged, limits.inflated)?;
+            warnings.extend_from_slice(decode.warnings());
             let frame = match decode.collect()? {
                 Some(batches) => frame::frame(&mut draft, &batches, bytes)?,
                 None => None,
@@ -267,6 +270,7 @@ fn native_plan(staged: &Staged<'_>, view: Written, attrs: &FileAttributes, limit
     draft.object(typename, root);
     let mut plan = draft.finish(outcome);
     plan.decode = decoding;
+    plan.warnings = warnings;
     plan.fallback = Some(Box::new(plain(staged, attrs)));
     Ok(plan)
 }

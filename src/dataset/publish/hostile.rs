@@ -6,6 +6,7 @@ use std::sync::Arc;
 use arrow_array::*;
 use arrow_schema::{DataType, Field as ArrowField};
 
+use super::parquet_tests::times_of_96_bits;
 use super::tests::*;
 use super::*;
 use crate::dataset::{self, Dataset};
@@ -63,6 +64,7 @@ fn samples() -> Vec<(Vec<u8>, Written)> {
         (stream_bytes(&batch), Written::Arrow),
         (parquet_bytes(&frame, Default::default()), Written::Parquet),
         (parquet_bytes(&batch.project(&[0, 5, 6, 7, 14, 16]).unwrap(), Default::default()), Written::Parquet),
+        (times_of_96_bits(&[&[&[0, 1001]], &[&[1 << 70]]]), Written::Parquet),
         (
             b"\x93NUMPY\x01\x00\x3b\x00{'descr': '<i2', 'fortran_order': True, 'shape': (2, 3), } 123456789012"
                 .to_vec(),

@@ -19,16 +19,17 @@ use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
 };
 use parquet::errors::ParquetError;
-use parquet::file::metadata::PageIndexPolicy;
+use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData};
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::column::Column;
 use super::datetimes::NOT_A_TIME;
 use super::ipc::arrow;
 use super::join::buffer_bytes;
+use super::parquet_times::Times;
 use super::plan::{Draft, Field, Part, PlannedObject};
 use super::table::Batches;
-use super::{Staged, decode, native, parquet_claims, parquet_types, table};
+use super::{Staged, decode, native, parquet_claims, parquet_times, parquet_types, table};
 use crate::cgroup;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vineyard::ObjectId;
@@ -58,15 +59,24 @@ pub(super) struct Decode {
     page: u64,
     /// Most bytes that all columns may take.
     budget: u64,
+    /// What the columns cannot say of the file.
+    warnings: Vec<String>,
 }
 
 /// The file as the parquet crate reads it: by position, from any thread.
-struct At {
+pub(super) struct At {
     file: File,
     len: u64,
 }
 
-struct From {
+impl At {
+    /// The whole file.
+    pub(super) fn of(file: &File) -> Result<At> {
+        Ok(At { file: file.try_clone()?, len: file.metadata()?.len() })
+    }
+}
+
+pub(super) struct From {
     file: File,
     position: u64,
 }
@@ -123,8 +133,14 @@ impl Decode {
         decode::guarded(|| {
             let options = || ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
             let mut metadata = ArrowReaderMetadata::load(&at, options()).map_err(broken)?;
+            let page = parquet_claims::largest_page(staged.bytes, metadata.metadata())?;
+            let partitions = partitions(metadata.metadata(), size)?;
             let said = parquet_types::said_schema(&metadata);
-            let read = parquet_types::stored(&metadata, said.as_ref());
+            let times = match said {
+                Some(_) => Times::default(),
+                None => parquet_times::look(&file, metadata.metadata(), page, budget)?,
+            };
+            let read = parquet_types::stored(&metadata, said.as_ref(), times.units);
             let schema = Arc::new(Schema::new_with_metadata(read, metadata.schema().metadata().clone()));
             if said.is_none()
                 && let Some(plain) = parquet_types::without_intervals(metadata.parquet_schema())?
@@ -140,27 +156,13 @@ impl Decode {
             let viewed = Arc::new(Schema::new_with_metadata(viewed, schema.metadata().clone()));
             let metadata = ArrowReaderMetadata::try_new(metadata.metadata().clone(), options().with_schema(viewed))
                 .map_err(broken)?;
-            let page = parquet_claims::largest_page(staged.bytes, metadata.metadata())?;
-            let mut partitions = Vec::new();
-            let mut total = 0u64;
-            for (i, group) in metadata.metadata().row_groups().iter().enumerate() {
-                let rows =
-                    u64::try_from(group.num_rows()).map_err(|_| Error::malformed("a negative number of rows"))?;
-                let widest = group.columns().iter().map(|c| c.uncompressed_size().max(0) as u64).max().unwrap_or(0);
-                let step = (PIECE.saturating_mul(rows) / widest.max(1)).clamp(1 << 13, MAX_ROWS);
-                total = total.saturating_add(rows);
-                // Each piece becomes an object for each column; a file that announces more than it can hold stops here.
-                if rows / step > size {
-                    return Err(Error::malformed(format!("{rows} rows in a file of {size} bytes")));
-                }
-                partitions.extend((0..rows).step_by(step as usize).map(|start| (i, step.min(rows - start))));
-            }
-            let said = metadata.metadata().file_metadata().num_rows();
-            if u64::try_from(said) != Ok(total) {
-                return Err(Error::malformed(format!("{total} rows in row groups, {said} in the footer")));
-            }
-            Ok(Decode { metadata, schema, file, partitions, page, budget })
+            Ok(Decode { metadata, schema, file, partitions, page, budget, warnings: times.warnings })
         })
+    }
+
+    /// What the columns cannot say of the file.
+    pub(super) fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Number of arrays that a batch of it has, nested ones included.
@@ -182,37 +184,18 @@ impl Decode {
 
     /// Decodes all columns with several threads, and passes each piece on with the numbers of its partition and column.
     fn each(&self, keep: &(dyn Fn(usize, usize, Column) -> Result<()> + Sync)) -> Result<()> {
-        let units = self.units();
-        let (next, failed, spent) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicU64::new(0));
-        let error = Mutex::new(None);
-        let work = || {
-            while !failed.load(Ordering::Relaxed) {
-                let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
-                let keep = |partition: usize, column: Column| {
-                    let size = column.size();
-                    if spent.fetch_add(size, Ordering::Relaxed).saturating_add(size) > self.budget {
-                        return Err(Error::malformed("columns that decode to more than the store holds"));
-                    }
-                    keep(partition, unit.column, column)
-                };
-                let name = || format!("column {:?}", self.schema.field(unit.column).name());
-                if let Err(e) = decode::guarded(|| self.unit(unit, &keep)).context(name) {
-                    failed.store(true, Ordering::Relaxed);
-                    lock(&error).get_or_insert(e);
+        let spent = AtomicU64::new(0);
+        spread(&self.units(), |unit| {
+            let keep = |partition: usize, column: Column| {
+                let size = column.size();
+                if spent.fetch_add(size, Ordering::Relaxed).saturating_add(size) > self.budget {
+                    return Err(Error::malformed("columns that decode to more than the store holds"));
                 }
-            }
-        };
-        let threads = threads(units.len());
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                let _ = std::thread::Builder::new().name("decode".into()).spawn_scoped(scope, work);
-            }
-            work();
-        });
-        match lock(&error).take() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
+                keep(partition, unit.column, column)
+            };
+            let name = || format!("column {:?}", self.schema.field(unit.column).name());
+            self.unit(unit, &keep).context(name)
+        })
     }
 
     /// All columns in memory, for a file of a pandas frame that is small enough; `None` for others.
@@ -401,8 +384,7 @@ impl Decode {
     /// A column of a row group, in the pieces of `chunk`.
     fn reader(&self, column: usize, chunk: &[(usize, u64)]) -> Result<ParquetRecordBatchReader> {
         let (group, rows) = chunk.first().copied().unwrap_or((0, 1));
-        let at = At { file: self.file.try_clone()?, len: self.file.metadata()?.len() };
-        ParquetRecordBatchReaderBuilder::new_with_metadata(at, self.metadata.clone())
+        ParquetRecordBatchReaderBuilder::new_with_metadata(At::of(&self.file)?, self.metadata.clone())
             .with_row_groups(vec![group])
             .with_projection(ProjectionMask::roots(self.metadata.parquet_schema(), [column]))
             .with_batch_size(rows as usize)
@@ -411,9 +393,56 @@ impl Decode {
     }
 }
 
+/// The rows of each row group in pieces, in a file of `size` bytes.
+fn partitions(metadata: &ParquetMetaData, size: u64) -> Result<Vec<(usize, u64)>> {
+    let mut partitions = Vec::new();
+    let mut total = 0u64;
+    for (i, group) in metadata.row_groups().iter().enumerate() {
+        let rows = u64::try_from(group.num_rows()).map_err(|_| Error::malformed("a negative number of rows"))?;
+        let widest = group.columns().iter().map(|c| c.uncompressed_size().max(0) as u64).max().unwrap_or(0);
+        let step = (PIECE.saturating_mul(rows) / widest.max(1)).clamp(1 << 13, MAX_ROWS);
+        total = total.saturating_add(rows);
+        // Each piece becomes an object for each column; a file that announces more than it can hold stops here.
+        if rows / step > size {
+            return Err(Error::malformed(format!("{rows} rows in a file of {size} bytes")));
+        }
+        partitions.extend((0..rows).step_by(step as usize).map(|start| (i, step.min(rows - start))));
+    }
+    let said = metadata.file_metadata().num_rows();
+    if u64::try_from(said) != Ok(total) {
+        return Err(Error::malformed(format!("{total} rows in row groups, {said} in the footer")));
+    }
+    Ok(partitions)
+}
+
 /// How many threads work at `units` things.
-fn threads(units: usize) -> usize {
+pub(super) fn threads(units: usize) -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS).min(units)
+}
+
+/// Works at all units with several threads; the first error ends it.
+pub(super) fn spread<T: Sync>(units: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let error = Mutex::new(None);
+    let work = || {
+        while !failed.load(Ordering::Relaxed) {
+            let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            if let Err(e) = decode::guarded(|| work(unit)) {
+                failed.store(true, Ordering::Relaxed);
+                lock(&error).get_or_insert(e);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads(units.len()) {
+            let _ = std::thread::Builder::new().name("decode".into()).spawn_scoped(scope, work);
+        }
+        work();
+    });
+    match lock(&error).take() {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
 }
 
 /// A column of consecutive partitions.

@@ -19,13 +19,19 @@ use crate::dataset;
 use crate::vineyard::Store;
 use crate::vineyard::fake::FakeStore;
 
-/// The table that a Parquet file becomes, in one batch.
+/// The table that a Parquet file becomes, in one batch, without a warning.
 fn table_of(bytes: Vec<u8>) -> RecordBatch {
+    let (table, warnings) = table_and_warnings(bytes);
+    assert_eq!(warnings, Vec::<String>::new());
+    table
+}
+
+fn table_and_warnings(bytes: Vec<u8>) -> (RecordBatch, Vec<String>) {
     let store = FakeStore::new(64 << 20);
     let temp = Temp::new(bytes);
     let plan = plan(&temp.staged(), Written::Parquet, &attrs(), Limits::default()).unwrap();
     let published = publish(&store, &|_| "x".into(), &plan, &temp.staged(), None).unwrap();
-    assert_eq!((&published.warnings, published.outcome), (&Vec::new(), Outcome::Table));
+    assert_eq!(published.outcome, Outcome::Table);
     let meta = meta_of(&store, published.id);
     assert!(bytes_back(&store, &meta) == temp.staged().bytes);
     let dataset::Dataset::Table(table) = dataset::decode(&meta, &store).unwrap() else { panic!("no table") };
@@ -38,7 +44,7 @@ fn table_of(bytes: Vec<u8>) -> RecordBatch {
     });
     let whole = arrow::compute::concat_batches(&table.schema, &batches.collect::<Vec<_>>()).unwrap();
     store.delete(&[published.id]).unwrap();
-    whole
+    (whole, published.warnings)
 }
 
 /// DuckDB's: months, days and milliseconds.
@@ -74,32 +80,92 @@ fn intervals_keep_their_months() {
     assert_eq!(table.column(2).data_type(), &DataType::FixedSizeBinary(12));
 }
 
-/// Spark's and Impala's: years that nanoseconds do not reach.
-#[test]
-fn times_of_96_bits_are_microseconds() {
-    let schema = parse_message_type(
-        "message m { required int96 t; optional group l (LIST) { repeated group list {
-        optional int96 element; } } }",
-    );
+/// Nanoseconds since 1970, which any number of them are.
+fn time_of_96_bits(nanos: i128) -> Int96 {
+    const DAY: i128 = 86_400_000_000_000;
+    let (day, of_day) = (nanos.div_euclid(DAY) + 2_440_588, nanos.rem_euclid(DAY) as u64);
+    Int96::from(vec![of_day as u32, (of_day >> 32) as u32, day as u32])
+}
+
+/// A file of columns of such times, each as a column and in lists with a null, and without an Arrow schema. Each list is a
+/// row group.
+pub(super) fn times_of_96_bits(groups: &[&[&[i128]]]) -> Vec<u8> {
+    let columns = (0..groups[0].len()).map(|i| {
+        format!(
+            "required int96 t{i}; optional group l{i} (LIST) {{ repeated group list {{ optional int96 element; }} }}"
+        )
+    });
+    let schema = parse_message_type(&format!("message m {{ {} }}", columns.collect::<String>()));
     let mut bytes = Vec::new();
     let mut file = SerializedFileWriter::new(&mut bytes, Arc::new(schema.unwrap()), Default::default()).unwrap();
-    let mut group = file.next_row_group().unwrap();
-    // Julian days of 2020-01-01, 9999-12-31 and 0001-01-01, the first with 1.5 seconds.
-    let time = |day: u32, nanos: u64| Int96::from(vec![nanos as u32, (nanos >> 32) as u32, day]);
-    let values = [time(2_458_850, 1_500_000_000), time(5_373_484, 0), time(1_721_426, 0)];
-    for levels in [None, Some(([3, 3, 3].as_slice(), [0, 0, 0].as_slice()))] {
-        let mut column = group.next_column().unwrap().unwrap();
-        column.typed::<Int96Type>().write_batch(&values, levels.map(|l| l.0), levels.map(|l| l.1)).unwrap();
-        column.close().unwrap();
+    for columns in groups {
+        let mut group = file.next_row_group().unwrap();
+        for values in *columns {
+            let values: Vec<Int96> = values.iter().map(|nanos| time_of_96_bits(*nanos)).collect();
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<Int96Type>().write_batch(&values, None, None).unwrap();
+            column.close().unwrap();
+            // The last row's list has a null behind the time.
+            let mut levels = (vec![3; values.len()], vec![0; values.len()]);
+            levels.0.push(2);
+            levels.1.push(1);
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<Int96Type>().write_batch(&values, Some(&levels.0), Some(&levels.1)).unwrap();
+            column.close().unwrap();
+        }
+        group.close().unwrap();
     }
-    group.close().unwrap();
     file.close().unwrap();
-    let table = table_of(bytes);
+    bytes
+}
+
+/// Column `i` of [`times_of_96_bits`], and the values of its lists without the nulls.
+fn column_and_lists(table: &RecordBatch, i: usize) -> [ArrayRef; 2] {
+    let lists = table.column(2 * i + 1).as_any().downcast_ref::<ListArray>().unwrap().values();
+    let valid = arrow::compute::is_not_null(lists).unwrap();
+    [table.column(2 * i).clone(), arrow::compute::filter(lists, &valid).unwrap()]
+}
+
+/// Spark's and Impala's: years that nanoseconds do not reach.
+#[test]
+fn times_of_96_bits_are_microseconds_where_nanoseconds_do_not_reach() {
+    // 2020-01-01 and 1.5 seconds, 9999-12-31 and 0001-01-01.
+    let seconds = [1_577_836_801_500, 253_402_214_400_000, -62_135_596_800_000].map(|millis: i128| millis * 1_000_000);
+    let near = [1_577_836_801_123_456_789, 0, -1];
+    let table = table_of(times_of_96_bits(&[&[&seconds, &near]]));
     let expected = vec![1_577_836_801_500_000, 253_402_214_400_000_000, -62_135_596_800_000_000];
     let expected = TimestampMicrosecondArray::from(expected);
-    assert_eq!(table.column(0).as_ref(), &expected as &dyn Array);
-    let lists = table.column(1).as_any().downcast_ref::<ListArray>().unwrap();
-    assert_eq!(lists.values().as_ref(), &expected as &dyn Array);
+    assert_eq!(column_and_lists(&table, 0).map(|a| a.as_ref() == &expected as &dyn Array), [true; 2]);
+    // Another column keeps what it has.
+    let expected = TimestampNanosecondArray::from(vec![1_577_836_801_123_456_789, 0, -1]);
+    assert_eq!(column_and_lists(&table, 1).map(|a| a.as_ref() == &expected as &dyn Array), [true; 2]);
+}
+
+#[test]
+fn times_of_96_bits_keep_the_last_nanosecond() {
+    let ends = [i64::MAX, i64::MIN, 0].map(i128::from);
+    let table = table_of(times_of_96_bits(&[&[&ends], &[&[1]]]));
+    let expected = TimestampNanosecondArray::from(vec![i64::MAX, i64::MIN, 0, 1]);
+    assert_eq!(column_and_lists(&table, 0).map(|a| a.as_ref() == &expected as &dyn Array), [true; 2]);
+}
+
+/// One value further, in a row group behind one of whole nanoseconds.
+#[test]
+fn times_of_96_bits_that_need_both_keep_the_years_and_say_so() {
+    for (past, micros) in
+        [(i128::from(i64::MAX) + 1, 9_223_372_036_854_775), (i128::from(i64::MIN) - 1, -9_223_372_036_854_776)]
+    {
+        let (table, warnings) = table_and_warnings(times_of_96_bits(&[&[&[1001, 0]], &[&[past]]]));
+        let expected = TimestampMicrosecondArray::from(vec![1, 0, micros]);
+        assert_eq!(column_and_lists(&table, 0).map(|a| a.as_ref() == &expected as &dyn Array), [true; 2]);
+        let names = ["\"t0\"", "\"l0.list.element\""];
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings.iter().zip(names).all(|(text, name)| text.contains(name)), "{warnings:?}");
+    }
+    // Not even microseconds reach this one: what no column can say stays a file.
+    let temp = Temp::new(times_of_96_bits(&[&[&[i128::from(i64::MAX) * 1000 + 1000]]]));
+    let made = plan(&temp.staged(), Written::Parquet, &attrs(), Limits::default()).unwrap();
+    assert_eq!((made.outcome, made.warnings.len()), (Outcome::File, 1));
 }
 
 /// pyarrow's: seconds are stored as milliseconds, and only the Arrow schema tells the zone.

@@ -31,13 +31,14 @@ pub(super) fn said_schema(metadata: &ArrowReaderMetadata) -> Option<Schema> {
     arrow_ipc::convert::try_schema_from_ipc_buffer(&bytes).ok()
 }
 
-/// The fields as they are stored. `said` is what the file's writer said of them.
-pub(super) fn stored(metadata: &ArrowReaderMetadata, said: Option<&Schema>) -> Fields {
-    let mut leaves = metadata.parquet_schema().columns().iter().map(|leaf| leaf.physical_type() == Physical::INT96);
+/// The fields as they are stored. `said` is what the file's writer said of them; where that is nothing, `times` has the
+/// units of leaves that are times of 96 bits.
+pub(super) fn stored(metadata: &ArrowReaderMetadata, said: Option<&Schema>, times: Vec<Option<TimeUnit>>) -> Fields {
+    let mut times = times.into_iter();
     let fields = metadata.schema().fields().iter().enumerate().map(|(i, field)| {
         let field = match said {
             Some(said) => with_zones(field, said.fields().get(i)),
-            None => without_hints(field, &mut leaves),
+            None => without_hints(field, &mut times),
         };
         read_field(&field, true)
     });
@@ -61,13 +62,10 @@ fn map_leaves(field: &FieldRef, leaf: &mut dyn FnMut(&DataType) -> DataType) -> 
     Arc::new(field.as_ref().clone().with_data_type(data_type))
 }
 
-/// What no Arrow schema tells: intervals have months, and times of 96 bits (`leaves` says which are) reach further than
-/// the nanoseconds that the crate reads them as.
-fn without_hints(field: &FieldRef, leaves: &mut dyn Iterator<Item = bool>) -> FieldRef {
-    map_leaves(field, &mut |leaf| match (leaf, leaves.next()) {
-        (DataType::Timestamp(TimeUnit::Nanosecond, None), Some(true)) => {
-            DataType::Timestamp(TimeUnit::Microsecond, None)
-        }
+/// What no Arrow schema tells: intervals have months, and times of 96 bits the unit that `times` has for each leaf.
+fn without_hints(field: &FieldRef, times: &mut dyn Iterator<Item = Option<TimeUnit>>) -> FieldRef {
+    map_leaves(field, &mut |leaf| match (leaf, times.next().flatten()) {
+        (DataType::Timestamp(_, None), Some(unit)) => DataType::Timestamp(unit, None),
         (DataType::Interval(_), _) => INTERVAL,
         (other, _) => other.clone(),
     })
