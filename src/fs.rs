@@ -16,6 +16,7 @@ mod deferred;
 pub mod direct;
 mod directory;
 mod folders;
+mod formers;
 pub mod gc;
 pub mod host;
 pub mod inode;
@@ -216,6 +217,7 @@ pub struct FileSystem {
     retries: retry::Retries,
     folders: folders::Folders,
     moves: Mutex<moves::Moves>,
+    changing: formers::Unfinished,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
     /// Objects that nothing names any more, to be deleted when their last such handle is closed.
@@ -277,6 +279,7 @@ impl FileSystem {
             retries: retry::Retries::default(),
             folders: folders::Folders::new(host.clone()),
             moves: Mutex::default(),
+            changing: formers::Unfinished::default(),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),
             naming: naming::Naming::default(),

@@ -116,7 +116,9 @@ impl FileSystem {
                 self.adopt_staged(&staged, xattrs_of, readers);
             }
         }
-        self.finish_moves(moves);
+        let notes = self.host.notes().unwrap_or_default();
+        self.adopt_changes(&notes);
+        self.finish_moves(moves, &notes);
     }
 
     /// Which connection to the kernel this is: it changes when nothing that was open is open any more.

@@ -229,9 +229,9 @@ impl FileSystem {
         Ok(())
     }
 
-    /// Goes on with the moves that a former server began, each with the file in which it wrote it down.
-    pub(super) fn finish_moves(&self, logs: Vec<MemoryFile>) {
-        let notes = self.host.notes().unwrap_or_default();
+    /// Goes on with the moves that a former server began, each with the file in which it wrote it down. `notes` are the
+    /// texts that it left.
+    pub(super) fn finish_moves(&self, logs: Vec<MemoryFile>, notes: &[(String, String)]) {
         self.moves().done.extend(notes.iter().filter_map(|(key, _)| key.strip_prefix(DONE)?.parse::<u64>().ok()));
         for log in logs {
             let plan = match read(&log) {

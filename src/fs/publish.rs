@@ -225,6 +225,7 @@ impl FileSystem {
     pub(super) fn point_path(&self, target: &Target, native: bool, object: ObjectId) -> Result<String> {
         let _unit = self.unit();
         let _naming = self.naming();
+        self.finish_changes_locked(Some(&[&target.plain, target.dataset()]))?;
         let mut replaced = vec![target.plain.as_str()];
         let mut name = target.plain.clone();
         let mut there = None;
@@ -258,6 +259,7 @@ impl FileSystem {
     pub(super) fn point_name(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
         let _unit = self.unit();
         let _naming = self.naming();
+        self.finish_changes_locked(Some(path_names))?;
         self.point_locked(name, object, path_names, None)
     }
 
@@ -290,18 +292,20 @@ impl FileSystem {
         };
         let put = old.and_then(|old| {
             self.suspect(&old.iter().map(|(_, id)| *id).collect::<Vec<_>>());
+            let change = self.begin_change(name, object, &old);
             match self.put_name(name, object) {
-                Ok(()) => Ok(old),
+                Ok(()) => Ok((old, change)),
                 Err(error) => {
                     if !is_clear(&error) {
                         self.leave_open(old.iter().map(|(_, id)| *id));
                     }
+                    self.give_up_change(change, &error);
                     Err(error)
                 }
             }
         });
-        let old = match put {
-            Ok(old) => old,
+        let (old, change) = match put {
+            Ok(put) => put,
             Err(error) => {
                 self.withdraw(saving);
                 return Err(error);
@@ -309,16 +313,9 @@ impl FileSystem {
         };
         self.settle_save(name, saving);
         // From here on the new value is in place; what is left to do must not make the save fail.
-        for (former, id) in old {
-            if former != name
-                && let Err(error) = self.store.drop_name(&former)
-            {
-                self.warn(format!("the name {former:?} could not be removed: {error}"));
-                continue;
-            }
-            if id != object {
-                self.delete_without(id, &names);
-            }
+        self.end_change(change);
+        if let Some((_, former)) = old.into_iter().find(|(same, id)| same == name && *id != object) {
+            self.delete_without(former, &[name]);
         }
         Ok(())
     }

@@ -40,16 +40,18 @@ impl FileSystem {
         }
     }
 
-    /// Removes what was made or meant to be removed and no name leads to: by a former server, or by this one when the
-    /// store did not answer. Returns how many objects and blobs were looked at.
+    /// Removes what was made or meant to be removed and no name leads to, and former names: by a former server, or by this
+    /// one when the store did not answer. Returns how many objects and blobs were looked at.
     ///
     /// # Errors
     /// What the store answers; what was not settled is looked at again by the next call.
     pub fn reclaim(&self) -> Result<usize> {
-        let Some(journal) = self.store.journal() else { return Ok(0) };
+        let finished = self.finish_changes(None);
+        let Some(journal) = self.store.journal() else { return finished.map(|()| 0) };
         let looked_at = self.reclaim_known(journal)?;
         // This takes longer, and is seldom needed.
-        Ok(looked_at + self.reclaim_unanswered(journal)?)
+        let looked_at = looked_at + self.reclaim_unanswered(journal)?;
+        finished.map(|()| looked_at)
     }
 
     /// Whether there is something that only [`FileSystem::reclaim`] will remove, as soon as the store answers.

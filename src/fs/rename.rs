@@ -85,6 +85,7 @@ impl FileSystem {
     pub fn unlink(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<()> {
         self.writable()?;
         let target = self.target(parent, name)?;
+        self.finish_changes(Some(&[&target.plain, target.dataset()]))?;
         match self.resolve(&target, 0)? {
             Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
             Some(Found::Staged(staged)) => self.unlink_staged(&staged)?,
@@ -137,6 +138,11 @@ impl FileSystem {
     /// that has got a new one: that may lead to another object by now, whose save left ours to this name.
     pub(super) fn remove_version(&self, name: &str, object: ObjectId) -> Result<()> {
         let _naming = self.naming();
+        self.remove_version_locked(name, object)
+    }
+
+    /// As [`FileSystem::remove_version`], with the lock on names held.
+    pub(super) fn remove_version_locked(&self, name: &str, object: ObjectId) -> Result<()> {
         if self.object_of(name)? == Some(object) {
             let _unit = self.unit();
             self.suspect(&[object]);
@@ -174,6 +180,8 @@ impl FileSystem {
         let from = self.target(parent, name)?;
         let to = self.target(new_parent, new_name)?;
         check_new(&to)?;
+        // Names below a directory move with it.
+        self.finish_changes(None)?;
         let source = self.resolve(&from, 0)?;
         let there = self.resolve(&to, 0)?;
         let Some(source) = source else {

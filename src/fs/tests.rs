@@ -2,6 +2,7 @@
 
 mod away;
 mod bed;
+mod formers;
 mod held;
 mod kills;
 mod model;

@@ -129,7 +129,11 @@ pub const ME: Caller = Caller { uid: 7, gid: 8, pid: 100, resent: false, request
 pub const OTHER: Caller = Caller { uid: 7, gid: 8, pid: 200, resent: false, request: 0 };
 
 pub fn bed_with(passthrough: bool, options: Options) -> Bed {
-    let store = Arc::new(FakeStore::new(64 << 20));
+    bed_over(FakeStore::new(64 << 20), passthrough, options)
+}
+
+pub fn bed_over(store: FakeStore, passthrough: bool, options: Options) -> Bed {
+    let store = Arc::new(store);
     let host = Arc::new(LocalHost {
         passthrough,
         next: AtomicU64::new(1),

@@ -188,6 +188,61 @@ fn attributes_are_set_and_removed_once() {
     });
 }
 
+/// A path whose value has its name by its stem if its bytes are of the format, else by its whole name.
+const PATH: &str = "d/x.arrow";
+
+fn name_of(bytes: &[u8]) -> &str {
+    if bytes.starts_with(b"ARROW1") { "d/x" } else { PATH }
+}
+
+/// Values of both kinds, and each of them twice.
+fn values_of_a_path() -> [(Vec<u8>, Vec<u8>); 4] {
+    let (plain, native) = (|n: i64| format!("foreign {n}").into_bytes(), |n| table_file(&[n]));
+    [(plain(1), native(2)), (native(1), plain(2)), (plain(1), plain(2)), (native(1), native(2))]
+}
+
+fn holds_alone(bed: &Bed, path: &str, bytes: &[u8]) {
+    assert_eq!(bed.load(path).unwrap(), bytes);
+    assert_eq!(bed.list("d"), ["x.arrow"]);
+    let names = bed.fs.names_below("").unwrap();
+    assert_eq!(names.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), [name_of(bytes)]);
+}
+
+#[test]
+fn a_save_that_changes_the_name_of_the_value_leaves_one_value() {
+    for (first, second) in values_of_a_path() {
+        let writer = Mutex::new(None);
+        let make = |bed: &Bed| {
+            mkdir(bed, "d", 0o755);
+            bed.save(PATH, &first).unwrap();
+            let handle = bed.create(PATH, ME).unwrap();
+            bed.write(handle, 0, &second);
+            *writer.lock().unwrap() = Some(handle);
+        };
+        let ask = |bed: &Bed, caller: Caller| bed.close(writer.lock().unwrap().unwrap(), caller);
+        killed_at_each_step(&make, &ask, &|bed| holds_alone(bed, PATH, &second));
+    }
+}
+
+#[test]
+fn a_rename_over_a_value_of_another_name_leaves_one_value() {
+    for (first, second) in values_of_a_path() {
+        for forgotten in [false, true] {
+            let make = |bed: &Bed| {
+                mkdir(bed, "d", 0o755);
+                bed.save(PATH, &first).unwrap();
+                bed.save("new.arrow", &second).unwrap();
+                if forgotten {
+                    // The store alone knows of it.
+                    bed.forget();
+                }
+            };
+            let ask = |bed: &Bed, caller: Caller| rename(bed, "new.arrow", PATH, 0, caller);
+            killed_at_each_step(&make, &ask, &|bed| holds_alone(bed, PATH, &second));
+        }
+    }
+}
+
 #[test]
 fn directories_that_come_and_go_leave_no_numbers_behind() {
     let bed = bed();
