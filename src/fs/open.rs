@@ -322,14 +322,48 @@ impl FileSystem {
             let found = self.nearest(object, view.view, Some(loaded.meta.id())).ok()?;
             Some(found).filter(|(other, bytes)| is_faithful(&loaded.meta, &other.meta) && bytes.size() == image.size())
         };
-        let moved = || self.object_of(&view.name).ok()?.filter(|now| *now != view.object);
-        let found = equal(view.object).or_else(|| equal(moved()?))?;
+        let found = match equal(view.object) {
+            Some(found) => found,
+            None => {
+                let moved = self.hold_moved(view)?;
+                let found = equal(moved);
+                if found.is_some() {
+                    self.read_from(inode.ino, moved);
+                }
+                self.end_lazy_open(moved);
+                found?
+            }
+        };
         tracing::info!(name = ?view.name, object = %view.object, copy = %found.0.meta.id(), "goes on with a copy");
         let mut state = inode.state();
         if matches!(state.mode, Some(Mode::Lazy { .. })) {
             state.mode = Some(Mode::Lazy { loaded: found.0.clone(), image: found.1.clone() });
         }
         Some(found)
+    }
+
+    /// The object that the name of a view leads to instead, counted as one that is open: it is not deleted meanwhile.
+    fn hold_moved(&self, view: &ViewNode) -> Option<ObjectId> {
+        let _naming = self.naming();
+        let now = self.object_of(&view.name).ok()?.filter(|now| *now != view.object)?;
+        *self.lazy_opens().entry(now).or_default() += 1;
+        Some(now)
+    }
+
+    /// The open handles of an inode, all that read by requests, read the blobs of another object from now on: it is that
+    /// one which stays as long as they do.
+    fn read_from(&self, ino: u64, object: ObjectId) {
+        for handle in self.opens.read_from(ino, object) {
+            *self.lazy_opens().entry(object).or_default() += 1;
+            let former = match self.handles().get_mut(&handle) {
+                Some(Handle::View { lazy }) => lazy.replace(object),
+                // Closed by now.
+                _ => Some(object),
+            };
+            if let Some(former) = former {
+                self.end_lazy_open(former);
+            }
+        }
     }
 
     /// Begins to bring what a sequential reader of remote data will ask for soon. Whoever reads a column or two is not

@@ -135,6 +135,8 @@ enum Line {
     },
     /// It shows something else.
     Shows { ino: u64, shown: Shown },
+    /// Its handles that read blobs by requests read those of this object.
+    Reads { ino: u64, object: u64 },
     /// It has one less.
     Closed { ino: u64, handle: u64 },
 }
@@ -189,6 +191,11 @@ impl State {
                 Some(file) => file.shown.replace(shown).is_some(),
                 None => false,
             },
+            Line::Reads { ino, object } => {
+                let handles = self.files.get_mut(&ino).into_iter().flat_map(|file| &mut file.handles);
+                let others = handles.filter_map(|open| open.reads.as_mut()).filter(|reads| **reads != object);
+                others.map(|reads| *reads = object).count() > 0
+            }
             Line::Closed { ino, handle } => {
                 let Some(file) = self.files.get_mut(&ino) else { return false };
                 let before = file.handles.len();
@@ -275,6 +282,16 @@ impl Opens {
         if let Some(shown) = size.and_then(|size| Shown::of(node, size)) {
             self.say(&mut state, Line::Shows { ino, shown });
         }
+    }
+
+    /// The handles of an inode that read blobs by requests read those of this object. Returns which read others before.
+    pub(super) fn read_from(&self, ino: u64, object: ObjectId) -> Vec<u64> {
+        let mut state = self.state();
+        let handles = state.files.get(&ino).into_iter().flat_map(|file| &file.handles);
+        let others = handles.filter(|open| open.reads.is_some_and(|reads| reads != object.0));
+        let others = others.map(|open| open.handle).collect();
+        self.say(&mut state, Line::Reads { ino, object: object.0 });
+        others
     }
 
     /// A handle is closed.

@@ -5,6 +5,7 @@ use serde_json::Map;
 use super::super::copies::Copy;
 use super::super::*;
 use super::bed::*;
+use super::model::next_server;
 use super::*;
 use crate::vineyard::copy::copy_object;
 use crate::vineyard::{InstanceId, Meta};
@@ -46,6 +47,41 @@ fn an_open_file_goes_on_where_its_dataset_has_moved_or_with_a_copy() {
         bed.put_tensor("z", &vec![9.0; 100_000]);
         assert_eq!(bed.read_handle(reader).unwrap(), bytes, "moved: {moved}");
         bed.close(reader, OTHER).unwrap();
+    }
+}
+
+#[test]
+fn an_open_file_stays_readable_where_its_dataset_has_moved() {
+    type Change = (&'static str, fn(&Bed), usize);
+    let changes: [Change; 2] = [
+        ("saved", |bed| bed.save("x.npy", b"other").unwrap(), 1),
+        ("removed", |bed| bed.fs.unlink(ROOT, OsStr::new("x.npy"), ME).unwrap(), 0),
+    ];
+    for (what, change, left) in changes {
+        for restarted in [false, true] {
+            let mut bed = bed_with(false, Options::default());
+            let object = bed.put_tensor("x", &values());
+            let bytes = bed.load("x.npy").unwrap();
+            let [first, second] = [(); 2].map(|()| bed.open("x.npy", libc::O_RDONLY, OTHER).unwrap());
+            let moved = copy(&bed, object);
+            bed.store.put_name("x", moved).unwrap();
+            bed.store.delete(&[object]).unwrap();
+            bed.fs.read(first.0, first.1.fh, 0, 4096).unwrap();
+            assert_eq!(*bed.fs.lazy_opens(), HashMap::from([(moved, 2)]));
+            if restarted {
+                bed = next_server(bed, 1);
+                assert_eq!(*bed.fs.lazy_opens(), HashMap::from([(moved, 2)]));
+            }
+            change(&bed);
+            // Other data takes the memory of what is deleted.
+            bed.put_tensor("z", &vec![9.0; 100_000]);
+            for reader in [first, second] {
+                assert_eq!(bed.read_handle(reader).unwrap(), bytes, "{what}, restarted: {restarted}");
+                bed.close(reader, OTHER).unwrap();
+            }
+            assert!(bed.fs.lazy_opens().is_empty(), "{what}, restarted: {restarted}");
+            assert_eq!(bed.store.object_count(), left + 1, "{what}, restarted: {restarted}");
+        }
     }
 }
 
