@@ -440,7 +440,7 @@ impl FileSystem {
     fn open_view_for_writing(&self, view: &ViewNode, flags: i32, caller: Caller) -> Error {
         let target = Target::new(&view.directory, &view.component);
         match self.stage_view(&target, view, flags, caller) {
-            Ok(()) => Error::stale(format!("{:?} is being replaced", view.name)),
+            Ok(_) => Error::stale(format!("{:?} is being replaced", view.name)),
             Err(error) => error,
         }
     }

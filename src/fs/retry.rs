@@ -136,7 +136,7 @@ impl FileSystem {
             // Again if somebody else's file came to the path while this one's was being copied.
             for _ in 0..COPIES {
                 match &found {
-                    Some(Found::View(view)) => self.stage_view(target, view, flags, caller)?,
+                    Some(Found::View(view)) => drop(self.stage_view(target, view, flags, caller)?),
                     Some(Found::Staged(staged)) if staged.refuses_writer(flags, caller) => {
                         self.replace_staged(staged, target.clone(), flags, caller)?;
                     }

@@ -12,7 +12,7 @@ use super::inode::{Inode, Node, ViewNode};
 use super::open::wants_write;
 use super::opens::Open;
 use super::publish::Unfinished;
-use super::resolve::{Found, Target, check_new};
+use super::resolve::{ATTEMPTS, Found, Target, check_new};
 use super::staging::{Staged, Writer};
 use super::{Caller, Entry, FileSystem, Handle, Opened, Serve, SetAttr, name};
 use crate::dataset::FileAttributes;
@@ -43,34 +43,52 @@ impl FileSystem {
         let directory = self.directory_name(parent)?;
         let target = Target::new(&directory, name::component(name)?);
         check_new(&target)?;
-        let absent = self.retries.is_absent(&target.path(), caller) && flags & libc::O_EXCL == 0;
-        let found = if absent { self.resolve_here(&target, caller.pid)? } else { self.resolve(&target, caller.pid)? };
-        match found {
-            Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
-            // Somebody was faster, or the kernel asks a second time.
-            Some(Found::Staged(staged)) if flags & libc::O_EXCL == 0 || caller.resent => {
-                let (ino, node) = self.node_of(Found::Staged(staged.clone()));
-                let inode = self.inodes.look_up(ino, || node);
-                let opened = self.open_staged(&inode, &staged, flags, caller)?;
-                return Ok((self.entry(&inode)?, opened));
-            }
-            Some(_) if flags & libc::O_EXCL != 0 => return Err(Error::new(Kind::Exists, "the file exists")),
-            Some(Found::View(view)) => self.stage_view(&target, &view, flags, caller)?,
-            _ => {
-                let attributes = FileAttributes {
-                    mode: Some((mode & !umask & 0o7777) as u16),
-                    uid: Some(caller.uid),
-                    gid: Some(self.folders.inherited_group(&directory).unwrap_or(caller.gid)),
-                    ..Default::default()
-                };
-                self.stage(target.clone(), attributes, None, None)?;
-                self.folders.touch(&directory);
+        let mode = (mode & !umask & 0o7777) as u16;
+        // Whatever else comes to the path meanwhile: any file may be the answer, and the kernel may not ask again.
+        let mut created = self.create_at(&target, mode, flags, caller);
+        for _ in 1..ATTEMPTS {
+            match &created {
+                Err(error) if error.kind() == Kind::Stale => created = self.create_at(&target, mode, flags, caller),
+                _ => break,
             }
         }
-        let staged = self.staging.at(&target.path()).ok_or_else(|| Error::stale("replaced while it was created"))?;
+        created
+    }
+
+    fn create_at(&self, target: &Target, mode: u16, flags: i32, caller: Caller) -> Result<(Entry, Opened)> {
+        let absent = self.retries.is_absent(&target.path(), caller) && flags & libc::O_EXCL == 0;
+        let found = if absent { self.resolve_here(target, caller.pid)? } else { self.resolve(target, caller.pid)? };
+        let (staged, flags) = match found {
+            Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
+            // Somebody was faster, or the kernel asks a second time.
+            Some(Found::Staged(staged)) if flags & libc::O_EXCL == 0 || caller.resent => (staged, flags),
+            Some(_) if flags & libc::O_EXCL != 0 => return Err(Error::new(Kind::Exists, "the file exists")),
+            Some(Found::View(view)) => {
+                let own = self.stage_view(target, &view, flags, caller)?;
+                let staged = own.or_else(|| self.staging.at(&target.path()));
+                (staged.ok_or_else(|| Error::stale("replaced while it was created"))?, flags & !libc::O_TRUNC)
+            }
+            _ => {
+                let attributes = FileAttributes {
+                    mode: Some(mode),
+                    uid: Some(caller.uid),
+                    gid: Some(self.folders.inherited_group(&target.directory).unwrap_or(caller.gid)),
+                    ..Default::default()
+                };
+                let staged = self.stage(target.clone(), attributes, None, None)?;
+                self.folders.touch(&target.directory);
+                (staged, flags & !libc::O_TRUNC)
+            }
+        };
         let inode = self.inodes.look_up(staged.ino(), || Node::Staged(staged.clone()));
-        let opened = self.open_staged(&inode, &staged, flags & !libc::O_TRUNC, caller)?;
-        Ok((self.entry(&inode)?, opened))
+        match self.open_staged(&inode, &staged, flags, caller) {
+            Ok(opened) => Ok((self.entry(&inode)?, opened)),
+            Err(error) => {
+                // The kernel does not hear of it.
+                self.forget(inode.ino, 1);
+                Err(error)
+            }
+        }
     }
 
     /// A new, empty staged file at a path; as [`Staging::show`](super::staging::Staging::show) has it.
@@ -111,13 +129,20 @@ impl FileSystem {
         }
     }
 
-    /// Makes the staged file on which a writer of a published view works: empty if it truncates, else a copy.
-    pub(super) fn stage_view(&self, target: &Target, view: &ViewNode, flags: i32, caller: Caller) -> Result<()> {
+    /// Makes the staged file on which a writer of a published view works: empty if it truncates, else a copy. Returns it
+    /// if it is this writer's alone; otherwise it is found at the path, if no other came there.
+    pub(super) fn stage_view(
+        &self,
+        target: &Target,
+        view: &ViewNode,
+        flags: i32,
+        caller: Caller,
+    ) -> Result<Option<Arc<Staged>>> {
         let there = self.staging.at(&target.path());
         let truncates = flags & libc::O_TRUNC != 0;
         // A writer that does not truncate joins those who have the file open, or are about to open it.
         if !truncates && there.as_ref().is_some_and(|there| there.state().has_writers() && !there.state().detached) {
-            return Ok(());
+            return Ok(None);
         }
         let attributes = view.summary.attributes.as_deref().cloned().unwrap_or(FileAttributes {
             uid: Some(caller.uid),
@@ -131,14 +156,14 @@ impl FileSystem {
         staged.state().shown = Some(self.inodes.view_number(&target.path(), view.object, view.view));
         if truncates {
             self.staging.show(&staged, Some(caller.pid));
-            return Ok(());
+            return Ok(Some(staged));
         }
         self.copy_view(view, &staged)?;
         // The same bytes are published already: nothing to do unless they change.
         staged.state().published = Some(version);
         staged.mark_clean(staged.stamp()?)?;
         self.staging.show_instead(&staged, there.as_ref());
-        Ok(())
+        Ok(None)
     }
 
     /// Copies the bytes of a view into a staged file.

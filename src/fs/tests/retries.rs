@@ -113,6 +113,41 @@ fn who_cuts_an_inode_that_is_not_known_any_more_cuts_the_file() {
 }
 
 #[test]
+fn who_creates_what_came_to_the_path_meanwhile_gets_a_file_of_its_own() {
+    type There = (&'static str, fn(&Bed) -> Option<(u64, Opened)>);
+    let there: [There; 4] = [
+        ("a dataset", |bed| bed.store.put_name("x.bin", bed.put_tensor("other", &[1.0])).map(|()| None).unwrap()),
+        ("a file", |bed| {
+            bed.save_as("x.bin", b"another's, and longer", OTHER).unwrap();
+            bed.forget();
+            None
+        }),
+        ("one that is being written", |bed| bed.create("x.bin", OTHER).ok()),
+        ("one that is being replaced", |bed| {
+            bed.save_as("x.bin", b"the first", OTHER).unwrap();
+            bed.create("x.bin", OTHER).ok()
+        }),
+    ];
+    for (what, make) in there {
+        for pid in [ME.pid, 0] {
+            let bed = bed();
+            let other = make(&bed);
+            let caller = Caller { pid, ..ME };
+            let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
+            let (entry, opened) = bed.fs.create(ROOT, OsStr::new("x.bin"), 0o644, 0, flags, caller).unwrap();
+            let own = (entry.attr.ino, opened);
+            bed.write(own, 0, b"own");
+            if let Some(other) = other {
+                bed.write(other, 0, b"another's, and longer");
+                bed.close(other, OTHER).unwrap();
+            }
+            bed.close(own, caller).unwrap();
+            assert_eq!(bed.load_as("x.bin", OTHER).unwrap(), b"own", "{what}");
+        }
+    }
+}
+
+#[test]
 fn a_second_refusal_ends_it() {
     let bed = bed();
     bed.save("t.arrow", &table_file(&[1])).unwrap();
