@@ -96,13 +96,14 @@ impl FileSystem {
         Ok(Some(saving))
     }
 
-    /// The save did not happen.
+    /// The save did not happen. Marks that were left for it to see go, too.
     pub(super) fn withdraw(&self, saving: Option<Saving>) {
-        if let Some(saving) = saving
-            && let Err(error) = self.store.drop_name(&saving.open())
-        {
+        let Some(saving) = saving else { return };
+        if let Err(error) = self.store.drop_name(&saving.open()) {
             self.warn(format!("{:?} is left over, `vineyard-fs gc` removes it: {error}", saving.open()));
             self.suspect_for_long(saving.object);
+        } else if let Err(error) = self.sweep_after(&saving.open()) {
+            self.warn(format!("marks of saves may be left over, `vineyard-fs gc` removes them: {error}"));
         }
     }
 
