@@ -30,6 +30,8 @@ pub const HIDDEN: &str = ".vineyard-fs/";
 pub const COPIES: &str = ".vineyard-fs/copies/";
 /// Key of a copy's metadata with the id of the object that it was made of.
 pub const COPY_OF: &str = "vineyard_fs_copy_of_";
+/// How often it is looked again which copies there are, while others come and go.
+const LOOKS: usize = 100;
 
 /// A copy that a name tells of. Whether it exists is another question.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -307,16 +309,20 @@ impl FileSystem {
             self.store.drop_name(&copy.name())?;
             return Err(gone(copy.source));
         }
-        let here = self.copies(copy.source)?.into_iter().filter(|other| other.instance == copy.instance);
-        let mut here: Vec<Copy> = here.collect();
-        here.sort_by_key(|other| other.object);
-        let mut alive = self.store.metas(&here.iter().map(|other| other.object).collect::<Vec<_>>(), true)?;
-        here.retain(|other| alive.remove(&other.object).is_some());
-        let Some(oldest) = here.first().map(|other| other.object) else { return Err(gone(copy.object)) };
-        for other in here.iter().skip(1) {
-            self.drop_copy(other)?;
+        for _ in 0..LOOKS {
+            let here = self.copies(copy.source)?.into_iter().filter(|other| other.instance == copy.instance);
+            let mut here: Vec<Copy> = here.collect();
+            here.sort_by_key(|other| other.object);
+            let mut alive = self.store.metas(&here.iter().map(|other| other.object).collect::<Vec<_>>(), true)?;
+            here.retain(|other| alive.remove(&other.object).is_some());
+            // All that were listed may have gone meanwhile, in favour of one that was not.
+            let Some(oldest) = here.first().map(|other| other.object) else { continue };
+            for other in here.iter().skip(1) {
+                self.drop_copy(other)?;
+            }
+            return Ok(if oldest == copy.object { Brought::Copied(oldest) } else { Brought::Here(oldest) });
         }
-        Ok(if oldest == copy.object { Brought::Copied(oldest) } else { Brought::Here(oldest) })
+        Err(gone(copy.object))
     }
 
     /// Moves a dataset to this instance: its name points to a copy here, and the former object goes, with its copies
