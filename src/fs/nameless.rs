@@ -22,6 +22,8 @@ const FEW_NAMES: u64 = 256;
 const MANY_NAMES_FOR: u32 = 64;
 /// Least time between two questions for all names.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How long it is waited after one that failed.
+const AGAIN: Duration = Duration::from_secs(1);
 /// Part of the time that such questions may take: vineyardd answers nobody else meanwhile.
 const SHARE: u32 = 5;
 
@@ -210,11 +212,14 @@ impl FileSystem {
                 waiting = self.nameless.came.wait(waiting).unwrap_or_else(|e| e.into_inner());
             }
             drop(waiting);
-            let question = self.settle_some().unwrap_or_else(|error| {
-                tracing::info!("objects without a name are deleted later: {error}");
-                Duration::ZERO
-            });
-            std::thread::sleep(PAUSE.max(question * SHARE));
+            let pause = match self.settle_some() {
+                Ok(question) => PAUSE.max(question * SHARE),
+                Err(error) => {
+                    tracing::info!("objects without a name are deleted later: {error}");
+                    AGAIN
+                }
+            };
+            std::thread::sleep(pause);
         }
     }
 
