@@ -2,7 +2,7 @@
 
 use crate::project::{Kedro, files, kedros, names, refused, success, text};
 use crate::vineyardd;
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{SigHandler, Signal, kill, killpg, signal};
 use nix::unistd::Pid;
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -137,6 +137,14 @@ impl Place {
     fn start(&self, mount: &[&str]) -> Child {
         let mut command = self.kedro.ours_as_is(&["run"]);
         self.environment(&mut command);
+        // A script that runs the tests in the background has them ignore it, and Python leaves that as it is.
+        let heed = || {
+            // SAFETY: the action is the default one, and no handler is replaced.
+            unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }?;
+            Ok(())
+        };
+        // SAFETY: only the system call that sets the action happens between fork and exec.
+        unsafe { command.pre_exec(heed) };
         command.args(mount).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0).spawn().unwrap()
     }
 
