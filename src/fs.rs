@@ -13,6 +13,7 @@ mod buffer;
 pub mod cache;
 pub mod copies;
 mod deferred;
+mod deletion;
 pub mod direct;
 mod directory;
 mod folders;
