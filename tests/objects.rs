@@ -10,7 +10,7 @@ use base64::prelude::BASE64_STANDARD;
 use proptest::prelude::*;
 use serde_json::Value;
 use vineyard_fs::dataset::{self, Dataset, Table};
-use vineyard_fs::vineyard::{Blob, BlobKey, BlobSource, InstanceId, Meta, ObjectId};
+use vineyard_fs::vineyard::{BlobKey, BlobSource, InstanceId, Meta, ObjectId};
 use vineyard_fs::{Error, Kind, Result};
 
 /// Blobs in this process. Reading outside of one is a failed test, not an error.
@@ -31,16 +31,8 @@ impl BlobSource for Blobs {
         Ok(())
     }
 
-    fn prepare(&self, _: &[BlobKey]) -> Result<()> {
-        Ok(())
-    }
-
     fn verify(&self, _: &[BlobKey]) -> Result<()> {
         Ok(())
-    }
-
-    fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
-        Ok(None)
     }
 }
 

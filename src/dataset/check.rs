@@ -303,7 +303,7 @@ mod tests {
     use super::*;
     use crate::dataset::column;
     use crate::dataset::testing::Nothing;
-    use crate::vineyard::{Blob, BlobKey, InstanceId, ObjectId};
+    use crate::vineyard::{BlobKey, InstanceId, ObjectId};
 
     fn strings(offsets: &[u64], data: &[u8]) -> Result<()> {
         let buffers = vec![Span::EMPTY, column::offsets(offsets.iter().copied()), Span::literal(data)];
@@ -353,14 +353,8 @@ mod tests {
             self.reads.fetch_add(1, Ordering::Relaxed);
             Ok(())
         }
-        fn prepare(&self, _: &[BlobKey]) -> Result<()> {
-            Ok(())
-        }
         fn verify(&self, _: &[BlobKey]) -> Result<()> {
             Ok(())
-        }
-        fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
-            Ok(None)
         }
     }
 

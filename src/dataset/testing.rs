@@ -1,7 +1,7 @@
 //! What tests of this floor share.
 
 use crate::error::{Error, Result};
-use crate::vineyard::{Blob, BlobKey, BlobSource};
+use crate::vineyard::{BlobKey, BlobSource};
 
 /// A store without a blob: spans of literals need none.
 pub struct Nothing;
@@ -13,13 +13,7 @@ impl BlobSource for Nothing {
     fn read(&self, key: BlobKey, _: u64, _: &mut [u8]) -> Result<()> {
         Err(Error::stale(key.to_string()))
     }
-    fn prepare(&self, _: &[BlobKey]) -> Result<()> {
-        Ok(())
-    }
     fn verify(&self, _: &[BlobKey]) -> Result<()> {
         Ok(())
-    }
-    fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
-        Ok(None)
     }
 }

@@ -52,14 +52,8 @@ impl BlobSource for Memory {
         out.copy_from_slice(part.ok_or_else(|| Error::malformed("outside the blob"))?);
         Ok(())
     }
-    fn prepare(&self, _: &[BlobKey]) -> Result<()> {
-        Ok(())
-    }
     fn verify(&self, keys: &[BlobKey]) -> Result<()> {
         keys.iter().try_for_each(|key| self.get(*key).map(drop))
-    }
-    fn blob(&self, _: BlobKey) -> Result<Option<Blob>> {
-        Ok(None)
     }
 }
 
@@ -102,9 +96,6 @@ impl BlobSource for Segments {
     }
     fn read(&self, _: BlobKey, offset: u64, out: &mut [u8]) -> Result<()> {
         self.blob.read(offset, out)
-    }
-    fn prepare(&self, _: &[BlobKey]) -> Result<()> {
-        Ok(())
     }
     fn verify(&self, _: &[BlobKey]) -> Result<()> {
         Ok(())
