@@ -116,12 +116,14 @@ def test_copies_go_with_the_dataset(three, how):
 
 
 def test_full_makes_a_copy_that_outlives_the_owner(cluster):
-    frame = numbers(500_000, 4)
+    frame = numbers(2_000_000, 4)
     cluster[0].put("x", frame)
     there = cluster.mount(1, "--migrate", "full", "--deadline", "2s")
     pd.testing.assert_frame_equal(pd.read_feather(there / "x.arrow"), frame)
     until(lambda: told(cluster[1], "info", "x").get("copies"))
-    assert there.status()["fs"]["remote"]["bytes"] < frame.size * 8 * 1.3, "shared with the reader"
+    # Twice as much if reader and copy did not share. Of each column (16 MB) up to 2 MiB may come again: what the kernel
+    # read ahead while the column before it was read, if the reader paused then.
+    assert there.status()["fs"]["remote"]["bytes"] < frame.size * 8 * 1.4, "shared with the reader"
     [hidden] = unnoticed(cluster[1])
     pd.testing.assert_frame_equal(cluster[1].client.get(name=hidden), frame)
     assert where(cluster[1], hidden) == 1
