@@ -20,6 +20,7 @@ pub mod pool;
 pub mod remote;
 pub mod request;
 pub mod store;
+pub mod streaming;
 pub mod tree;
 pub mod wire;
 

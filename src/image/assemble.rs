@@ -1,12 +1,14 @@
 //! Copies an image into a memory file.
 //!
-//! One thread hands the mapped blobs to `pwrite`, which writes into new pages without a fault for each; more threads
-//! copy through a mapping of the file, because `pwrite` holds the inode's lock. From 4 KiB pages into new huge pages one
-//! thread copies 1 GiB in 0.22 s, two in 0.15 s, one thread through the mapping in 0.27 s (2 cores, Linux 6.18).
+//! One thread hands the mapped blobs to `pwrite`, which fills new pages that nobody has cleared and takes no fault for
+//! them. As it holds the inode's lock, the other threads copy through a mapping of the file. From 4 KiB pages into new
+//! huge pages one thread copies 1 GiB in 0.16 s so and in 0.25 s through the mapping, two threads in 0.10 s, and in 0.13 s
+//! if both use the mapping (2 cores, Linux 6.18).
 
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,20 +57,33 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
         allocate(target, 0, image.size())?;
         return write(image, source, target);
     }
+    // Pages that the kernel has yet to clear are in the cache when they are filled, others are better left out of it.
+    let is_ready = target.metadata().is_ok_and(|meta| meta.blocks().saturating_mul(512) >= image.size());
     let mapping = Mapping::of(target, image.size())?;
     let next = AtomicU64::new(0);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
-    let work = || {
+    // What one of the threads does, `first` or not.
+    let work = |first: bool| {
         loop {
             let start = next.fetch_add(SLICE, Ordering::Relaxed);
             if start >= image.size() {
                 return;
             }
             let len = SLICE.min(image.size() - start);
-            populate(image, source, start, len);
-            // SAFETY: `start` is taken once, so the parts of two threads do not overlap.
-            let part = unsafe { mapping.part(start as usize, len as usize) };
-            let filled = make_present(target, start, part).and_then(|()| image.read(source, start, part));
+            let filled = match first && !is_ready {
+                true => write_slice(image, source, target, start, len),
+                false => Ok(false),
+            };
+            let filled = filled.and_then(|filled| {
+                if filled {
+                    return Ok(());
+                }
+                populate(image, source, start, len);
+                // SAFETY: `start` is taken once, so the parts of two threads do not overlap.
+                let part = unsafe { mapping.part(start as usize, len as usize) };
+                make_present(target, start, part)?;
+                if is_ready { stream(image, source, start, part) } else { image.read(source, start, part) }
+            });
             if let Err(error) = filled {
                 next.store(image.size(), Ordering::Relaxed);
                 if let Ok(mut failure) = failure.lock() {
@@ -82,9 +97,9 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
     std::thread::scope(|scope| {
         for _ in 1..threads {
             // One thread that cannot be started leaves its share to the others.
-            let _ = std::thread::Builder::new().name("assemble".into()).spawn_scoped(scope, work);
+            let _ = std::thread::Builder::new().name("assemble".into()).spawn_scoped(scope, || work(false));
         }
-        work();
+        work(true);
     });
     match failure.into_inner() {
         Ok(None) => Ok(()),
@@ -177,6 +192,16 @@ fn write(image: &Image, source: &dyn BlobSource, target: &File) -> Result<()> {
     Ok(())
 }
 
+/// Writes a slice that lies in one mapped blob. False if it does not.
+fn write_slice(image: &Image, source: &dyn BlobSource, target: &File, start: u64, len: u64) -> Result<bool> {
+    let Some((key, part)) = image.single(start..start + len) else { return Ok(false) };
+    let Some(blob) = source.blob(key)?.filter(|blob| part.end <= blob.len()) else { return Ok(false) };
+    blob.populate(part.start, len);
+    // SAFETY: the range is inside the blob, which stays mapped while `blob` lives.
+    unsafe { write_from(blob.as_ptr().add(part.start as usize), len as usize, target, start) }?;
+    Ok(true)
+}
+
 /// Writes memory to a file. No slice stands for it, because bytes of a blob may change while they are read.
 ///
 /// # Safety
@@ -218,6 +243,23 @@ fn populate(image: &Image, source: &dyn BlobSource, start: u64, len: u64) {
             blob.populate(offset.saturating_add(part.start), part.end - part.start);
         }
     }
+}
+
+/// [`Image::read`], past the processor's cache where bytes lie in mapped blobs.
+fn stream(image: &Image, source: &dyn BlobSource, start: u64, out: &mut [u8]) -> Result<()> {
+    for (extent, part) in image.covering(start..start + out.len() as u64) {
+        let at = (extent.start + part.start - start) as usize;
+        let out = &mut out[at..at + (part.end - part.start) as usize];
+        let blob = match &extent.span {
+            Span::Blob { key, offset, .. } => source.blob(*key)?.zip(offset.checked_add(part.start)),
+            _ => None,
+        };
+        match blob {
+            Some((blob, offset)) => blob.stream(offset, out)?,
+            None => extent.span.read(source, part.start, out)?,
+        }
+    }
+    Ok(())
 }
 
 /// The target, mapped for writing.

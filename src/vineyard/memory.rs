@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
 use super::id::BlobKey;
+use super::streaming;
 use crate::cgroup;
 use crate::error::{Context, Error, Kind, Result};
 
@@ -16,6 +17,8 @@ use crate::error::{Context, Error, Kind, Result};
 const MAPPED_WRITE: usize = 256 << 10;
 /// Bytes whose pages are mapped at a time: still in the processor's cache when they are filled after being cleared.
 const POPULATED: usize = 1 << 20;
+/// Writes of less stay in the processor's cache, for who reads the blob next.
+const STREAMED: usize = 4 << 20;
 
 /// A read-only shared mapping of one memory file of the store. Unmapped when the last blob of it is dropped.
 #[derive(Debug)]
@@ -92,6 +95,7 @@ impl WritableFile {
             return self.pwrite(offset, bytes);
         }
         let mapping = self.mapping.get_or_init(|| WritableMapping::of(&self.file).ok());
+        let streamed = bytes.len() >= STREAMED;
         let is_tight = cgroup::room_for(bytes.len() as u64).is_err();
         for (number, part) in bytes.chunks(POPULATED).enumerate() {
             let at = offset.saturating_add((number * POPULATED) as u64);
@@ -100,7 +104,7 @@ impl WritableFile {
                 let absent = mapping.as_ref().and_then(|mapping| mapping.absent(at, part.len()));
                 cgroup::room_for(absent.unwrap_or(part.len() as u64)).context(|| "filling a blob".into())?;
             }
-            if !mapping.as_ref().is_some_and(|mapping| mapping.write(at, part)) {
+            if !mapping.as_ref().is_some_and(|mapping| mapping.write(at, part, streamed)) {
                 self.pwrite(at, part)?;
             }
         }
@@ -165,7 +169,7 @@ impl WritableMapping {
     }
 
     /// False if the range cannot be written this way.
-    fn write(&self, offset: u64, bytes: &[u8]) -> bool {
+    fn write(&self, offset: u64, bytes: &[u8], streamed: bool) -> bool {
         const PAGE: usize = 4096;
         let Some(end) = usize::try_from(offset).ok().and_then(|at| at.checked_add(bytes.len())) else { return false };
         if end > self.len {
@@ -179,8 +183,15 @@ impl WritableMapping {
         if mapped != 0 {
             return false;
         }
+        // SAFETY: the range lies in the mapping.
+        let to = unsafe { self.base.as_ptr().add(start) };
         // SAFETY: the range lies in the mapping and its pages are there; `bytes` is other memory.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.as_ptr().add(start), bytes.len()) };
+        unsafe {
+            match streamed {
+                true => streaming::copy(bytes.as_ptr(), to, bytes.len()),
+                false => std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()),
+            }
+        }
         true
     }
 }
@@ -249,21 +260,34 @@ impl Blob {
     /// # Errors
     /// `Malformed` if that range is not inside the blob.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        match offset.checked_add(out.len() as u64) {
-            Some(end) if end <= self.len as u64 => {}
-            _ => {
-                return Err(Error::malformed(format!(
-                    "bytes {offset} and {} more are outside blob {} of {} bytes",
-                    out.len(),
-                    self.key,
-                    self.len
-                )));
-            }
-        }
+        let from = self.inside(offset, out.len())?;
         // SAFETY: the range was checked; `out` is private memory, so the ranges do not overlap. A concurrent writer in
         // another process can make the copied bytes any bytes, which a `u8` may be.
-        unsafe { std::ptr::copy_nonoverlapping(self.as_ptr().add(offset as usize), out.as_mut_ptr(), out.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };
         Ok(())
+    }
+
+    /// [`Blob::read`] for many bytes that this thread does not read again.
+    ///
+    /// # Errors
+    /// As [`Blob::read`].
+    pub fn stream(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let from = self.inside(offset, out.len())?;
+        // SAFETY: as in `read`.
+        unsafe { streaming::copy(from, out.as_mut_ptr(), out.len()) };
+        Ok(())
+    }
+
+    /// Address of `len` bytes from `offset` of the blob.
+    fn inside(&self, offset: u64, len: usize) -> Result<*const u8> {
+        if offset.checked_add(len as u64).is_none_or(|end| end > self.len as u64) {
+            let (key, size) = (self.key, self.len);
+            return Err(Error::malformed(format!(
+                "bytes {offset} and {len} more are outside blob {key} of {size} bytes"
+            )));
+        }
+        // SAFETY: offset is inside the blob, and that inside the mapping.
+        Ok(unsafe { self.as_ptr().add(offset as usize) })
     }
 
     /// Maps the pages of a range ahead of a copy: one call instead of a fault every few pages. Best effort.
