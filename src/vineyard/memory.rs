@@ -4,8 +4,10 @@
 //! So bytes are *copied out* of a mapping, and a reader that needs to know whose bytes they were asks the store after
 //! the copy whether the blob still exists ([`super::BlobSource::verify`]).
 
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::id::BlobKey;
@@ -17,14 +19,69 @@ use crate::error::{Context, Error, Kind, Result};
 const MAPPED_WRITE: usize = 256 << 10;
 /// Bytes whose pages are mapped at a time: still in the processor's cache when they are filled after being cleared.
 const POPULATED: usize = 1 << 20;
+/// Unit of knowing which pages of a segment are mapped.
+const POPULATION: usize = 64 << 10;
 /// Writes of less stay in the processor's cache, for who reads the blob next.
 const STREAMED: usize = 4 << 20;
+
+/// Which pages of a mapping have been mapped, a bit for each [`POPULATION`] bytes: asking the kernel about pages that are
+/// mapped takes a sixth of the time of copying them. They may have been unmapped since, which costs a fault.
+#[derive(Debug)]
+struct Populated(Box<[AtomicU64]>);
+
+impl Populated {
+    fn new(len: usize) -> Self {
+        Populated((0..len.div_ceil(POPULATION).div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn bit(&self, unit: usize) -> (Option<&AtomicU64>, u64) {
+        (self.0.get(unit / 64), 1 << (unit % 64))
+    }
+
+    fn has(&self, unit: usize) -> bool {
+        matches!(self.bit(unit), (Some(word), bit) if word.load(Ordering::Relaxed) & bit != 0)
+    }
+
+    /// Maps the pages of a range, and no others, unless that was done before (`advice`: `MADV_POPULATE_READ` or
+    /// `MADV_POPULATE_WRITE` of `madvise(2)`, since Linux 5.14). False if the kernel refused.
+    ///
+    /// # Safety
+    /// The range lies in the mapping at `base`.
+    unsafe fn populate(&self, base: NonNull<u8>, range: Range<usize>, advice: i32) -> bool {
+        const PAGE: usize = 4096;
+        let (mut unit, last) = (range.start / POPULATION, range.end.div_ceil(POPULATION));
+        while unit < last {
+            let first = unit;
+            while unit < last && !self.has(unit) {
+                unit += 1;
+            }
+            let start = (first * POPULATION).max(range.start) & !(PAGE - 1);
+            let end = (unit * POPULATION).min(range.end);
+            if end > start {
+                // SAFETY: inside the mapping by the caller's promise; populating pages changes no data.
+                if unsafe { libc::madvise(base.as_ptr().add(start).cast(), end - start, advice) } != 0 {
+                    return false;
+                }
+                for unit in range.start.div_ceil(POPULATION).max(first)..(range.end / POPULATION).min(unit) {
+                    if let (Some(word), bit) = self.bit(unit) {
+                        word.fetch_or(bit, Ordering::Relaxed);
+                    }
+                }
+            }
+            while unit < last && self.has(unit) {
+                unit += 1;
+            }
+        }
+        true
+    }
+}
 
 /// A read-only shared mapping of one memory file of the store. Unmapped when the last blob of it is dropped.
 #[derive(Debug)]
 pub struct Segment {
     base: NonNull<u8>,
     len: usize,
+    populated: Populated,
 }
 
 // SAFETY: a `Segment` is an address range that stays mapped until drop; it is only read, through raw copies.
@@ -47,7 +104,7 @@ impl Segment {
         // SAFETY: a fresh mapping at an address that the kernel chooses; the file is at least `len` bytes long.
         let base = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0) }
             .context(|| format!("mapping {len} bytes of the store's memory"))?;
-        Ok(Arc::new(Segment { base: base.cast(), len }))
+        Ok(Arc::new(Segment { base: base.cast(), len, populated: Populated::new(len) }))
     }
 
     /// Length of the mapping in bytes.
@@ -85,7 +142,9 @@ impl WritableFile {
     ///
     /// Large pieces are copied through a mapping that is kept: `write` calls of several threads would wait for each
     /// other on the inode's lock. The pages are mapped by one call first, which is far cheaper than a fault for each,
-    /// and says if there is no memory for them, where a store would raise SIGBUS.
+    /// and says if there is no memory for them, where a store would raise SIGBUS. It is not made again for pages that
+    /// were mapped before: vineyardd gives such pages back only if a client asks it to trim its memory
+    /// (`src/server/memory/memory.cc` of v6d), and a fault then brings new ones.
     ///
     /// # Errors
     /// `Full` or the errno if there is no memory for it, also if this process may not use so much more; `Malformed` past
@@ -97,8 +156,11 @@ impl WritableFile {
         let mapping = self.mapping.get_or_init(|| WritableMapping::of(&self.file).ok());
         let streamed = bytes.len() >= STREAMED;
         let is_tight = cgroup::room_for(bytes.len() as u64).is_err();
-        for (number, part) in bytes.chunks(POPULATED).enumerate() {
-            let at = offset.saturating_add((number * POPULATED) as u64);
+        let (mut rest, mut at) = (bytes, offset);
+        while !rest.is_empty() {
+            // Whole units of what is known to be mapped.
+            let len = (POPULATED - at as usize % POPULATED).min(rest.len());
+            let (part, others) = rest.split_at(len);
             if is_tight {
                 // Pages that are there already need no room.
                 let absent = mapping.as_ref().and_then(|mapping| mapping.absent(at, part.len()));
@@ -107,6 +169,7 @@ impl WritableFile {
             if !mapping.as_ref().is_some_and(|mapping| mapping.write(at, part, streamed)) {
                 self.pwrite(at, part)?;
             }
+            (rest, at) = (others, at.saturating_add(len as u64));
         }
         Ok(())
     }
@@ -135,6 +198,7 @@ impl WritableFile {
 struct WritableMapping {
     base: NonNull<u8>,
     len: usize,
+    populated: Populated,
 }
 
 // SAFETY: an address range that stays mapped until drop; it is only written, through raw copies into ranges that the
@@ -153,7 +217,7 @@ impl WritableMapping {
         // SAFETY: a fresh mapping at an address that the kernel chooses; the file is `len` bytes long.
         let base = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) }
             .context(|| format!("mapping {len} bytes of the store's memory"))?;
-        Ok(WritableMapping { base: base.cast(), len })
+        Ok(WritableMapping { base: base.cast(), len, populated: Populated::new(len) })
     }
 
     /// Bytes of a range whose pages nobody has used yet; `None` if that is not known. Whoever uses a page first has it
@@ -170,17 +234,13 @@ impl WritableMapping {
 
     /// False if the range cannot be written this way.
     fn write(&self, offset: u64, bytes: &[u8], streamed: bool) -> bool {
-        const PAGE: usize = 4096;
         let Some(end) = usize::try_from(offset).ok().and_then(|at| at.checked_add(bytes.len())) else { return false };
         if end > self.len {
             return false;
         }
         let start = offset as usize;
-        let page = start & !(PAGE - 1);
-        // SAFETY: the pages lie in the mapping; populating them changes no data (`madvise(2)`, since Linux 5.14).
-        let mapped =
-            unsafe { libc::madvise(self.base.as_ptr().add(page).cast(), end - page, libc::MADV_POPULATE_WRITE) };
-        if mapped != 0 {
+        // SAFETY: the range lies in the mapping.
+        if !unsafe { self.populated.populate(self.base, start..end, libc::MADV_POPULATE_WRITE) } {
             return false;
         }
         // SAFETY: the range lies in the mapping.
@@ -290,16 +350,65 @@ impl Blob {
         Ok(unsafe { self.as_ptr().add(offset as usize) })
     }
 
-    /// Maps the pages of a range ahead of a copy: one call instead of a fault every few pages. Best effort.
+    /// Maps the pages of a range ahead of a copy: one call instead of a fault every few pages, and none if it was done
+    /// before. What shares a unit of [`POPULATION`] with the range is mapped too, as far as it is of this blob. Best effort.
     pub fn populate(&self, offset: u64, len: u64) {
-        const PAGE: usize = 4096;
-        let start = (self.offset + offset.min(self.len as u64) as usize) & !(PAGE - 1);
+        let start = self.offset + offset.min(self.len as u64) as usize;
         let end = self.offset + offset.saturating_add(len).min(self.len as u64) as usize;
         if end > start {
-            // SAFETY: the range lies in the mapping; populating pages for reading changes no data.
-            unsafe {
-                libc::madvise(self.segment.base.as_ptr().add(start).cast(), end - start, libc::MADV_POPULATE_READ);
-            }
+            let start = (start / POPULATION * POPULATION).max(self.offset);
+            let end = end.next_multiple_of(POPULATION).min(self.offset + self.len);
+            // SAFETY: the range lies in the mapping, as the blob does; what cannot be mapped is faulted in later.
+            unsafe { self.segment.populated.populate(self.segment.base, start..end, libc::MADV_POPULATE_READ) };
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::id::{InstanceId, ObjectId};
+    use super::*;
+
+    /// Which pages of a segment this process has mapped (bit 63 of `/proc/self/pagemap`, proc_pid_pagemap(5)).
+    fn mapped(segment: &Segment) -> Vec<bool> {
+        use std::os::unix::fs::FileExt;
+        let mut entries = vec![0; segment.len / 4096 * 8];
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        pagemap.read_exact_at(&mut entries, segment.base.as_ptr() as u64 / 4096 * 8).unwrap();
+        entries.chunks_exact(8).map(|entry| entry[7] & 0x80 != 0).collect()
+    }
+
+    #[test]
+    fn a_blob_is_mapped_once_and_nothing_beside_it() {
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let (size, start, len) = (40 * POPULATION, 3 * POPULATION + 5000, 30 * POPULATION);
+        let file = memfd_create(c"segment", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&file, size as i64).unwrap();
+        let segment = Segment::map(&file, size).unwrap();
+        let key = BlobKey { instance: InstanceId(1), id: ObjectId(1 << 63 | 7) };
+        let blob = Blob::new(key, segment.clone(), start as u64, len as u64).unwrap();
+        let bits = || segment.populated.0.iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum::<u32>();
+        let pages =
+            |from: usize, to: usize| (0..size / 4096).map(move |n| (from / 4096..to.div_ceil(4096)).contains(&n));
+        // A part takes what lies in the same units, of this blob only.
+        blob.populate(0, 10);
+        assert!(mapped(&segment).into_iter().eq(pages(start, 4 * POPULATION)));
+        assert_eq!(bits(), 0, "the unit is not the blob's alone");
+        blob.populate((10 * POPULATION) as u64, 10);
+        assert_eq!(bits(), 1);
+        blob.populate(0, u64::MAX);
+        assert!(mapped(&segment).into_iter().eq(pages(start, start + len)));
+        assert_eq!(bits(), 29);
+        // What is known to be mapped is not asked for again, the ends are.
+        let whole = segment.len;
+        // SAFETY: the mapping is the segment's; its pages stay in the file.
+        unsafe { libc::madvise(segment.base.as_ptr().cast(), whole, libc::MADV_DONTNEED) };
+        blob.populate(0, u64::MAX);
+        // A fault maps pages near it that exist.
+        let found = mapped(&segment);
+        let part = |from: usize, to: usize| &found[from / 4096..to / 4096];
+        assert!(part(start + 4096, 4 * POPULATION).iter().all(|&mapped| mapped));
+        assert!(part(5 * POPULATION, 32 * POPULATION).iter().all(|&mapped| !mapped));
     }
 }
