@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 
@@ -180,6 +181,33 @@ class Instance:
 
     def stop(self):
         end(self.process)
+
+
+def outcome(action, limit=60):
+    """The value, or the errno, of something that must not take longer than `limit` seconds."""
+    result = []
+
+    def work():
+        try:
+            result.append(action())
+        except OSError as error:
+            result.append(error.errno)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit)
+    assert result, f"nothing after {limit} s"
+    return result[0]
+
+
+def eventually(action, seconds=120):
+    """The value of something that may end with an errno for a while."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = outcome(action)
+        if not isinstance(result, int) or time.monotonic() > deadline:
+            return result
+        time.sleep(0.5)
 
 
 class Cluster:

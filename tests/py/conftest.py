@@ -110,14 +110,16 @@ class Mount:
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
 
-    def status(self) -> dict:
-        """Waits for keepers and servers that are too busy to tell theirs within a second, but not for ever."""
+    def status(self, state: str | None = None) -> dict:
+        """Waits for keepers and servers that are too busy to tell theirs within a second, and for a state if one is given,
+        but not for ever."""
         import json
 
-        patience = time.monotonic() + 20
+        patience = time.monotonic() + 60
         while True:
             status = json.loads(cli("status", self.path, "--json").stdout)
-            told = status["state"] == "dead" or ("server" in status and status["state"] != "hung")
+            whole = "server" in status and status["state"] != "hung" and "error" not in status.get("fs", {})
+            told = (whole or status["state"] == "dead") and state in (None, status["state"])
             if told or time.monotonic() > patience:
                 return status
 
@@ -139,7 +141,7 @@ class Mount:
         mounted = any(line.split(" ")[4] == str(self.path) for line in open("/proc/self/mountinfo"))
         if mounted and self.expected_restarts is not None:
             # One that was killed a moment ago may not be replaced yet.
-            patience = time.monotonic() + 20
+            patience = time.monotonic() + 60
             while (server := self.status().get("server", {})).get("restarts", 0) < self.expected_restarts:
                 if time.monotonic() > patience:
                     break
@@ -159,6 +161,21 @@ class Mount:
             faults = [f"{self.path} has no status: {error}"]
         cli("unmount", self.path, "--force", check=False)
         assert not faults, "\n".join(faults)
+
+
+def until(condition, seconds=90):
+    """Waits for something true, and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"it does not happen: {found}"
+        time.sleep(0.02)
+    return found
+
+
+def freeze(process: subprocess.Popen):
+    """Stops a child with all its threads; the signal alone lets those that run go on for a moment."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def unmount_all(mounts):

@@ -9,12 +9,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from cluster import Cluster, Link, numbers
+from cluster import Cluster, Link, eventually, numbers, outcome
 from conftest import cli
 
 # What a program may see of data that cannot be had.
 LOST = {errno.EHOSTUNREACH, errno.ESTALE, errno.EIO, errno.ENOENT}
-DEADLINE = ["--deadline", "2s"]
+DEADLINE = ["--deadline", "5s"]
 
 
 def has_links() -> bool:
@@ -35,32 +35,6 @@ def linked(folder):
     cluster.stop()
 
 
-def outcome(action, limit=15):
-    """The value, or the errno, of something that must not take longer than `limit` seconds."""
-    result = []
-
-    def work():
-        try:
-            result.append(action())
-        except OSError as error:
-            result.append(error.errno)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(limit)
-    assert result, f"nothing after {limit} s"
-    return result[0]
-
-
-def eventually(action, seconds=40):
-    deadline = time.monotonic() + seconds
-    while True:
-        result = outcome(action)
-        if not isinstance(result, int) or time.monotonic() > deadline:
-            return result
-        time.sleep(0.5)
-
-
 @needs_links
 def test_dropped_packets(linked):
     frame, mine = numbers(400_000, 4), numbers(100, 2)
@@ -73,7 +47,7 @@ def test_dropped_packets(linked):
     started = time.monotonic()
     assert outcome(lambda: (there / "theirs.arrow").read_bytes()) in LOST
     assert outcome(lambda: (there / "other.arrow").read_bytes()) in LOST
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 60
     pd.testing.assert_frame_equal(pd.read_feather(there / "mine.arrow"), mine)
     log = there.log.read_text()
     assert "instance i0" in log and linked.link.there in log
@@ -104,7 +78,7 @@ def test_the_owner_is_lost_while_bytes_travel(linked, how):
                 data += part
             return data
 
-        result = outcome(rest, 20)
+        result = outcome(rest)
         assert result in LOST, f"{len(result)} bytes" if not isinstance(result, int) else errno.errorcode[result]
         if how == "frozen":
             linked[0].process.send_signal(signal.SIGCONT)
@@ -114,7 +88,7 @@ def test_the_owner_is_lost_while_bytes_travel(linked, how):
             whole = eventually(lambda: (there / "x.npy").read_bytes())
             assert np.array_equal(np.frombuffer(whole[128:]), np.arange(10_000_000, dtype="float64"))
     assert "instance i0" in there.log.read_text()
-    assert cli("status", there.path, timeout=5).returncode == 0
+    assert cli("status", there.path, timeout=30).returncode == 0
 
 
 def test_an_instance_starts_again_under_a_new_number(cluster):
@@ -172,7 +146,7 @@ def test_etcd_is_away_for_a_while(cluster, how):
             lambda: frame.to_feather(there / "new.arrow"),
         ]:
             outcome(action, 30)
-        assert cli("status", there.path, timeout=5).returncode == 0
+        assert cli("status", there.path, timeout=30).returncode == 0
         if how == "frozen":
             cluster.etcd.process.send_signal(signal.SIGCONT)
         else:
@@ -202,7 +176,7 @@ def test_etcd_loses_its_data(cluster):
     assert result in LOST or len(result) > frame.size * 8
     outcome(lambda: os.listdir(there.path), 30)
     outcome(lambda: frame.to_feather(there / "new.arrow"), 40)
-    assert cli("status", there.path, timeout=5).returncode == 0
+    assert cli("status", there.path, timeout=30).returncode == 0
     # After all have started anew, so does the mount.
     for instance in cluster.instances:
         instance.kill()

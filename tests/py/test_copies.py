@@ -9,20 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from cluster import numbers
-from conftest import cli
+from conftest import cli, until
 
 
 def told(instance, *arguments):
     return json.loads(cli(*arguments, "--json", "--socket", instance.socket).stdout)
-
-
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError("it does not happen")
 
 
 def where(instance, name):
@@ -109,7 +100,7 @@ def test_copies_go_with_the_dataset(three, how):
     else:
         os.rename(there / "y.arrow", there / "x.arrow")
     left = three.instances[1:] if how == "chmod" else three.instances
-    until(lambda: all(instance.usage() < 10_000 for instance in left), 20)
+    until(lambda: all(instance.usage() < 10_000 for instance in left), 90)
     assert unnoticed(three[0]) == []
     if how == "chmod":
         pd.testing.assert_frame_equal(pd.read_feather(there / "x.arrow"), frame)
@@ -118,7 +109,7 @@ def test_copies_go_with_the_dataset(three, how):
 def test_full_makes_a_copy_that_outlives_the_owner(cluster):
     frame = numbers(2_000_000, 4)
     cluster[0].put("x", frame)
-    there = cluster.mount(1, "--migrate", "full", "--deadline", "2s")
+    there = cluster.mount(1, "--migrate", "full", "--deadline", "5s")
     pd.testing.assert_frame_equal(pd.read_feather(there / "x.arrow"), frame)
     until(lambda: told(cluster[1], "info", "x").get("copies"))
     # Twice as much if reader and copy did not share. Of each column (16 MB) up to 2 MiB may come again: what the kernel
@@ -130,22 +121,22 @@ def test_full_makes_a_copy_that_outlives_the_owner(cluster):
     with open(there / "x.arrow", "rb", buffering=0) as opened:
         first = opened.read(1000)
         cluster[0].kill()
-        fresh = cluster.mount(1, "--deadline", "2s")
+        fresh = cluster.mount(1, "--deadline", "5s")
         for mount in [there, fresh]:
             started = time.monotonic()
             pd.testing.assert_frame_equal(pd.read_feather(mount / "x.arrow"), frame)
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < 60
         opened.seek(0)
         assert opened.read(1000) == first
     # The others notice after a while that the instance is gone; the name then leads to nothing for them.
-    found = until(lambda: told(cluster[1], "gc", "--dry-run"), 90)
+    found = until(lambda: told(cluster[1], "gc", "--dry-run"), 240)
     assert [(entry["kind"], entry["name"]) for entry in found] == [("orphaned", "x")]
     pd.testing.assert_frame_equal(pd.read_feather(fresh / "x.arrow"), frame)
     assert told(cluster[1], "gc") == found and told(cluster[1], "gc") == []
     pd.testing.assert_frame_equal(cluster[1].client.get(name="x"), frame)
     pd.testing.assert_frame_equal(pd.read_feather(fresh / "x.arrow"), frame)
     (fresh / "x.arrow").unlink()
-    until(lambda: cluster[1].usage() == 0, 10)
+    until(lambda: cluster[1].usage() == 0, 90)
     assert unnoticed(cluster[1]) == []
 
 
@@ -153,7 +144,7 @@ def test_a_reader_goes_on_with_a_copy_elsewhere(three):
     values = np.arange(8_000_000, dtype="float64")
     three[0].put("x", values)
     cli("pin", "x", "--socket", three[2].socket)
-    reader = three.mount(1, "--deadline", "2s", "--serve", "lazy")
+    reader = three.mount(1, "--deadline", "5s", "--serve", "lazy")
     with open(reader / "x.npy", "rb", buffering=0) as opened:
         opened.read(100)
         three[0].kill()
@@ -195,7 +186,7 @@ def test_an_instance_that_ended_leaves_names_that_gc_finds(cluster):
     cluster[0].kill()
     # An instance that does not answer proves nothing.
     assert told(cluster[1], "gc", "--dry-run") == []
-    listed = until(lambda: [e for e in told(cluster[1], "ls") if e["state"] == "dangling"], 90)
+    listed = until(lambda: [e for e in told(cluster[1], "ls") if e["state"] == "dangling"], 240)
     assert [entry["name"] for entry in listed] == ["theirs"]
     assert [entry["name"] for entry in told(cluster[1], "gc")] == ["theirs"]
     # A vineyardd at the same place is another instance.
@@ -215,7 +206,7 @@ def test_files_that_died_with_their_instance_are_not_listed_as_fine(cluster):
     expected = {"lost.txt": "dangling", "kept.txt": "ok", "mine": "ok"}
     assert {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == dict.fromkeys(expected, "ok")
     cluster[0].kill()
-    until(lambda: {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == expected, 90)
+    until(lambda: {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == expected, 240)
     assert (cluster.mount(1) / "kept.txt").read_bytes() == b"what a file holds" * 1000
 
 
@@ -239,7 +230,7 @@ def test_a_server_that_is_killed_in_a_save_leaves_nothing(store, make_mount):
         before, pid = store.usage(), mount.status()["server"]["pid"]
         saver.start()
         # In the middle of publishing: the store has blobs of it.
-        until(lambda: store.usage() > before or not saver.is_alive(), 30)
+        until(lambda: store.usage() > before or not saver.is_alive(), 90)
         time.sleep(chance.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         mount.expected_restarts += 1
@@ -248,4 +239,4 @@ def test_a_server_that_is_killed_in_a_save_leaves_nothing(store, make_mount):
         if (mount / f"x{turn}.arrow").exists():
             pd.testing.assert_frame_equal(pd.read_feather(mount / f"x{turn}.arrow"), frame)
             (mount / f"x{turn}.arrow").unlink()
-        until(lambda: store.usage() == 0, 20)
+        until(lambda: store.usage() == 0, 90)

@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from cluster import Cluster
-from conftest import BINARY, cli
+from conftest import BINARY, cli, freeze, until
 from test_clock import clock  # noqa: F401
-from test_copies import sha, told, unnoticed, until, where
+from test_copies import sha, told, unnoticed, where
 
 
 def begin(instance, *arguments):
@@ -43,11 +43,11 @@ def test_a_full_instance_gives_up_no_bytes_of_copies(folder):
 def test_an_instance_that_starts_again_on_its_port_hides_no_other(cluster):
     cluster[0].put("theirs", pa.table({"s": ["a", "b"]}))
     cluster[1].put("mine", np.arange(5.0))
-    mount = cluster.mount(1, "--deadline", "2s")
+    mount = cluster.mount(1, "--deadline", "5s")
     assert until(lambda: sorted(os.listdir(mount.path)) == ["mine.npy", "theirs.arrow"])
     cluster[0].kill()
     cluster[0].start()
-    fresh = cluster.mount(1, "--deadline", "2s")
+    fresh = cluster.mount(1, "--deadline", "5s")
     assert "mine.npy" in os.listdir(mount.path)
     assert sorted(os.listdir(fresh.path)) == ["mine.npy", "theirs"]
     assert [entry["state"] for entry in told(cluster[1], "ls")][0] == "ok"
@@ -59,7 +59,7 @@ def test_commands_go_on_with_a_copy(three, folder):
     for name in ["x", "y", "z"]:
         three[0].put(name, np.arange(10_000.0))
         cli("pin", name, "--socket", three[1].socket)
-    three[0].process.send_signal(signal.SIGSTOP)
+    freeze(three[0].process)
     assert "is now on instance i1" in cli("migrate", "x", "--socket", three[1].socket, timeout=100).stdout
     assert where(three[1], "x") == 1
     cli("get", "y", "-o", folder / "y.npy", "--socket", three[2].socket, timeout=100)
@@ -110,14 +110,14 @@ def test_a_migration_to_a_far_instance_ends_when_it_is_told_to(three):
     three[0].put("x", np.arange(1_000_000.0))
     assert until(lambda: told(three[2], "ls"))
     os.rename(three[1].socket, three[1].socket + ".away")
-    three[1].process.send_signal(signal.SIGSTOP)
+    freeze(three[1].process)
     process = begin(three[2], "migrate", "x", "--to", "i1")
     time.sleep(2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert "interrupted" in process.communicate(timeout=60)[0] and process.returncode == 1
     three[1].process.send_signal(signal.SIGCONT)
-    three[0].process.send_signal(signal.SIGSTOP)
+    freeze(three[0].process)
     process = begin(three[2], "migrate", "x", "--to", "i1")
     assert "did not answer in time" in process.communicate(timeout=100)[0] and process.returncode == 1
     three[0].process.send_signal(signal.SIGCONT)
@@ -132,7 +132,7 @@ def test_of_many_who_move_or_copy_a_dataset_nothing_is_left(three):
             outputs = [process.communicate(timeout=60)[0] for process in processes]
             assert any(process.returncode == 0 for process in processes), outputs
             cli("rm", "x", "--socket", three[0].socket)
-            until(lambda: [instance.usage() for instance in three.instances] == [0, 0, 0], 20)
+            until(lambda: [instance.usage() for instance in three.instances] == [0, 0, 0], 90)
             assert unnoticed(three[0]) == [], (command, outputs)
 
 
@@ -149,7 +149,7 @@ def test_what_a_killed_command_has_left_is_removed(cluster, command):
             cli("migrate", "x", "--to", "0", "--socket", cluster[1].socket)
         cli("pin", "--drop", "x", "--socket", cluster[1].socket)
     cli("gc", "--socket", cluster[1].socket)
-    assert until(lambda: cluster[1].usage() == 0, 20)
+    assert until(lambda: cluster[1].usage() == 0, 90)
     assert np.array_equal(cluster[0].client.get(name="x"), np.arange(8_000_000.0)) and unnoticed(cluster[0]) == []
 
 
@@ -164,11 +164,16 @@ def test_gc_finds_what_killed_commands_have_left_by_whatever_path_they_came(stor
     os.symlink(store.socket, link)
     for came, asked in [(link, store.socket), (store.socket, link), (link, link)]:
         command = [BINARY, "put", folder / "b.bin", "x.bin", "--socket", came]
-        process = subprocess.Popen([str(word) for word in command])
-        while store.usage() == 0:
-            assert process.poll() is None
-        process.kill()
-        process.wait()
+        for _ in range(20):
+            process = subprocess.Popen([str(word) for word in command])
+            while store.usage() == 0 and process.poll() is None:
+                pass
+            process.kill()
+            process.wait()
+            if told_of(asked, "ls") == []:
+                break
+            # It was faster.
+            cli("rm", "x.bin", "--socket", asked)
         assert store.usage() >= 64 << 20 and told_of(asked, "ls") == []
         left = told_of(asked, "gc", "--dry-run")
         assert [entry["kind"] for entry in left] == ["left"] and store.usage() >= 64 << 20

@@ -34,7 +34,7 @@ def version(path) -> int:
     return value
 
 
-def settled(store, expected, patience=10):
+def settled(store, expected, patience=90):
     """Waits until the store holds what one version takes: no blob of an unfinished save is left."""
     deadline = time.monotonic() + patience
     while store.usage() != expected:
@@ -75,7 +75,7 @@ def test_a_killed_server_comes_back_and_what_was_published_is_whole(store, mount
     for _ in range(KILLS // 2):
         with open(keep, "rb") as reader:
             mount.kill_server()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 90
             while True:
                 try:
                     assert version(path) in (1, 2)
@@ -118,7 +118,7 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
         time.sleep(random.uniform(0.55, 0.9))
         kills.append(time.monotonic())
         os.kill(server, signal.SIGKILL)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         # On a busy machine the keeper itself may take longer than `status` waits.
         while (now := mount.status().get("server", {}).get("pid")) in (None, server):
             assert time.monotonic() < deadline, "no server comes back"
@@ -145,7 +145,7 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
 
 def kill_server(mount):
     server = mount.kill_server()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90
     while mount.status().get("server", {}).get("pid") in (None, server):
         assert time.monotonic() < deadline, "no server comes back"
         time.sleep(0.02)

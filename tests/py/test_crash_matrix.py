@@ -4,6 +4,7 @@ vineyardd. What was acknowledged is there or something newer is, whole; and noth
 VINEYARD_FS_KILLS kills of each (20); the table of what survived is printed.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -44,7 +45,7 @@ class Writer:
         for line in self.process.stdout:
             self.acknowledged = int(line)
 
-    def wait_for(self, version, patience=30):
+    def wait_for(self, version, patience=90):
         deadline = time.monotonic() + patience
         while self.acknowledged < version:
             assert self.process.poll() is None, f"the writer failed: {self.process.stderr.read()[-800:]}"
@@ -57,7 +58,7 @@ class Writer:
         self.thread.join(10)
 
 
-def version_of(path, patience=20) -> int:
+def version_of(path, patience=90) -> int:
     """The version that the file shows: one whole one."""
     deadline = time.monotonic() + patience
     while True:
@@ -80,7 +81,7 @@ def contents(store):
     return store.usage(), len(objects), store.client.list_names("*", limit=1000)
 
 
-def settled(store, expected, patience=20):
+def settled(store, expected, patience=90):
     """Waits until the store holds what one version takes: no blob and no object of another save."""
     deadline = time.monotonic() + patience
     while (found := contents(store)[:2]) != expected:
@@ -89,8 +90,10 @@ def settled(store, expected, patience=20):
 
 
 def kill_all(status):
-    for pid in (status["keeper"]["pid"], status["server"]["pid"]):
-        os.kill(pid, signal.SIGKILL)
+    os.kill(status["keeper"]["pid"], signal.SIGKILL)
+    # The server ends with its keeper.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(status["server"]["pid"], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("victim", ["writer", "server", "keeper and server", "vineyardd"])

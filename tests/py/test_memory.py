@@ -60,7 +60,7 @@ class Group:
         return int(fields["oom_kill"])
 
     def remove(self):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while True:
             try:
                 return self.path.rmdir()
@@ -107,7 +107,7 @@ def in_time(code, *arguments, patience=120):
     return int(result.stdout.split()[1]) if result.stdout.startswith("ERRNO") else 0
 
 
-def wait_until(good, what, patience=40):
+def wait_until(good, what, patience=90):
     deadline = time.monotonic() + patience
     while not good():
         assert time.monotonic() < deadline, what()

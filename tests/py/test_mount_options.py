@@ -96,4 +96,6 @@ def test_a_free_port_for_counters_is_told(make_mount):
     address = mount.status()["metrics"]
     assert not address.endswith(":0")
     assert f"http://{address}/metrics" in cli("status", mount.path).stdout
-    assert b"vineyard_fs_store_up 1" in urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read()
+    deadline = time.monotonic() + 60
+    while b"vineyard_fs_store_up 1" not in (page := urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read()):
+        assert time.monotonic() < deadline, page

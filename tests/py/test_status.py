@@ -20,11 +20,19 @@ def status(path):
 
 def until(path, state):
     """The status once the mount is in a state."""
-    patience = time.monotonic() + 20
-    while (found := status(path))["state"] != state:
+    patience = time.monotonic() + 60
+    while (found := status(path))["state"] != state or "error" in found["fs"]:
         assert time.monotonic() < patience, found
         time.sleep(0.1)
     return found
+
+
+def text_until(begins, *command):
+    """What a command says, once it begins with this line."""
+    patience = time.monotonic() + 60
+    while not (text := cli(*command).stdout).startswith(begins):
+        assert time.monotonic() < patience, text
+    return text
 
 
 def keys(report, *path):
@@ -34,16 +42,16 @@ def keys(report, *path):
 
 
 def test_a_store_that_is_away_is_said_and_own_counters_stay(store, make_mount):
-    mount = make_mount("--deadline", "1s")
-    before = status(mount.path)
-    assert before["state"] == "ok" and before["fs"]["store_error"] is None
-    store.process.send_signal(signal.SIGSTOP)
+    mount = make_mount("--deadline", "3s")
+    before = until(mount.path, "ok")
+    assert before["fs"]["store_error"] is None
+    conftest.freeze(store.process)
     away = until(mount.path, "store away")
     assert away["fs"]["store_error"]
     assert keys(away) == keys(before) and keys(away, "fs") == keys(before, "fs")
     assert away["fs"]["cache"]["limit"] == before["fs"]["cache"]["limit"]
-    text = cli("status", mount.path).stdout
-    assert text.startswith(f"{mount.path}: store away\n") and "wait for vineyardd" in text
+    text = text_until(f"{mount.path}: store away\n", "status", mount.path)
+    assert "wait for vineyardd" in text
     store.process.send_signal(signal.SIGCONT)
     until(mount.path, "ok")
 
@@ -52,16 +60,16 @@ def test_a_private_store_that_ended_is_gone(folder):
     point = folder / "mnt"
     point.mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "VINEYARD_IPC_SOCKET"}
-    options = ["--size", "64M", "--deadline", "1s", "--log-file", folder / "log"]
+    options = ["--size", "64M", "--deadline", "3s", "--log-file", folder / "log"]
     cli("mount", point, "--vineyardd", conftest.vineyardd_binary(), *options, env=environment)
     try:
         (point / "x.txt").write_text("x")
         os.kill(status(point)["store"]["pid"], signal.SIGKILL)
         gone = until(point, "store gone")
         assert gone["fs"]["cache"]["limit"] > 0 and gone["store"]["private"] is True
-        text = cli("status", point).stdout
+        text = text_until(f"{point}: store gone\n", "status", point)
         assert f"`vineyard-fs unmount {point}`, and mount again" in text and "away" not in text, text
-        assert f"{point}: store gone" in cli("top", point, "--once", "--interval", "0.1").stdout
+        text_until(f"{point}: store gone", "top", point, "--once", "--interval", "0.1")
     finally:
         cli("unmount", point, "--force")
 

@@ -14,7 +14,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from conftest import BINARY, cli
+from conftest import BINARY, cli, freeze
 
 
 def frame(rows=1000, seed=7):
@@ -396,10 +396,10 @@ def test_the_store_is_found(store, mount, folder):
     assert subprocess.run(command, env=clean, capture_output=True, text=True, timeout=60, check=True).stdout == "x.npy\n"
     name = json.loads(cli("info", mount / "x.npy", "--json", "--socket", store.socket).stdout)["name"]
     assert name == "x"
-    store.process.send_signal(signal.SIGSTOP)
+    freeze(store.process)
     started = time.monotonic()
     assert "no vineyardd answers" in fails(cli, "ls", "--socket", store.socket)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_a_terminal_sees_a_progress_bar_and_a_pipe_does_not(store, tool, folder):
@@ -423,10 +423,15 @@ def test_a_terminal_sees_a_progress_bar_and_a_pipe_does_not(store, tool, folder)
 def test_an_interrupted_get_leaves_nothing(store, folder):
     store.put("big", np.zeros(90_000_000))
     command = [BINARY, "get", "big", "-o", folder / "big.npy", "--socket", store.socket]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(folder.glob(".vineyard-fs-*")) and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    for _ in range(10):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not list(folder.glob(".vineyard-fs-*")) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        # It was faster.
+        (folder / "big.npy").unlink()
     assert process.returncode == 1 and "interrupted" in said
     assert not list(folder.glob(".vineyard-fs-*")) and not (folder / "big.npy").exists()

@@ -21,7 +21,7 @@ def open_descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def settle(measure, expected, patience=20):
+def settle(measure, expected, patience=90):
     """Waits until a count is back where it was: closes reach the server a moment later."""
     deadline = time.monotonic() + patience
     while (now := measure()) != expected and time.monotonic() < deadline:
@@ -93,9 +93,10 @@ def test_ten_thousand_open_files_and_none_is_left(store, mount):
     for i in range(20):
         (mount / f"small{i}.txt").write_text(f"{i}")
         pd.DataFrame({"a": np.arange(20_000 + i)}).to_feather(mount / f"x{i}.arrow", compression="uncompressed")
+    assert settle(lambda: mount.status()["fs"]["open_handles"], 0) == 0
     status = mount.status()
     pids = [status["keeper"]["pid"], status["server"]["pid"]]
-    before, handles = [open_descriptors(pid) for pid in pids], status["fs"]["open_handles"]
+    before = [open_descriptors(pid) for pid in pids]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted + 500), hard))
     try:
         names = [f"small{i}.txt" for i in range(20)] + [f"x{i}.arrow" for i in range(20)]
@@ -106,7 +107,7 @@ def test_ten_thousand_open_files_and_none_is_left(store, mount):
             os.close(descriptor)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert settle(lambda: mount.status()["fs"]["open_handles"], handles) == handles
+    assert settle(lambda: mount.status()["fs"]["open_handles"], 0) == 0
     after = [open_descriptors(pid) for pid in pids]
     assert after[0] <= before[0] + 25 and after[1] <= before[1] + 45, (before, after)
 
@@ -136,8 +137,7 @@ def test_few_descriptors_are_answers_or_errors(store, folder):
             (point / f"f{i}.bin").unlink()
         (point / "again.txt").write_text("again")
         assert (point / "again.txt").read_text() == "again"
-        status = mount.status()
-        assert status["state"] == "ok"
+        assert mount.status("ok")["state"] == "ok"
         print(f"{len(good)} of 400 files were written, {failures} refused")
     finally:
         mount.unmount()
@@ -179,11 +179,11 @@ def test_64_clients_at_once(store, mount):
 
 def test_a_stopped_store_costs_errors_and_leaves_nothing(store, make_mount):
     """While vineyardd stands still, everything is answered within the deadline; afterwards all is as before."""
-    mount = make_mount("--deadline", "1s")
+    mount = make_mount("--deadline", "3s")
     (mount / "a.txt").write_text("a")
     pid = mount.status()["server"]["pid"]
     threads, descriptors = len(os.listdir(f"/proc/{pid}/task")), open_descriptors(pid)
-    os.kill(store.process.pid, signal.SIGSTOP)
+    conftest.freeze(store.process)
     outcomes = []
 
     def attempt(i):
@@ -206,7 +206,7 @@ def test_a_stopped_store_costs_errors_and_leaves_nothing(store, make_mount):
     finally:
         os.kill(store.process.pid, signal.SIGCONT)
     assert all(kind in (errno.EIO, errno.ETIMEDOUT) for kind in outcomes if isinstance(kind, int)), outcomes
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90
     while True:
         try:
             (mount / "b.txt").write_text("b")
