@@ -259,7 +259,7 @@ mod tests {
     use super::*;
 
     fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(10)
+        Instant::now() + Duration::from_secs(60)
     }
 
     #[test]
@@ -284,7 +284,7 @@ mod tests {
         let steps = vec![Step::Probe(path(folder.path()).unwrap()); 2_000_000];
         let start = Instant::now();
         assert_eq!(run(&steps, start + Duration::from_millis(20)).unwrap(), Err(Trouble::Hung));
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < Duration::from_secs(30));
         let until = soon();
         while abandoned() > 0 {
             assert!(Instant::now() < until, "a killed child is reaped");

@@ -17,7 +17,7 @@ use crate::vineyard::{InstanceId, Meta, ObjectId};
 const SAVING: Duration = Duration::from_secs(600);
 /// A save that looks unfinished is looked at again after this time: ids tell the time by the clock of the machine that made
 /// them, which may be set wrong, or have been set since. Longer than a save is announced unless its writer hangs.
-const SECOND_LOOK: Duration = if cfg!(test) { Duration::from_millis(500) } else { Duration::from_secs(10) };
+const SECOND_LOOK: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(10) };
 /// Most objects that are looked through for copies that nothing leads to.
 const MOST_OBJECTS: u64 = 50_000;
 /// Objects that are asked for with one call.

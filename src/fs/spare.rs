@@ -132,6 +132,9 @@ mod tests {
         spare.look_after(&host, |_| true);
         assert_eq!(spare.bytes(), 0, "nothing was assembled yet");
         drop(spare.file(&host, size).unwrap());
+        assert!(spare.state().last.is_some());
+        // However late the next line runs, it is right after it.
+        spare.state().last = Some(Instant::now() + KEPT);
         spare.look_after(&host, |_| true);
         assert_eq!(spare.bytes(), 0, "not right after it");
         let long_ago = |ago| spare.state().last = Instant::now().checked_sub(ago);

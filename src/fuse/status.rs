@@ -82,14 +82,14 @@ mod tests {
         let listener = UnixListener::bind(&socket).unwrap();
         let start = Instant::now();
         assert_eq!(ask(&socket, Duration::from_millis(50)).unwrap_err().kind(), Kind::Timeout);
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < Duration::from_secs(30));
         // Nor one that is frozen while many ask.
         let held = crate::socket::fill(&listener, &socket);
         assert_eq!(ask(&socket, Duration::from_millis(50)).unwrap_err().kind(), Kind::Timeout);
         assert!(start.elapsed() < Duration::from_secs(60));
         drop(held);
         std::thread::spawn(move || serve(&listener, || serde_json::json!({"long": "x".repeat(100_000)})));
-        let answer = ask(&socket, Duration::from_secs(5)).unwrap();
+        let answer = ask(&socket, Duration::from_secs(60)).unwrap();
         assert_eq!(answer["long"].as_str().unwrap().len(), 100_000);
     }
 }

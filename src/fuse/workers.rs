@@ -152,7 +152,7 @@ mod tests {
             let done = done.clone();
             workers.run(move |late| done.send((i, late, std::thread::current().id())).unwrap());
         }
-        let mut got: Vec<_> = (0..100).map(|_| results.recv_timeout(Duration::from_secs(10)).unwrap()).collect();
+        let mut got: Vec<_> = (0..100).map(|_| results.recv_timeout(Duration::from_secs(60)).unwrap()).collect();
         got.sort_by_key(|r| r.0);
         assert!(got.iter().enumerate().all(|(i, r)| r.0 == i && !r.1 && r.2 != me));
         release.send(()).unwrap();
@@ -172,7 +172,7 @@ mod tests {
             let inner = done.clone();
             held.run(move |late| inner.send(late).unwrap());
         });
-        assert!(results.recv_timeout(Duration::from_secs(10)).unwrap(), "waited longer than not at all");
+        assert!(results.recv_timeout(Duration::from_secs(60)).unwrap(), "waited longer than not at all");
     }
 }
 

@@ -97,6 +97,7 @@ mod tests {
     #[test]
     fn a_full_pipe_says_so() {
         let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        theirs.write_all(&[7; 4096]).unwrap();
         let writer = std::thread::spawn(move || theirs.write_all(&vec![7; 16 << 20]).is_ok());
         ours.set_nonblocking(true).unwrap();
         let (ours, pipe) = (OwnedFd::from(ours), Pipe::new().unwrap());

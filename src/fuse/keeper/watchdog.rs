@@ -118,11 +118,11 @@ mod tests {
 
     #[test]
     fn silence_is_noticed_at_the_second_look() {
-        let (mut dog, server) = watched(Duration::from_millis(50));
+        let (mut dog, server) = watched(Duration::from_millis(500));
         server.beat();
         let old = Duration::from_secs(9);
         assert_eq!(look(&mut dog, old, true), None);
-        std::thread::sleep(Duration::from_millis(80));
+        std::thread::sleep(Duration::from_millis(800));
         assert_eq!(look(&mut dog, Duration::from_millis(5), true), None, "a new server has just begun");
         assert_eq!(look(&mut dog, old, true), None);
         assert!(look(&mut dog, old, true).unwrap().contains("no sign of life"));
