@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::point::{Point, errors, lives, run, signal, wait_until};
+use common::point::{Point, errors, freeze, lives, run, signal, wait_until};
 use common::vineyardd::Vineyardd;
 use nix::sys::signal::Signal;
 
@@ -24,11 +24,10 @@ fn files_are_written_read_and_found_again_by_the_next_mount() {
         std::fs::read_dir(point.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect()
     };
     assert_eq!(names(&point), ["notes.txt"]);
-    let status = point.status();
-    assert_eq!(status["state"], "ok");
+    let status = point.status_in("ok");
     assert_eq!(status["store"]["socket"], store.socket().to_str().unwrap());
     assert!(status["operations"]["create"]["count"].as_u64().unwrap() >= 1);
-    let (keeper, server) = (point.pid("keeper").unwrap(), point.pid("server").unwrap());
+    let (keeper, server) = (point.pid("keeper"), point.pid("server"));
     let server_status = std::fs::read_to_string(format!("/proc/{server}/status")).unwrap();
     for line in
         ["Uid:\t65534\t65534\t65534\t65534", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"]
@@ -54,7 +53,7 @@ fn a_killed_server_is_replaced_under_open_files() {
     std::fs::write(&path, &bytes).unwrap();
     let mut open = std::fs::File::open(&path).unwrap();
     for round in 1..=3 {
-        signal(point.pid("server").unwrap(), Signal::SIGKILL);
+        signal(point.pid("server"), Signal::SIGKILL);
         // The requests below wait for the next server.
         let note = format!("note {round}");
         std::fs::write(point.path().join(&note), &note).unwrap();
@@ -76,7 +75,7 @@ fn a_killed_keeper_leaves_a_mount_that_is_repaired() {
     let (store, point) = (Vineyardd::start("64Mi"), Point::new());
     for repair_by_mount in [true, false] {
         point.mount(&store, &[]);
-        let (keeper, server) = (point.pid("keeper").unwrap(), point.pid("server").unwrap());
+        let (keeper, server) = (point.pid("keeper"), point.pid("server"));
         signal(keeper, Signal::SIGKILL);
         wait_until("both processes are gone", || !lives(keeper) && !lives(server));
         assert!(point.is_mounted());
@@ -98,7 +97,7 @@ fn signals_unmount_cleanly() {
     let (store, point) = (Vineyardd::start("64Mi"), Point::new());
     for ending in [Signal::SIGTERM, Signal::SIGINT] {
         point.mount(&store, &[]);
-        let (keeper, server) = (point.pid("keeper").unwrap(), point.pid("server").unwrap());
+        let (keeper, server) = (point.pid("keeper"), point.pid("server"));
         signal(keeper, ending);
         wait_until("the keeper is gone", || !lives(keeper));
         assert!(!point.is_mounted() && !lives(server));
@@ -123,7 +122,7 @@ fn the_foreground_is_left_by_a_signal_with_success() {
     let mut line = String::new();
     BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
     assert!(line.contains(point.path().to_str().unwrap()), "{line}");
-    assert_eq!(point.pid("keeper"), i32::try_from(child.0.id()).ok());
+    assert_eq!(point.pid("keeper"), i32::try_from(child.0.id()).unwrap());
     signal(child.0.id().try_into().unwrap(), Signal::SIGINT);
     assert!(child.0.wait().unwrap().success());
     assert!(!point.is_mounted());
@@ -139,7 +138,7 @@ fn a_mount_in_use_is_unmounted_by_force_only() {
     assert_eq!(refused.status.code(), Some(1));
     assert!(errors(&refused).contains("--force"), "{}", errors(&refused));
     assert!(point.is_mounted());
-    let keeper = point.pid("keeper").unwrap();
+    let keeper = point.pid("keeper");
     let forced = point.unmount(&["--force"]);
     assert!(forced.status.success(), "{}", errors(&forced));
     assert!(!point.is_mounted() && !lives(keeper));
@@ -149,34 +148,34 @@ fn a_mount_in_use_is_unmounted_by_force_only() {
 fn a_frozen_server_hangs_neither_status_nor_unmount() {
     let (store, point) = (Vineyardd::start("64Mi"), Point::new());
     point.mount(&store, &[]);
-    let (keeper, server) = (point.pid("keeper").unwrap(), point.pid("server").unwrap());
-    signal(server, Signal::SIGSTOP);
+    let (keeper, server) = (point.pid("keeper"), point.pid("server"));
+    freeze(server);
     let start = Instant::now();
-    assert_eq!(point.status()["state"], "hung");
+    point.status_when(|status| status["state"] == "hung");
     let path = point.path();
     let reader = std::thread::spawn(move || std::fs::read_dir(path.join("folder")).map(drop));
     std::thread::sleep(Duration::from_millis(100));
     let output = point.unmount(&["--force"]);
     assert!(output.status.success(), "{}", errors(&output));
     assert!(reader.join().unwrap().is_err());
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
     assert!(!lives(keeper) && !lives(server));
 }
 
 #[test]
 fn a_frozen_store_answers_within_the_deadline_and_recovers() {
     let (store, point) = (Vineyardd::start("64Mi"), Point::new());
-    point.mount(&store, &["--deadline", "1s"]);
+    point.mount(&store, &["--deadline", "3s"]);
     store.freeze();
     let start = Instant::now();
     let error = std::fs::metadata(point.path().join("missing")).unwrap_err();
-    let status = point.status();
     let took = start.elapsed();
+    // The server answers, if not for the store.
+    let status = point.status_in("store away");
     store.thaw();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    assert_eq!(status["state"], "store away", "the server answers, if not for the store");
     assert!(status["fs"]["cache"]["limit"].is_u64(), "what the server itself counts");
-    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert!(took < Duration::from_secs(30), "{took:?}");
     assert!(!status["last_errors"].as_array().unwrap().is_empty());
     wait_until("the mount recovers", || {
         let again = std::fs::metadata(point.path().join("missing")).unwrap_err();
@@ -226,7 +225,7 @@ fn mount_calls_it_as_a_helper() {
     let error = std::fs::write(path.join("x"), "x").unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EROFS));
     // A foreign `umount` ends the processes, too.
-    let keeper = point.pid("keeper").unwrap();
+    let keeper = point.pid("keeper");
     assert!(Command::new("umount").arg(&path).status().unwrap().success());
     wait_until("the keeper is gone", || !lives(keeper));
 }
@@ -237,9 +236,9 @@ fn a_private_store_lives_and_ends_with_the_mount() {
     let vineyardd = common::vineyardd::binary();
     let output = run(&point.arguments(&["--vineyardd", vineyardd.to_str().unwrap(), "--size", "64Mi"]));
     assert!(output.status.success(), "{}", errors(&output));
-    let status = point.status();
+    let status = point.status_in("ok");
     assert_eq!(status["store"]["private"], true);
-    let store = point.pid("store").unwrap();
+    let store = point.pid("store");
     assert!(lives(store));
     std::fs::write(point.path().join("a.txt"), "a").unwrap();
     assert_eq!(std::fs::read_to_string(point.path().join("a.txt")).unwrap(), "a");

@@ -19,6 +19,7 @@ use vineyard_fs::csi::proto::{
     VolumeCapability,
 };
 
+use super::point::{run, wait_until};
 use super::vineyardd::Vineyardd;
 
 /// One line of the list of mounts.
@@ -97,7 +98,7 @@ impl Node {
             let connecting = Endpoint::from_shared(endpoint.clone()).unwrap();
             match self.runtime.block_on(connecting.connect()) {
                 Ok(channel) => break channel,
-                Err(error) => assert!(start.elapsed() < Duration::from_secs(20), "{error}: {}", self.log("plugin.log")),
+                Err(error) => assert!(start.elapsed() < Duration::from_secs(60), "{error}: {}", self.log("plugin.log")),
             }
             std::thread::sleep(Duration::from_millis(10));
         };
@@ -154,16 +155,18 @@ impl Node {
         self.runtime.block_on(self.node().node_get_volume_stats(asked)).map(tonic::Response::into_inner)
     }
 
-    /// The report of the only mount's keeper.
-    pub fn keeper(&self) -> serde_json::Value {
+    /// The number of a process of the only mount.
+    pub fn pid(&self, of: &str) -> i32 {
         let mounts = std::fs::read_dir(self.path("kubelet/plugins/fs/mounts")).unwrap();
         let mount = mounts.map(|entry| entry.unwrap().path()).find(|path| !mounts_at(path).is_empty()).unwrap();
-        let output = Command::new("timeout")
-            .args(["-s", "KILL", "20", env!("CARGO_BIN_EXE_vineyard-fs"), "status", "--json"])
-            .arg(mount)
-            .output()
-            .unwrap();
-        serde_json::from_slice(&output.stdout).unwrap()
+        let mut pid = None;
+        wait_until("the keeper tells it", || {
+            let output = run(&["status", "--json", mount.to_str().unwrap()]);
+            let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            pid = status[of]["pid"].as_i64();
+            pid.is_some()
+        });
+        pid.unwrap().try_into().unwrap()
     }
 
     pub fn stop(child: &mut Option<Child>, with: Signal) {
@@ -221,19 +224,10 @@ pub fn writer(group: &str) -> VolumeCapability {
     }
 }
 
-#[track_caller]
-pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(20), "waited too long until {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 /// Runs something that looks into a mount with a time limit of its own.
 #[track_caller]
 pub fn shell(command: &str) -> String {
-    let output = Command::new("timeout").args(["-s", "KILL", "30", "sh", "-c", command]).output().unwrap();
+    let output = Command::new("timeout").args(["-s", "KILL", "60", "sh", "-c", command]).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }

@@ -3,5 +3,6 @@
 
 pub mod argo;
 pub mod csi;
+pub mod pod;
 pub mod point;
 pub mod vineyardd;

@@ -11,6 +11,9 @@ use tempfile::TempDir;
 
 use super::vineyardd::Vineyardd;
 
+/// How long is waited for what comes sooner or later.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Runs the binary with a time limit, so that a hang is a failure.
 pub fn run<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
     let mut command = Command::new("timeout");
@@ -73,15 +76,31 @@ impl Point {
         }
     }
 
-    /// The number of a process of the mount. A busy keeper does not always tell it within a second.
-    pub fn pid(&self, of: &str) -> Option<i32> {
+    /// Its status once `told`: busy processes leave out what they cannot tell in time.
+    #[track_caller]
+    pub fn status_when(&self, told: impl Fn(&Value) -> bool) -> Value {
         let start = Instant::now();
         loop {
-            let pid = self.status()[of]["pid"].as_i64();
-            if pid.is_some() || start.elapsed() > Duration::from_secs(20) {
-                return pid.and_then(|pid| pid.try_into().ok());
+            let status = self.ask_status();
+            match status {
+                Ok(status) if told(&status) => return status,
+                _ => assert!(start.elapsed() < PATIENCE, "waited too long for another status than {status:?}"),
             }
         }
+    }
+
+    /// Its status once it is in this state, with all that the server counts.
+    #[track_caller]
+    pub fn status_in(&self, state: &str) -> Value {
+        let counts = |status: &Value| status["fs"].is_object() && status["fs"]["error"].is_null();
+        self.status_when(|status| status["state"] == state && counts(status))
+    }
+
+    /// The number of a process of the mount.
+    #[track_caller]
+    pub fn pid(&self, of: &str) -> i32 {
+        let status = self.status_when(|status| status[of]["pid"].is_i64());
+        status[of]["pid"].as_i64().unwrap().try_into().unwrap()
     }
 
     pub fn is_mounted(&self) -> bool {
@@ -102,7 +121,7 @@ impl Drop for Point {
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < Duration::from_secs(20), "waited too long until {what}");
+        assert!(start.elapsed() < PATIENCE, "waited too long until {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -118,4 +137,20 @@ pub fn lives(pid: i32) -> bool {
 
 pub fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
+}
+
+/// Stops a process; returns when none of its threads runs any more.
+#[track_caller]
+pub fn freeze(pid: i32) {
+    signal(pid, Signal::SIGSTOP);
+    wait_until("its threads are stopped", || is_still(pid));
+}
+
+/// Whether none of its threads runs: it is stopped, or gone.
+pub fn is_still(pid: i32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 'Z']))
+    })
 }

@@ -28,6 +28,11 @@ pub fn binary() -> PathBuf {
     panic!("no vineyardd: set VINEYARDD, or VIRTUAL_ENV to an environment with vineyard-bdist, or run scripts/setup");
 }
 
+/// The Python environment that the vineyardd is of.
+pub fn environment() -> PathBuf {
+    binary().ancestors().nth(6).unwrap().to_owned()
+}
+
 /// Stops a child process; returns when none of its threads runs any more.
 pub fn freeze(child: &Child) {
     let pid = Pid::from_raw(child.id() as i32);
@@ -67,8 +72,8 @@ impl Vineyardd {
 
     fn wait_ready(&self) {
         let start = Instant::now();
-        while self.client(Duration::from_millis(500)).is_err() {
-            if start.elapsed() > Duration::from_secs(30) {
+        while self.client(Duration::from_secs(2)).is_err() {
+            if start.elapsed() > Duration::from_secs(60) {
                 panic!(
                     "vineyardd does not start: {}",
                     std::fs::read_to_string(self.socket().with_extension("log")).unwrap()
