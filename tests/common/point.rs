@@ -147,7 +147,7 @@ pub fn freeze(pid: i32) {
 }
 
 /// Whether none of its threads runs: it is stopped, or gone.
-pub fn is_still(pid: i32) -> bool {
+fn is_still(pid: i32) -> bool {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return true };
     threads.flatten().all(|thread| {
         let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
