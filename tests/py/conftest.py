@@ -1,5 +1,6 @@
 """A real vineyardd and a real mount for each test that asks for one."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -13,6 +14,34 @@ import pytest
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 BINARY = pathlib.Path(os.environ.get("VINEYARD_FS", PROJECT / "target/release/vineyard-fs"))
+
+
+def until(condition, what=lambda: "it does not happen", seconds=90):
+    """Waits until a condition holds; its value then. `what` tells what is wrong if it never does."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+    return found
+
+
+def settled(measure, expected, seconds=90):
+    """Waits until a count is as expected: what is needless goes a while after the last who needs it."""
+    until(lambda: measure() == expected, lambda: f"{measure()}, and {expected} expected", seconds)
+
+
+def freeze(pid: int):
+    """Stops a process; returns once all of its threads stand still, which others notice one after the other."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def states():
+        for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
+            try:
+                yield (thread / "stat").read_text().rsplit(") ", 1)[1][0]
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+
+    until(lambda: set(states()) == {"T"}, lambda: f"threads of {pid} are in the states {set(states())}")
 
 
 def vineyardd_binary() -> str:
@@ -42,7 +71,7 @@ class Store:
         command = [vineyardd_binary(), "--socket", self.socket, "--size", self.size, "--meta", "local", "--rpc=false"]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
         self.client = None
-        for _ in range(400):
+        for _ in range(1200):
             if self.process.poll() is not None:
                 raise RuntimeError(f"vineyardd ended: {(self.folder / 'vineyardd.log').read_text()[-2000:]}")
             try:
@@ -93,6 +122,19 @@ def cli(*arguments, check=True, timeout=120, **kwargs):
     return result
 
 
+def status(path, state=None) -> dict:
+    """What is said of a mount, once all of it is said and it is in the state, if one is given: keepers and servers that are
+    too busy leave out what they do not know soon."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = json.loads(cli("status", path, "--json").stdout)
+        whole = found["state"] == "dead" or ("fs" in found and "error" not in found["fs"])
+        if whole and state in (None, found["state"]):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+
+
 class Mount:
     """A mount over a store; a path below it by `/`."""
 
@@ -110,18 +152,9 @@ class Mount:
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
 
-    def status(self, state: str | None = None) -> dict:
-        """Waits for keepers and servers that are too busy to tell theirs within a second, and for a state if one is given,
-        but not for ever."""
-        import json
-
-        patience = time.monotonic() + 60
-        while True:
-            status = json.loads(cli("status", self.path, "--json").stdout)
-            whole = "server" in status and status["state"] != "hung" and "error" not in status.get("fs", {})
-            told = (whole or status["state"] == "dead") and state in (None, status["state"])
-            if told or time.monotonic() > patience:
-                return status
+    def status(self, state=None) -> dict:
+        """As the function `status`."""
+        return status(self.path, state)
 
     def kill_server(self) -> int:
         """Kills the server; the keeper starts another. Returns the process number."""
@@ -129,6 +162,10 @@ class Mount:
         os.kill(pid, signal.SIGKILL)
         self.expected_restarts += 1
         return pid
+
+    def next_server(self, former: int) -> dict:
+        """The status once a server works that is not the one with this process number."""
+        return until(lambda: (now := self.status())["server"]["pid"] != former and now, lambda: "no server comes back")
 
     def upgrade(self):
         """Replaces the server by a new one, as `vineyard-fs upgrade` does."""
@@ -161,21 +198,6 @@ class Mount:
             faults = [f"{self.path} has no status: {error}"]
         cli("unmount", self.path, "--force", check=False)
         assert not faults, "\n".join(faults)
-
-
-def until(condition, seconds=90):
-    """Waits for something true, and returns it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"it does not happen: {found}"
-        time.sleep(0.02)
-    return found
-
-
-def freeze(process: subprocess.Popen):
-    """Stops a child with all its threads; the signal alone lets those that run go on for a moment."""
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def unmount_all(mounts):

@@ -42,7 +42,7 @@ def end(clients, stop):
     stop.touch()
     outcomes = []
     for client in clients:
-        out, err = client.communicate(timeout=60)
+        out, err = client.communicate(timeout=240)
         assert client.returncode == 0, err[-2000:]
         outcomes.append(json.loads(out))
     return outcomes

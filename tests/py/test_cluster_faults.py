@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cluster import Cluster, Link, eventually, numbers, outcome
-from conftest import cli
+from conftest import cli, freeze, settled
 
 # What a program may see of data that cannot be had.
 LOST = {errno.EHOSTUNREACH, errno.ESTALE, errno.EIO, errno.ENOENT}
@@ -47,7 +47,7 @@ def test_dropped_packets(linked):
     started = time.monotonic()
     assert outcome(lambda: (there / "theirs.arrow").read_bytes()) in LOST
     assert outcome(lambda: (there / "other.arrow").read_bytes()) in LOST
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 40
     pd.testing.assert_frame_equal(pd.read_feather(there / "mine.arrow"), mine)
     log = there.log.read_text()
     assert "instance i0" in log and linked.link.there in log
@@ -68,7 +68,7 @@ def test_the_owner_is_lost_while_bytes_travel(linked, how):
         if how == "killed":
             linked[0].kill()
         elif how == "frozen":
-            linked[0].process.send_signal(signal.SIGSTOP)
+            freeze(linked[0].process.pid)
         else:
             linked.link.drop_packets()
 
@@ -134,7 +134,7 @@ def test_etcd_is_away_for_a_while(cluster, how):
     with open(there / "mine.arrow", "rb", buffering=0) as opened:
         before = opened.read(1 << 20)
         if how == "frozen":
-            cluster.etcd.process.send_signal(signal.SIGSTOP)
+            freeze(cluster.etcd.process.pid)
         else:
             cluster.etcd.stop()
         opened.seek(0)
@@ -145,7 +145,7 @@ def test_etcd_is_away_for_a_while(cluster, how):
             lambda: os.listdir(there.path),
             lambda: frame.to_feather(there / "new.arrow"),
         ]:
-            outcome(action, 30)
+            outcome(action, 90)
         assert cli("status", there.path, timeout=30).returncode == 0
         if how == "frozen":
             cluster.etcd.process.send_signal(signal.SIGCONT)
@@ -156,7 +156,7 @@ def test_etcd_is_away_for_a_while(cluster, how):
         frame.to_feather(there / "later.arrow")
         return pd.read_feather(there / "later.arrow")
 
-    pd.testing.assert_frame_equal(eventually(save, 60), frame)
+    pd.testing.assert_frame_equal(eventually(save), frame)
     assert len(eventually(lambda: (there / "mine.arrow").read_bytes())) > frame.size * 8
     assert len(eventually(lambda: (there / "theirs.arrow").read_bytes())) > frame.size * 8
 
@@ -172,10 +172,10 @@ def test_etcd_loses_its_data(cluster):
     shutil.rmtree(cluster.folder / "etcd")
     cluster.etcd.start()
     # What vineyardd makes of it is its own affair; nothing hangs, and nothing is made up.
-    result = outcome(lambda: (there / "mine.arrow").read_bytes(), 30)
+    result = outcome(lambda: (there / "mine.arrow").read_bytes(), 90)
     assert result in LOST or len(result) > frame.size * 8
-    outcome(lambda: os.listdir(there.path), 30)
-    outcome(lambda: frame.to_feather(there / "new.arrow"), 40)
+    outcome(lambda: os.listdir(there.path), 90)
+    outcome(lambda: frame.to_feather(there / "new.arrow"), 90)
     assert cli("status", there.path, timeout=30).returncode == 0
     # After all have started anew, so does the mount.
     for instance in cluster.instances:
@@ -187,7 +187,7 @@ def test_etcd_loses_its_data(cluster):
         frame.to_feather(there / "later.arrow")
         return pd.read_feather(there / "later.arrow")
 
-    pd.testing.assert_frame_equal(eventually(save, 60), frame)
+    pd.testing.assert_frame_equal(eventually(save), frame)
 
 
 def test_a_changed_name_is_seen_at_once(cluster):
@@ -226,5 +226,4 @@ def test_saves_of_one_name_at_once_leave_one_whole_dataset(cluster):
     used = sum(instance.usage() for instance in cluster.instances)
     assert rows * 8 * 2 <= used < rows * 8 * 3, f"{used} bytes for one dataset of {rows * 16}"
     (mounts[0] / "x.arrow").unlink()
-    time.sleep(1.1)
-    assert [instance.usage() for instance in cluster.instances] == [0, 0]
+    settled(lambda: [instance.usage() for instance in cluster.instances], [0, 0])

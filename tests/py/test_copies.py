@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cluster import numbers
-from conftest import cli, until
+from conftest import cli, settled, until
 
 
 def told(instance, *arguments):
@@ -100,7 +100,7 @@ def test_copies_go_with_the_dataset(three, how):
     else:
         os.rename(there / "y.arrow", there / "x.arrow")
     left = three.instances[1:] if how == "chmod" else three.instances
-    until(lambda: all(instance.usage() < 10_000 for instance in left), 90)
+    until(lambda: all(instance.usage() < 10_000 for instance in left))
     assert unnoticed(three[0]) == []
     if how == "chmod":
         pd.testing.assert_frame_equal(pd.read_feather(there / "x.arrow"), frame)
@@ -128,15 +128,15 @@ def test_full_makes_a_copy_that_outlives_the_owner(cluster):
             assert time.monotonic() - started < 60
         opened.seek(0)
         assert opened.read(1000) == first
-    # The others notice after a while that the instance is gone; the name then leads to nothing for them.
-    found = until(lambda: told(cluster[1], "gc", "--dry-run"), 240)
+    # The others notice after a minute that the instance is gone; the name then leads to nothing for them.
+    found = until(lambda: told(cluster[1], "gc", "--dry-run"), seconds=240)
     assert [(entry["kind"], entry["name"]) for entry in found] == [("orphaned", "x")]
     pd.testing.assert_frame_equal(pd.read_feather(fresh / "x.arrow"), frame)
     assert told(cluster[1], "gc") == found and told(cluster[1], "gc") == []
     pd.testing.assert_frame_equal(cluster[1].client.get(name="x"), frame)
     pd.testing.assert_frame_equal(pd.read_feather(fresh / "x.arrow"), frame)
     (fresh / "x.arrow").unlink()
-    until(lambda: cluster[1].usage() == 0, 90)
+    settled(cluster[1].usage, 0)
     assert unnoticed(cluster[1]) == []
 
 
@@ -186,7 +186,7 @@ def test_an_instance_that_ended_leaves_names_that_gc_finds(cluster):
     cluster[0].kill()
     # An instance that does not answer proves nothing.
     assert told(cluster[1], "gc", "--dry-run") == []
-    listed = until(lambda: [e for e in told(cluster[1], "ls") if e["state"] == "dangling"], 240)
+    listed = until(lambda: [e for e in told(cluster[1], "ls") if e["state"] == "dangling"], seconds=240)
     assert [entry["name"] for entry in listed] == ["theirs"]
     assert [entry["name"] for entry in told(cluster[1], "gc")] == ["theirs"]
     # A vineyardd at the same place is another instance.
@@ -206,7 +206,7 @@ def test_files_that_died_with_their_instance_are_not_listed_as_fine(cluster):
     expected = {"lost.txt": "dangling", "kept.txt": "ok", "mine": "ok"}
     assert {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == dict.fromkeys(expected, "ok")
     cluster[0].kill()
-    until(lambda: {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == expected, 240)
+    until(lambda: {entry["name"]: entry["state"] for entry in told(cluster[1], "ls")} == expected, seconds=240)
     assert (cluster.mount(1) / "kept.txt").read_bytes() == b"what a file holds" * 1000
 
 
@@ -230,13 +230,13 @@ def test_a_server_that_is_killed_in_a_save_leaves_nothing(store, make_mount):
         before, pid = store.usage(), mount.status()["server"]["pid"]
         saver.start()
         # In the middle of publishing: the store has blobs of it.
-        until(lambda: store.usage() > before or not saver.is_alive(), 90)
+        until(lambda: store.usage() > before or not saver.is_alive())
         time.sleep(chance.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         mount.expected_restarts += 1
-        saver.join(60)
+        saver.join(120)
         assert not saver.is_alive()
         if (mount / f"x{turn}.arrow").exists():
             pd.testing.assert_frame_equal(pd.read_feather(mount / f"x{turn}.arrow"), frame)
             (mount / f"x{turn}.arrow").unlink()
-        until(lambda: store.usage() == 0, 90)
+        settled(store.usage, 0)

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from cluster import Cluster
-from conftest import BINARY, cli, freeze, until
+from conftest import BINARY, cli, freeze, settled, until
 from test_clock import clock  # noqa: F401
 from test_copies import sha, told, unnoticed, where
 
@@ -59,7 +59,7 @@ def test_commands_go_on_with_a_copy(three, folder):
     for name in ["x", "y", "z"]:
         three[0].put(name, np.arange(10_000.0))
         cli("pin", name, "--socket", three[1].socket)
-    freeze(three[0].process)
+    freeze(three[0].process.pid)
     assert "is now on instance i1" in cli("migrate", "x", "--socket", three[1].socket, timeout=100).stdout
     assert where(three[1], "x") == 1
     cli("get", "y", "-o", folder / "y.npy", "--socket", three[2].socket, timeout=100)
@@ -69,7 +69,7 @@ def test_commands_go_on_with_a_copy(three, folder):
     def kinds():
         return {entry["name"]: entry["kind"] for entry in told(three[1], "gc", "-n")}
 
-    assert until(lambda: kinds() == {"y": "orphaned", "z": "orphaned"}, 120)
+    assert until(lambda: kinds() == {"y": "orphaned", "z": "orphaned"}, seconds=240)
     cli("get", "y", "-o", folder / "y.npy", "-f", "--socket", three[2].socket)
     assert np.array_equal(np.load(folder / "y.npy"), np.arange(10_000.0))
     assert "has a copy on instance i2" in cli("pin", "y", "--socket", three[2].socket).stdout
@@ -110,14 +110,14 @@ def test_a_migration_to_a_far_instance_ends_when_it_is_told_to(three):
     three[0].put("x", np.arange(1_000_000.0))
     assert until(lambda: told(three[2], "ls"))
     os.rename(three[1].socket, three[1].socket + ".away")
-    freeze(three[1].process)
+    freeze(three[1].process.pid)
     process = begin(three[2], "migrate", "x", "--to", "i1")
     time.sleep(2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert "interrupted" in process.communicate(timeout=60)[0] and process.returncode == 1
     three[1].process.send_signal(signal.SIGCONT)
-    freeze(three[0].process)
+    freeze(three[0].process.pid)
     process = begin(three[2], "migrate", "x", "--to", "i1")
     assert "did not answer in time" in process.communicate(timeout=100)[0] and process.returncode == 1
     three[0].process.send_signal(signal.SIGCONT)
@@ -132,7 +132,7 @@ def test_of_many_who_move_or_copy_a_dataset_nothing_is_left(three):
             outputs = [process.communicate(timeout=60)[0] for process in processes]
             assert any(process.returncode == 0 for process in processes), outputs
             cli("rm", "x", "--socket", three[0].socket)
-            until(lambda: [instance.usage() for instance in three.instances] == [0, 0, 0], 90)
+            settled(lambda: [instance.usage() for instance in three.instances], [0, 0, 0])
             assert unnoticed(three[0]) == [], (command, outputs)
 
 
@@ -149,7 +149,7 @@ def test_what_a_killed_command_has_left_is_removed(cluster, command):
             cli("migrate", "x", "--to", "0", "--socket", cluster[1].socket)
         cli("pin", "--drop", "x", "--socket", cluster[1].socket)
     cli("gc", "--socket", cluster[1].socket)
-    assert until(lambda: cluster[1].usage() == 0, 90)
+    settled(cluster[1].usage, 0)
     assert np.array_equal(cluster[0].client.get(name="x"), np.arange(8_000_000.0)) and unnoticed(cluster[0]) == []
 
 

@@ -10,6 +10,7 @@ import time
 import load
 import numpy as np
 import pandas as pd
+from conftest import settled, until
 
 ROWS = 200_000
 KILLS = int(os.environ.get("VINEYARD_FS_KILLS", "20"))
@@ -34,14 +35,6 @@ def version(path) -> int:
     return value
 
 
-def settled(store, expected, patience=90):
-    """Waits until the store holds what one version takes: no blob of an unfinished save is left."""
-    deadline = time.monotonic() + patience
-    while store.usage() != expected:
-        assert time.monotonic() < deadline, f"{store.usage()} bytes in the store, {expected} expected"
-        time.sleep(0.05)
-
-
 def start_writer(path):
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(ROWS)], stdout=subprocess.PIPE)
     assert writer.stdout.readline() == b"ready\n"
@@ -63,7 +56,8 @@ def test_a_killed_writer_leaves_a_whole_version_and_nothing_else(store, mount):
         writer.kill()
         writer.wait()
         assert version(path) in (1, 2)
-        settled(store, expected)
+        # No blob of an unfinished save is left.
+        settled(store.usage, expected)
 
 
 def test_a_killed_server_comes_back_and_what_was_published_is_whole(store, mount):
@@ -75,7 +69,7 @@ def test_a_killed_server_comes_back_and_what_was_published_is_whole(store, mount
     for _ in range(KILLS // 2):
         with open(keep, "rb") as reader:
             mount.kill_server()
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 60
             while True:
                 try:
                     assert version(path) in (1, 2)
@@ -95,10 +89,7 @@ def test_a_killed_store_costs_its_data_and_not_the_mount(store, mount):
     store.process.kill()
     store.process.wait()
     store.start()
-    deadline = time.monotonic() + 30
-    while os.listdir(mount.path):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not os.listdir(mount.path))
     pd.DataFrame({"a": [2]}).to_feather(mount / "y.arrow")
     assert pd.read_feather(mount / "y.arrow")["a"].tolist() == [2]
 
@@ -118,12 +109,7 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
         time.sleep(random.uniform(0.55, 0.9))
         kills.append(time.monotonic())
         os.kill(server, signal.SIGKILL)
-        deadline = time.monotonic() + 90
-        # On a busy machine the keeper itself may take longer than `status` waits.
-        while (now := mount.status().get("server", {}).get("pid")) in (None, server):
-            assert time.monotonic() < deadline, "no server comes back"
-            time.sleep(0.02)
-        server = now
+        server = mount.next_server(server)["server"]["pid"]
     time.sleep(1)
     outcomes = load.end(clients, stop)
     # How much longer than usual the longest operation took that a kill fell into.
@@ -141,14 +127,6 @@ def test_nobody_notices_killed_servers(store, make_mount, serving):
     assert [outcome["wrong"] for outcome in outcomes if outcome["wrong"]] == []
     assert all(count > KILLS for count in counts.values()), counts
     mount.expected_restarts = KILLS
-
-
-def kill_server(mount):
-    server = mount.kill_server()
-    deadline = time.monotonic() + 90
-    while mount.status().get("server", {}).get("pid") in (None, server):
-        assert time.monotonic() < deadline, "no server comes back"
-        time.sleep(0.02)
 
 
 APPENDER = """
@@ -208,7 +186,7 @@ def test_the_next_server_knows_who_writes_what(store, make_mount, serving):
     os.fsync(cut)
     first = Appender(mount / "log.txt")
     first.do("A", "sync")
-    kill_server(mount)
+    mount.next_server(mount.kill_server())
     assert os.getxattr(mount / "log.txt", "user.k") == b"v"
     os.ftruncate(cut, 4)
     os.close(cut)

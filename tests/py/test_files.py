@@ -5,12 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Store
+from conftest import Store, until
 
 APPENDS = """
 import os, sys
@@ -119,10 +118,7 @@ def test_what_was_published_does_not_use_up_the_staging_area(make_mount):
         assert (mount / f"f{number}.bin").read_bytes() == piece * 8
     for number in range(5500):
         (mount / f"small{number}.txt").write_text(str(number))
-    deadline = time.monotonic() + 30
-    while mount.status()["files"]["staging"]["count"] > 4200 and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert mount.status()["files"]["staging"]["count"] <= 4200
+    until(lambda: mount.status()["files"]["staging"]["count"] <= 4200)
     assert all((mount / f"small{number}.txt").read_text() == str(number) for number in range(0, 5500, 50))
 
 

@@ -60,7 +60,7 @@ class Group:
         return int(fields["oom_kill"])
 
     def remove(self):
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 60
         while True:
             try:
                 return self.path.rmdir()
@@ -105,13 +105,6 @@ def in_time(code, *arguments, patience=120):
     result = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=patience)
     assert result.returncode == 0, result.stderr[-2000:]
     return int(result.stdout.split()[1]) if result.stdout.startswith("ERRNO") else 0
-
-
-def wait_until(good, what, patience=90):
-    deadline = time.monotonic() + patience
-    while not good():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.2)
 
 
 READ = """
@@ -180,17 +173,15 @@ def test_no_memory_is_answers_or_errors(store, folder, group, limited, make_moun
     expected = {"assembling": 0, "staging": errno.ENOSPC}.get(what, errno.ENOMEM)
     assert (outcomes, kills) == ([expected] * 2, 0), (outcomes, kills)
     # It lives on within the same limit.
-    wait_until(lambda: mount.status()["state"] == "ok", mount.status)
-    assert mount.status()["keeper"]["pid"] == keeper
+    assert mount.status("ok")["keeper"]["pid"] == keeper
     pd.testing.assert_frame_equal(pd.read_feather(mount / "small.arrow"), small)
     for name in set(os.listdir(mount.path)) - set(names):
         (mount / name).unlink()
-    staging = lambda: mount.status().get("fs", {}).get("staging", {"bytes": MIB})
-    wait_until(lambda: staging()["bytes"] < MIB, lambda: f"{mount.status()}")
+    conftest.until(lambda: mount.status()["fs"]["staging"]["bytes"] < MIB, mount.status)
     (mount / "after.txt").write_text("after")
     assert (mount / "after.txt").read_text() == "after"
     (mount / "after.txt").unlink()
-    wait_until(lambda: store.usage() == usage, lambda: f"{store.usage()} bytes in the store, {usage} expected")
+    conftest.settled(store.usage, usage)
     group.limit(before + 4096 * MIB)
     if what == "assembling":
         assert attempt() == 0, "with more memory it is there again"
@@ -231,6 +222,6 @@ def test_others_may_use_up_the_memory(store, folder, group, limited):
     os.close(file)
     assert store.usage() >= usage + 256 * MIB
     (mount / "large.bin").unlink()
-    wait_until(lambda: store.usage() == usage, lambda: f"{store.usage()} bytes in the store, {usage} expected")
+    conftest.settled(store.usage, usage)
     status = mount.status()
     assert (status["keeper"]["pid"], status["server"]["restarts"], group.kills()) == (keeper, 0, 0)

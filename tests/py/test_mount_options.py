@@ -1,17 +1,15 @@
 """Options of `mount` that take effect, and those that are refused."""
 
-import json
 import os
 import pathlib
 import re
 import signal
 import subprocess
-import time
 import urllib.request
 
 import conftest
 import pytest
-from conftest import cli
+from conftest import cli, status, until
 
 
 def private(point, *options, check=True, **environment):
@@ -78,17 +76,13 @@ def test_the_log_of_a_private_vineyardd_is_where_status_says(folder, point):
 
 def store(point):
     """Process number of the private vineyardd."""
-    return json.loads(cli("status", point, "--json").stdout)["store"]["pid"]
+    return status(point, "ok")["store"]["pid"]
 
 
 def gone(point, pid):
     """What `status` says once the private vineyardd has ended."""
     os.kill(pid, signal.SIGKILL)
-    for _ in range(100):
-        if "store gone" in (text := cli("status", point).stdout):
-            return text
-        time.sleep(0.1)
-    raise AssertionError(text)
+    return until(lambda: "store gone" in (text := cli("status", point).stdout) and text)
 
 
 def test_a_free_port_for_counters_is_told(make_mount):
@@ -96,6 +90,6 @@ def test_a_free_port_for_counters_is_told(make_mount):
     address = mount.status()["metrics"]
     assert not address.endswith(":0")
     assert f"http://{address}/metrics" in cli("status", mount.path).stdout
-    deadline = time.monotonic() + 60
-    while b"vineyard_fs_store_up 1" not in (page := urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read()):
-        assert time.monotonic() < deadline, page
+    page = lambda: urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read()
+    # Of a store that takes longer to answer than a page may take, it says nothing.
+    until(lambda: b"vineyard_fs_store_up 1\n" in page(), page)

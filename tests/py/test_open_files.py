@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import settled
 
 DROP_CACHES = "/proc/sys/vm/drop_caches"
 
@@ -54,10 +55,7 @@ def digest(path) -> str:
 def next_server(mount, how: str):
     server = mount.status()["server"]["pid"]
     mount.upgrade() if how == "upgraded" else mount.kill_server()
-    deadline = time.monotonic() + 90
-    while mount.status().get("server", {}).get("pid") in (None, server):
-        assert time.monotonic() < deadline, "no server comes back"
-        time.sleep(0.02)
+    mount.next_server(server)
 
 
 def save_elsewhere(path):
@@ -107,10 +105,7 @@ def test_an_open_file_stays_what_it_was(store, make_mount, serving, size):
     for folder in os.listdir(mount.path):
         for name in os.listdir(mount / folder):
             os.unlink(mount / folder / name)
-    deadline = time.monotonic() + 90
-    while store.usage() != before:
-        assert time.monotonic() < deadline, f"{store.usage() - before} bytes are left in the store"
-        time.sleep(0.1)
+    settled(store.usage, before)
 
 
 @pytest.mark.parametrize("how", ["killed", "upgraded"])

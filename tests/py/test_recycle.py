@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import until
 
 ROUNDS = int(os.environ.get("VINEYARD_FS_RECYCLE_ROUNDS", "300"))
 READERS = 4
@@ -152,9 +153,7 @@ def test_an_open_file_stays_on_its_version(store, make_mount, serving):
     try:
         head = os.pread(descriptor, 100_000, 0)
         store.replace("X", version(2, 100_000))
-        deadline = time.time() + 5
-        while time.time() < deadline and pd.read_feather(mount / "X.arrow")["a"][0] != 2.0:
-            time.sleep(0.01)
+        until(lambda: pd.read_feather(mount / "X.arrow")["a"][0] == 2.0)
         assert head == expected[:100_000]
         for offset in range(0, len(expected), 64 << 10):
             try:

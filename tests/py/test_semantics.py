@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import PROJECT, Mount, cli, until
+from conftest import PROJECT, Mount, cli, settled, until
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
@@ -164,11 +164,8 @@ def _(m):
 def _(m):
     for name in ("x.arrow", "y.pkl"):
         open(m / name, "wb").close()
-    listed = {}
-    deadline = time.monotonic() + 60
     # What was closed last is published a moment later, since nobody waits for it.
-    while not {"x.arrow", "y.pkl"} <= set(listed) and time.monotonic() < deadline:
-        listed = known(m)
+    listed = until(lambda: {"x.arrow", "y.pkl"} <= set(now := known(m)) and now)
     assert listed["x.arrow"]["bytes"] == listed["y.pkl"]["bytes"] == 0
     assert (m / "x.arrow").read_bytes() == b""
     save(m / "x.arrow", 1)
@@ -192,10 +189,7 @@ def _(m):
     save(m / "x.arrow", 2)
     code = f"import os, sys; os.write(os.open({str(m / 'x.arrow')!r}, os.O_WRONLY | os.O_TRUNC), bytes.fromhex({half.hex()!r})); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    deadline = time.monotonic() + 60
-    while child_reads(m / "x.arrow") != 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: child_reads(m / "x.arrow") == 2)
 
 
 @check("half a file of a view's format, closed by a child that inherited it")
@@ -284,12 +278,8 @@ def _(m):
     os.close(descriptor)
     view[5000:5004] = b"late"
     view.close()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (m / "f.bin").read_bytes() == bytes(5000) + b"late" + bytes(3188):
-            return
-        time.sleep(0.05)
-    raise AssertionError("what was stored through the mapping is not in the file")
+    # What was stored through the mapping comes when it is gone.
+    until(lambda: (m / "f.bin").read_bytes() == bytes(5000) + b"late" + bytes(3188))
 
 
 @check("rename over a file")
@@ -334,8 +324,7 @@ def _(m):
     assert data.endswith(b"ARROW1") and os.listdir(m.path) == []
     time.sleep(1.1)
     assert not os.path.exists(m / "x.parquet")
-    # The reader's RELEASE comes a moment after its close.
-    until(lambda: m.store.usage() == 0)
+    settled(m.store.usage, 0)
 
 
 @check("mkdir and rmdir")
@@ -417,7 +406,7 @@ def _(m):
             queue = context.Queue()
             process = context.Process(target=try_lock, args=(str(m / "f"), kind, queue))
             process.start()
-            assert queue.get(timeout=30) == "refused"
+            assert queue.get(timeout=90) == "refused"
             process.join()
 
 

@@ -7,32 +7,20 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 
 import conftest
 import pytest
-from conftest import cli
+from conftest import cli, freeze, status, until
 
 
-def status(path):
-    return json.loads(cli("status", path, "--json").stdout)
+def said(state, path, *command):
+    """What a command says of a mount once it finds it in a state: busy servers may say too little at first."""
 
+    def ask():
+        text = cli(*command).stdout
+        return f"{path}: {state}" in text and text
 
-def until(path, state):
-    """The status once the mount is in a state."""
-    patience = time.monotonic() + 60
-    while (found := status(path))["state"] != state or "error" in found["fs"]:
-        assert time.monotonic() < patience, found
-        time.sleep(0.1)
-    return found
-
-
-def text_until(begins, *command):
-    """What a command says, once it begins with this line."""
-    patience = time.monotonic() + 60
-    while not (text := cli(*command).stdout).startswith(begins):
-        assert time.monotonic() < patience, text
-    return text
+    return until(ask)
 
 
 def keys(report, *path):
@@ -43,17 +31,17 @@ def keys(report, *path):
 
 def test_a_store_that_is_away_is_said_and_own_counters_stay(store, make_mount):
     mount = make_mount("--deadline", "3s")
-    before = until(mount.path, "ok")
+    before = mount.status("ok")
     assert before["fs"]["store_error"] is None
-    conftest.freeze(store.process)
-    away = until(mount.path, "store away")
+    freeze(store.process.pid)
+    away = mount.status("store away")
     assert away["fs"]["store_error"]
     assert keys(away) == keys(before) and keys(away, "fs") == keys(before, "fs")
     assert away["fs"]["cache"]["limit"] == before["fs"]["cache"]["limit"]
-    text = text_until(f"{mount.path}: store away\n", "status", mount.path)
-    assert "wait for vineyardd" in text
+    text = said("store away", mount.path, "status", mount.path)
+    assert text.startswith(f"{mount.path}: store away\n") and "wait for vineyardd" in text
     store.process.send_signal(signal.SIGCONT)
-    until(mount.path, "ok")
+    mount.status("ok")
 
 
 def test_a_private_store_that_ended_is_gone(folder):
@@ -64,12 +52,12 @@ def test_a_private_store_that_ended_is_gone(folder):
     cli("mount", point, "--vineyardd", conftest.vineyardd_binary(), *options, env=environment)
     try:
         (point / "x.txt").write_text("x")
-        os.kill(status(point)["store"]["pid"], signal.SIGKILL)
-        gone = until(point, "store gone")
+        os.kill(status(point, "ok")["store"]["pid"], signal.SIGKILL)
+        gone = status(point, "store gone")
         assert gone["fs"]["cache"]["limit"] > 0 and gone["store"]["private"] is True
-        text = text_until(f"{point}: store gone\n", "status", point)
+        text = said("store gone", point, "status", point)
         assert f"`vineyard-fs unmount {point}`, and mount again" in text and "away" not in text, text
-        text_until(f"{point}: store gone", "top", point, "--once", "--interval", "0.1")
+        said("store gone", point, "top", point, "--once", "--interval", "0.1")
     finally:
         cli("unmount", point, "--force")
 

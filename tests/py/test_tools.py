@@ -396,10 +396,10 @@ def test_the_store_is_found(store, mount, folder):
     assert subprocess.run(command, env=clean, capture_output=True, text=True, timeout=60, check=True).stdout == "x.npy\n"
     name = json.loads(cli("info", mount / "x.npy", "--json", "--socket", store.socket).stdout)["name"]
     assert name == "x"
-    freeze(store.process)
+    freeze(store.process.pid)
     started = time.monotonic()
     assert "no vineyardd answers" in fails(cli, "ls", "--socket", store.socket)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 40
 
 
 def test_a_terminal_sees_a_progress_bar_and_a_pipe_does_not(store, tool, folder):

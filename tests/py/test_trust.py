@@ -13,20 +13,13 @@ import conftest
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import freeze, settled, until
 
 CANARY = 0xC0FFEE_15_BAD_F00D
 
 
 def open_descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def settle(measure, expected, patience=90):
-    """Waits until a count is back where it was: closes reach the server a moment later."""
-    deadline = time.monotonic() + patience
-    while (now := measure()) != expected and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return now
 
 
 def test_no_reader_sees_bytes_of_another_dataset(store, make_mount, serving):
@@ -93,7 +86,9 @@ def test_ten_thousand_open_files_and_none_is_left(store, mount):
     for i in range(20):
         (mount / f"small{i}.txt").write_text(f"{i}")
         pd.DataFrame({"a": np.arange(20_000 + i)}).to_feather(mount / f"x{i}.arrow", compression="uncompressed")
-    assert settle(lambda: mount.status()["fs"]["open_handles"], 0) == 0
+    # Closes reach the server a moment later.
+    handles = lambda: mount.status()["fs"]["open_handles"]
+    settled(handles, 0)
     status = mount.status()
     pids = [status["keeper"]["pid"], status["server"]["pid"]]
     before = [open_descriptors(pid) for pid in pids]
@@ -101,15 +96,16 @@ def test_ten_thousand_open_files_and_none_is_left(store, mount):
     try:
         names = [f"small{i}.txt" for i in range(20)] + [f"x{i}.arrow" for i in range(20)]
         files = [os.open(mount / names[i % 40], os.O_RDONLY) for i in range(wanted)]
-        assert mount.status()["fs"]["open_handles"] >= wanted
+        assert handles() >= wanted
         assert os.pread(files[3], 10, 0) == b"3" and os.pread(files[-1], 6, 0) == b"ARROW1"
         for descriptor in files:
             os.close(descriptor)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert settle(lambda: mount.status()["fs"]["open_handles"], 0) == 0
-    after = [open_descriptors(pid) for pid in pids]
-    assert after[0] <= before[0] + 25 and after[1] <= before[1] + 45, (before, after)
+    settled(handles, 0)
+    after = lambda: [open_descriptors(pid) for pid in pids]
+    few = lambda keeper, server: keeper <= before[0] + 25 and server <= before[1] + 45
+    until(lambda: few(*after()), lambda: (before, after()))
 
 
 def test_few_descriptors_are_answers_or_errors(store, folder):
@@ -137,7 +133,7 @@ def test_few_descriptors_are_answers_or_errors(store, folder):
             (point / f"f{i}.bin").unlink()
         (point / "again.txt").write_text("again")
         assert (point / "again.txt").read_text() == "again"
-        assert mount.status("ok")["state"] == "ok"
+        mount.status("ok")
         print(f"{len(good)} of 400 files were written, {failures} refused")
     finally:
         mount.unmount()
@@ -173,7 +169,7 @@ def test_64_clients_at_once(store, mount):
         _, err = worker.communicate(timeout=300)
         assert worker.returncode == 0, err[-1500:]
     assert os.listdir(mount.path) == ["shared.arrow"]
-    assert settle(store.usage, usage) == usage, "no blob is left over"
+    settled(store.usage, usage)
     assert mount.status()["server"]["restarts"] == 0
 
 
@@ -183,7 +179,7 @@ def test_a_stopped_store_costs_errors_and_leaves_nothing(store, make_mount):
     (mount / "a.txt").write_text("a")
     pid = mount.status()["server"]["pid"]
     threads, descriptors = len(os.listdir(f"/proc/{pid}/task")), open_descriptors(pid)
-    conftest.freeze(store.process)
+    freeze(store.process.pid)
     outcomes = []
 
     def attempt(i):
@@ -196,12 +192,12 @@ def test_a_stopped_store_costs_errors_and_leaves_nothing(store, make_mount):
             outcomes.append(0)
         outcomes.append(time.monotonic() - start)
 
-    workers = [threading.Thread(target=attempt, args=(i,)) for i in range(16)]
+    workers = [threading.Thread(target=attempt, args=(i,)) for i in range(8)]
     try:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(60)
+            worker.join(120)
             assert not worker.is_alive(), "a client hangs"
     finally:
         os.kill(store.process.pid, signal.SIGCONT)
@@ -216,4 +212,4 @@ def test_a_stopped_store_costs_errors_and_leaves_nothing(store, make_mount):
     assert (mount / "a.txt").read_text() == "a" and (mount / "b.txt").read_text() == "b"
     now = mount.status()["server"]
     assert now["pid"] == pid, "the server lived through it"
-    assert open_descriptors(pid) <= descriptors + 20 and len(os.listdir(f"/proc/{pid}/task")) <= threads + 20
+    assert open_descriptors(pid) <= descriptors + 12 and len(os.listdir(f"/proc/{pid}/task")) <= threads + 12
