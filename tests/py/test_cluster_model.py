@@ -29,7 +29,7 @@ ABSENT = None
 class Model:
     def __init__(self, cluster, seed):
         self.random = random.Random(seed)
-        self.cluster, self.mounts = cluster, [cluster.mount(number, "--deadline", "3s") for number in range(3)]
+        self.cluster, self.mounts = cluster, [cluster.mount(number, "--deadline", "10s") for number in range(3)]
         #: Possible versions of each name, and where each version's data is: instance ids.
         self.versions = {name: {ABSENT} for name in NAMES}
         self.homes = {}
