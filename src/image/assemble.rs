@@ -78,11 +78,10 @@ fn fill(image: &Image, source: &dyn BlobSource, target: &File, threads: usize) -
                 if filled {
                     return Ok(());
                 }
-                populate(image, source, start, len);
                 // SAFETY: `start` is taken once, so the parts of two threads do not overlap.
                 let part = unsafe { mapping.part(start as usize, len as usize) };
                 make_present(target, start, part)?;
-                if is_ready { stream(image, source, start, part) } else { image.read(source, start, part) }
+                copy(image, source, start, part, is_ready)
             });
             if let Err(error) = filled {
                 next.store(image.size(), Ordering::Relaxed);
@@ -234,19 +233,9 @@ fn no_room(error: std::io::Error) -> Error {
     }
 }
 
-/// Maps the source pages of a part of the file, which is cheaper than faulting them in while copying.
-fn populate(image: &Image, source: &dyn BlobSource, start: u64, len: u64) {
-    for (extent, part) in image.covering(start..start + len) {
-        if let Span::Blob { key, offset, .. } = &extent.span
-            && let Ok(Some(blob)) = source.blob(*key)
-        {
-            blob.populate(offset.saturating_add(part.start), part.end - part.start);
-        }
-    }
-}
-
-/// [`Image::read`], past the processor's cache where bytes lie in mapped blobs.
-fn stream(image: &Image, source: &dyn BlobSource, start: u64, out: &mut [u8]) -> Result<()> {
+/// [`Image::read`] of a large part, whose source pages are mapped first: that is cheaper than faulting them in while
+/// copying. `streamed`: past the processor's cache.
+fn copy(image: &Image, source: &dyn BlobSource, start: u64, out: &mut [u8], streamed: bool) -> Result<()> {
     for (extent, part) in image.covering(start..start + out.len() as u64) {
         let at = (extent.start + part.start - start) as usize;
         let out = &mut out[at..at + (part.end - part.start) as usize];
@@ -255,7 +244,10 @@ fn stream(image: &Image, source: &dyn BlobSource, start: u64, out: &mut [u8]) ->
             _ => None,
         };
         match blob {
-            Some((blob, offset)) => blob.stream(offset, out)?,
+            Some((blob, offset)) => {
+                blob.populate(offset, out.len() as u64);
+                if streamed { blob.stream(offset, out)? } else { blob.read(offset, out)? }
+            }
             None => extent.span.read(source, part.start, out)?,
         }
     }
@@ -337,12 +329,16 @@ mod tests {
         for size in [0, 1, 5000, 9 << 20, 40 << 20] {
             let segments = Segments::new(size + 64);
             let (image, expected) = example(&segments, size);
-            for threads in [1, 3] {
+            for (threads, ready) in [(1, false), (3, false), (3, true)] {
                 let mut file = tempfile::tempfile_in("/dev/shm").unwrap();
+                if ready && size > 0 {
+                    file.set_len(image.size()).unwrap();
+                    give_pages(&file, image.size()).unwrap();
+                }
                 assemble(&image, &segments, &file, threads).unwrap();
                 let mut found = Vec::new();
                 file.read_to_end(&mut found).unwrap();
-                assert!(found == expected, "{size} bytes, {threads} threads");
+                assert!(found == expected, "{size} bytes, {threads} threads, pages there: {ready}");
             }
         }
     }

@@ -37,6 +37,9 @@ mod x86_64 {
     const LINE: usize = 64;
 
     /// As [`super::copy`].
+    ///
+    /// # Safety
+    /// As there.
     pub unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
         let head = to.align_offset(LINE).min(len);
         let blocks = (len - head) / (STREAMS * PAGE);
@@ -60,6 +63,9 @@ mod x86_64 {
     }
 
     /// Copies 64 bytes to a line of the cache.
+    ///
+    /// # Safety
+    /// `from` is valid for reading 64 bytes, `to` for writing as many and aligned to them.
     #[inline(always)]
     unsafe fn line(from: *const u8, to: *mut u8) {
         let (from, to) = (from.cast::<__m128i>(), to.cast::<__m128i>());
