@@ -97,9 +97,10 @@ impl FileSystem {
     /// `ReadOnly`; `IsDirectory` for the size of one; what the store answers.
     pub fn setattr(&self, ino: u64, fh: Option<u64>, change: SetAttr, caller: Caller) -> Result<(Attr, Duration)> {
         self.writable()?;
+        let second = self.retries.is_second(libc::O_WRONLY, caller);
         let changed = self.change_attributes(ino, change, caller);
         if change.size.is_some() && fh.is_none() {
-            self.note_try(ino, libc::O_WRONLY, caller, &changed);
+            self.note_try(ino, libc::O_WRONLY, caller, second, &changed);
         }
         changed?;
         self.getattr(ino, fh)

@@ -76,8 +76,9 @@ impl FileSystem {
     /// `ReadOnly` for a write to a read-only mount, `IsDirectory`, and why the object cannot be shown.
     pub fn open(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
         self.follow_store()?;
+        let second = self.retries.is_second(flags, caller);
         let opened = self.open_found(ino, flags, caller);
-        self.note_try(ino, flags, caller, &opened);
+        self.note_try(ino, flags, caller, second, &opened);
         opened
     }
 

@@ -19,13 +19,29 @@ struct Refused {
     flags: i32,
     /// Where; `None` if the inode was not known.
     path: Option<String>,
-    since: Instant,
+    /// Until when the thread comes back if it does.
+    until: Instant,
+    /// It was told that nothing is there since: perhaps it does not come back, and its next open is another one.
+    absent: bool,
+}
+
+impl Refused {
+    fn lasts(&self) -> bool {
+        Instant::now() < self.until
+    }
+
+    fn is_of(&self, path: &str) -> bool {
+        self.lasts() && self.path.as_deref().is_none_or(|at| at == path)
+    }
 }
 
 /// How many files are made for a writer whose path changes under it.
 const COPIES: usize = 4;
 /// How long a thread may take to look a name up once more.
 const REFUSED: Duration = Duration::from_secs(5);
+/// The same for one that was told that nothing is there. That may be the end of its open; or it creates the file; or the
+/// kernel looks once more, or gives it what another thread has created meanwhile, without a question to us.
+const REFUSED_AND_ABSENT: Duration = Duration::from_millis(if cfg!(test) { 5_000 } else { 100 });
 /// How long it is believed that there is nothing at a path: a CREATE follows its LOOKUP at once.
 const ABSENT: Duration = Duration::from_millis(10);
 /// Threads of which that is noted, at most.
@@ -51,15 +67,28 @@ impl Retries {
         self.refused.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// A thread came for the second time, or will not come. Whether it was refused before.
-    fn end(&self, caller: Caller) -> bool {
+    /// A thread came for the second time, or will not come.
+    pub(super) fn end(&self, caller: Caller) {
         let mut refused = self.refused();
-        !refused.is_empty() && refused.remove(&caller.pid).is_some_and(|former| former.since.elapsed() < REFUSED)
+        if !refused.is_empty() {
+            refused.remove(&caller.pid);
+        }
     }
 
-    /// Notes that a thread was told that nothing is at a path; it opens nothing there.
+    /// Whether a thread was refused something, and comes for the second time. Where that is not certain, a reader is
+    /// taken to come for the first time: at worst it is led to the published version once more.
+    pub(super) fn is_second(&self, flags: i32, caller: Caller) -> bool {
+        let is_certain = |former: &Refused| former.lasts() && (wants_write(flags) || !former.absent);
+        self.refused().get(&caller.pid).is_some_and(is_certain)
+    }
+
+    /// Notes that a thread was told that nothing is at a path.
     pub(super) fn note_absent(&self, path: String, caller: Caller) {
-        self.end(caller);
+        if let Some(former) = self.refused().get_mut(&caller.pid) {
+            former.absent = true;
+            former.until = former.until.min(Instant::now() + REFUSED_AND_ABSENT);
+            former.path.get_or_insert_with(|| path.clone());
+        }
         if !is_known(caller) {
             return;
         }
@@ -79,14 +108,15 @@ impl Retries {
 }
 
 impl FileSystem {
-    /// Notes how an open, or what else the kernel tries twice, ended.
-    pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, ended: &Result<T>) {
-        let second = self.retries.end(caller);
+    /// Notes how an open, or what else the kernel tries twice, ended. `second` is what [`Retries::is_second`] said when
+    /// it began.
+    pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, second: bool, ended: &Result<T>) {
+        self.retries.end(caller);
         if !second && is_known(caller) && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale) {
             let path = self.path_of(ino);
             let mut refused = self.retries.refused();
-            refused.retain(|_, former| former.since.elapsed() < REFUSED);
-            refused.insert(caller.pid, Refused { flags, path, since: Instant::now() });
+            refused.retain(|_, former| former.lasts());
+            refused.insert(caller.pid, Refused { flags, path, until: Instant::now() + REFUSED, absent: false });
             return;
         }
         // Whatever this thread asks for next, it shall be what is there then.
@@ -112,17 +142,15 @@ impl FileSystem {
         }
     }
 
-    /// Whether this thread was refused before, and comes for the second time.
-    pub(super) fn was_refused(&self, caller: Caller) -> bool {
-        let refused = self.retries.refused();
-        refused.get(&caller.pid).is_some_and(|former| former.since.elapsed() < REFUSED)
+    /// Whether this thread was refused what is at a path before, and comes for the second time.
+    pub(super) fn was_refused(&self, path: &str, caller: Caller) -> bool {
+        self.repeats(path, caller).is_some()
     }
 
     /// Flags of the open that a lookup repeats.
     fn repeats(&self, path: &str, caller: Caller) -> Option<i32> {
         let refused = self.retries.refused();
-        let former = refused.get(&caller.pid).filter(|former| former.since.elapsed() < REFUSED)?;
-        former.path.as_deref().is_none_or(|at| at == path).then_some(former.flags)
+        refused.get(&caller.pid).filter(|former| former.is_of(path)).map(|former| former.flags)
     }
 
     /// What a lookup finds. If it is one that follows a refusal: what will not be refused again.

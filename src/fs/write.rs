@@ -13,16 +13,19 @@ use super::open::wants_write;
 use super::opens::Open;
 use super::publish::Unfinished;
 use super::resolve::{ATTEMPTS, Found, Target, check_new};
-use super::staging::{Staged, Writer};
+use super::staging::{Staged, State, Writer};
 use super::{Caller, Entry, FileSystem, Handle, Opened, Serve, SetAttr, name};
 use crate::dataset::FileAttributes;
 use crate::dataset::attributes::to_nanos;
 use crate::error::{Error, Kind, Result};
 use crate::image;
+use crate::sync::MutexGuard;
 use crate::vineyard::ObjectId;
 
 /// How long a reader waits for the rest of a close, in milliseconds.
 const CLOSE_TAKES_MS: u32 = 20;
+/// How long who was refused once waits for those who write what the kernel opens for it, in milliseconds.
+const TURN_TAKES_MS: u32 = if cfg!(test) { 3_000 } else { 200 };
 
 impl FileSystem {
     /// Creates a file and opens it.
@@ -44,6 +47,7 @@ impl FileSystem {
         let target = Target::new(&directory, name::component(name)?);
         check_new(&target)?;
         let mode = (mode & !umask & 0o7777) as u16;
+        self.retries.end(caller);
         // Whatever else comes to the path meanwhile: any file may be the answer, and the kernel may not ask again.
         let mut created = self.create_at(&target, mode, flags, caller);
         for _ in 1..ATTEMPTS {
@@ -189,12 +193,12 @@ impl FileSystem {
             self.take_back_open(inode, staged, caller);
         }
         self.take_back(inode.ino, caller);
-        let dirty = staged.is_dirty()?;
+        let mut dirty = staged.is_dirty()?;
+        let again = self.was_refused(&staged.state().target.path(), caller);
         if !dirty && !staged.is_current_version(&*self.store)? {
             self.staging.leave_path(staged);
             // A reader that was refused once gets what was there when its second lookup asked.
-            let refuse = write || !self.was_refused(caller);
-            if refuse {
+            if write || !again {
                 return Err(Error::stale("somebody published another version"));
             }
         }
@@ -210,30 +214,49 @@ impl FileSystem {
             if state.refuses_writer(flags, caller) {
                 let target = state.target.clone();
                 drop(state);
-                self.replace_staged(staged, target, flags, caller)?;
-                return Err(Error::stale("written anew"));
-            }
-            if truncates {
-                drop(state);
-                if !staged.truncate(0)? {
-                    return Err(Error::stale("it is being read by now"));
+                if !(again && truncates) {
+                    self.replace_staged(staged, target, flags, caller)?;
+                    return Err(Error::stale("written anew"));
                 }
-                state = staged.state();
+                let Some(own) = self.await_turn(staged, caller) else {
+                    return Err(Error::stale("others write it or read it, and there is no time to look it up again"));
+                };
+                state = own;
+            }
+            if truncates && state.is_final() {
+                return Err(Error::stale("it is being read by now"));
             }
             state.has_come(caller);
             state.writers.add(Writer { handle: fh, pid: caller.pid, request: caller.request });
+            if truncates {
+                // With its writer it does not become final meanwhile.
+                drop(state);
+                let cut = staged.truncate(0);
+                state = staged.state();
+                if !matches!(cut, Ok(true)) {
+                    state.writers.remove(fh);
+                    return Err(cut.err().unwrap_or_else(|| Error::stale("it is being read by now")));
+                }
+            }
             state.shared_writable |= flags & libc::O_ACCMODE == libc::O_RDWR;
         } else {
             // A close reaches us in two steps, the second a moment after the program went on: a reader that comes in
-            // between waits for it, so as to read the very file that was written.
-            for _ in 0..CLOSE_TAKES_MS {
+            // between waits for it, so as to read the very file that was written. Who comes for the second time waits
+            // for all who write.
+            for _ in 0..if again { TURN_TAKES_MS } else { CLOSE_TAKES_MS } {
                 let own = state.writers.contains(&caller.pid);
                 let closes_own = own && state.closed_by == Some(caller.pid);
-                if state.writers.is_empty() || ((dirty || own) && !closes_own) {
+                let is_closed = state.writers.is_empty() && !(again && state.settling);
+                if is_closed || ((own || (dirty && !again)) && !closes_own) {
                     break;
                 }
                 drop(state);
                 std::thread::sleep(std::time::Duration::from_millis(1));
+                state = staged.state();
+            }
+            if again {
+                drop(state);
+                dirty = staged.is_dirty()?;
                 state = staged.state();
             }
             if state.refuses_reader(dirty, caller) {
@@ -271,6 +294,35 @@ impl FileSystem {
             super::adopt::note_staged(staged);
         }
         Ok(Opened { fh, serve, no_flush: !write })
+    }
+
+    /// For a truncating writer that the kernel led here for the second time, to what somebody else writes: waits until
+    /// all others have closed the file, and returns its state. `None` if that takes long, or its bytes must not change.
+    fn await_turn<'a>(&self, staged: &'a Arc<Staged>, caller: Caller) -> Option<MutexGuard<'a, State>> {
+        let is_of_others = |state: &State| state.published.is_some() && (state.had_readers || state.writers.is_empty());
+        let mut state = staged.state();
+        // Until it has come the file does not become an image.
+        if is_of_others(&state) || state.writers.contains(&caller.pid) || !state.expect_writer(caller) {
+            return None;
+        }
+        for _ in 0..TURN_TAKES_MS {
+            if state.detached || state.retired || (state.published.is_some() && state.had_readers) {
+                break;
+            }
+            if state.writers.is_empty() {
+                return Some(state);
+            }
+            drop(state);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            state = staged.state();
+        }
+        state.has_come(caller);
+        let last = state.writers.is_empty() && !state.detached;
+        drop(state);
+        if last {
+            self.settle(staged);
+        }
+        None
     }
 
     /// A former server opened the file for the same request, which it did not answer: nobody has that handle.

@@ -230,3 +230,71 @@ fn what_a_process_of_another_pid_namespace_was_refused_is_nobody_elses_business(
     assert_eq!(seen.attr.size, table_file(&[1]).len() as u64);
     assert_eq!(column(&bed.load_as("t.arrow", stranger).unwrap()), [1]);
 }
+
+/// The file that another thread created after a thread was refused what was there before; the kernel gives it to both.
+fn refused_and_created(bed: &Bed) -> (u64, Opened) {
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    let ino = bed.lookup("t.arrow", OTHER).unwrap().attr.ino;
+    bed.fs.unlink(ROOT, OsStr::new("t.arrow"), ME).unwrap();
+    refused(bed, ino, WRITE, OTHER);
+    assert_eq!(bed.lookup("t.arrow", OTHER).unwrap_err().kind(), Kind::NotFound);
+    let writer = bed.create("t.arrow", ME).unwrap();
+    bed.write(writer, 0, &table_file(&[2]));
+    writer
+}
+
+#[test]
+fn a_writer_that_is_led_to_what_another_writes_has_its_turn_after_it() {
+    let bed = bed();
+    let first = refused_and_created(&bed);
+    std::thread::scope(|threads| {
+        let second = threads.spawn(|| bed.fs.open(first.0, WRITE, OTHER).unwrap());
+        while bed.fs.staging.at("t.arrow").unwrap().state().expected.is_empty() {
+            std::thread::yield_now();
+        }
+        bed.close(first, ME).unwrap();
+        let second = (first.0, second.join().unwrap());
+        // The first one's bytes are all in the store, and nothing of them in what is written now.
+        let object = bed.fs.object_of("t").unwrap().unwrap();
+        let published = bed.fs.objects.summary(&*bed.store, object).unwrap().unwrap();
+        assert_eq!(published.rows, Some(1));
+        assert_eq!(bed.fs.getattr(first.0, None).unwrap().0.size, 0);
+        bed.write(second, 0, &table_file(&[3, 4]));
+        bed.close(second, OTHER).unwrap();
+    });
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [3, 4]);
+    assert_eq!(bed.list(""), ["t.arrow"]);
+}
+
+#[test]
+fn a_writer_does_not_wait_for_ever_for_its_turn_and_spoils_nothing() {
+    let bed = bed();
+    let first = refused_and_created(&bed);
+    refused(&bed, first.0, WRITE, OTHER);
+    bed.close(first, ME).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+    // Bytes that somebody reads are not cut either.
+    let reader = bed.open("t.arrow", libc::O_RDONLY, ME).unwrap();
+    refused(&bed, 0x1234_5678, WRITE, OTHER);
+    refused(&bed, reader.0, WRITE, OTHER);
+    assert_eq!(column(&bed.read_handle(reader).unwrap()), [2]);
+    bed.close(reader, ME).unwrap();
+    assert_eq!(column(&bed.load("t.arrow").unwrap()), [2]);
+}
+
+#[test]
+fn a_reader_that_is_led_to_what_another_writes_waits_for_its_end() {
+    let bed = bed();
+    bed.save("t.arrow", &table_file(&[1])).unwrap();
+    let writer = bed.open("t.arrow", WRITE, ME).unwrap();
+    bed.write(writer, 0, &table_file(&[2]));
+    refused(&bed, writer.0, libc::O_RDONLY, OTHER);
+    std::thread::scope(|threads| {
+        let reader = threads.spawn(|| bed.fs.open(writer.0, libc::O_RDONLY, OTHER));
+        std::thread::sleep(Duration::from_millis(5));
+        bed.close(writer, ME).unwrap();
+        let reader = (writer.0, reader.join().unwrap().unwrap());
+        assert_eq!(column(&bed.read_handle(reader).unwrap()), [2]);
+        bed.close(reader, OTHER).unwrap();
+    });
+}
