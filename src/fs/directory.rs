@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -18,6 +18,8 @@ use crate::vineyard::store::NamedObject;
 
 /// Listings that are kept, so that one of an unchanged directory is not made again.
 const LISTINGS_KEPT: usize = 64;
+/// Objects that are looked at together for the entries that follow in a listing.
+const AHEAD: usize = 128;
 
 /// What an entry of a listing is.
 #[derive(Clone, Debug)]
@@ -47,6 +49,8 @@ pub(super) struct Listing {
     fingerprint: u64,
     /// Every object's type was known.
     complete: bool,
+    /// Somebody looks at the files of an incomplete listing, and not at names alone.
+    looked_at: AtomicBool,
     /// How many changes of names it knows of, as [`FileSystem::changes`] counts them.
     changes: AtomicU64,
 }
@@ -67,7 +71,8 @@ impl Listing {
             last
         };
         let cookies = entries.iter().map(next).collect();
-        Listing { directory: directory.to_owned(), entries, cookies, fingerprint, complete, changes: changes.into() }
+        let (directory, looked_at) = (directory.to_owned(), AtomicBool::new(false));
+        Listing { directory, entries, cookies, fingerprint, complete, looked_at, changes: changes.into() }
     }
 }
 
@@ -263,9 +268,14 @@ impl FileSystem {
             }
         }
         let first = listing.cookies.partition_point(|cookie| *cookie <= offset);
-        for ((component, item), next) in listing.entries.iter().zip(&listing.cookies).skip(first) {
+        let mut known_until = 0;
+        for (at, ((component, item), next)) in listing.entries.iter().zip(&listing.cookies).enumerate().skip(first) {
             // What is not there any more must not be entered again.
             let plus = with_attributes && listing.changes.load(Ordering::Relaxed) == self.changes();
+            if plus && at >= known_until && listing.looked_at.load(Ordering::Relaxed) {
+                known_until = at + AHEAD;
+                self.learn_entries(&listing.entries[at..known_until.min(listing.entries.len())]);
+            }
             let entry = self.dir_entry(&listing.directory, component, item, *next, plus);
             let counted = entry.entry.is_some();
             let entry_ino = entry.ino;
@@ -279,19 +289,43 @@ impl FileSystem {
         Ok(())
     }
 
+    /// Makes the summaries that the entries of an incomplete listing lack. Without them they come without attributes.
+    fn learn_entries(&self, entries: &[(String, Item)]) {
+        let lacks = |(_, item): &(String, Item)| match item {
+            Item::View { object, summary: None, .. } => Some(*object),
+            _ => None,
+        };
+        let ids: Vec<ObjectId> = entries.iter().filter_map(lacks).collect();
+        if let Err(error) = self.objects.summarize(&*self.store, &ids, None) {
+            tracing::debug!("a listing goes on without attributes: {error}");
+        }
+    }
+
+    /// Notes that a file of a directory was looked up. One by one that takes the store a look at all names each time, so
+    /// who reads an incomplete listing gets attributes with the entries that follow.
+    pub(super) fn note_looked_at(&self, directory: &str) {
+        let listings = self.listings.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(listing) = listings.get(directory).filter(|listing| !listing.complete) {
+            listing.looked_at.store(true, Ordering::Relaxed);
+        }
+    }
+
     fn dir_entry(&self, directory: &str, component: &str, item: &Item, next: u64, plus: bool) -> DirEntry {
         let target = Target::new(directory, component);
         let found = match item {
             Item::Directory { name } => Some(Found::Directory { name: name.clone() }),
             Item::Staged(staged) => staged.upgrade().map(Found::Staged),
-            Item::View { name, object, summary: Some(summary) } => {
-                let view = match &target.view {
-                    Some((_, view)) if summary.view(*view).is_some() => *view,
-                    _ => summary.listed,
-                };
-                Some(Found::View(target.view_node(name.clone(), *object, view, summary.clone())))
+            Item::View { name, object, summary } => {
+                // It may be known by now.
+                let summary = summary.clone().or_else(|| self.objects.known_summary(*object));
+                summary.map(|summary| {
+                    let view = match &target.view {
+                        Some((_, view)) if summary.view(*view).is_some() => *view,
+                        _ => summary.listed,
+                    };
+                    Found::View(target.view_node(name.clone(), *object, view, summary))
+                })
             }
-            Item::View { summary: None, .. } => None,
         };
         let kind = match item {
             Item::Directory { .. } => FileKind::Directory,

@@ -271,7 +271,12 @@ impl FileSystem {
             }
         }
         match found {
-            Some(found) => self.enter(&target, found),
+            Some(found) => {
+                if matches!(found, Found::View(_)) {
+                    self.note_looked_at(&target.directory);
+                }
+                self.enter(&target, found)
+            }
             None => {
                 self.retries.note_absent(target.path(), caller);
                 Err(Error::not_found(format!("no dataset behind {:?}", target.path())))

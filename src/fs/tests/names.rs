@@ -159,3 +159,45 @@ fn a_file_under_a_shortened_name_replaces_the_dataset_of_that_name() {
     files.retain(|name| name != file);
     assert_eq!((value(&bed, file), value(&bed, &files[0])), (Some(3.0), Some(4.0)));
 }
+
+#[test]
+fn who_looks_at_files_of_a_long_listing_gets_attributes_with_those_that_follow() {
+    let options = Options { listing_wait_names: 0, listing_budget: Duration::ZERO, ..Options::default() };
+    let bed = bed_with(false, options);
+    for number in 0..300 {
+        bed.put_tensor(&format!("long/{number:03}"), &vec![0.5; number + 1]);
+    }
+    let ino = bed.lookup("long", ME).unwrap().attr.ino;
+    let fh = bed.fs.opendir(ino).unwrap();
+    let read = |offset: u64, most: usize| {
+        let mut got = Vec::new();
+        let mut add = |entry: DirEntry| {
+            let full = got.len() == most;
+            if !full {
+                got.push((entry.next, entry.name.into_string().unwrap(), entry.entry.map(|entry| entry.attr.size)));
+            }
+            full
+        };
+        bed.fs.readdir(ino, fh, offset, true, &mut add).unwrap();
+        got
+    };
+    // Names alone ask nothing.
+    let asked = bed.store.calls(Op::Metas);
+    let all = read(2, 1000);
+    assert_eq!(all.len(), 300);
+    assert!(all.iter().all(|(_, name, size)| size.is_none() && name.len() == 3));
+    assert_eq!(bed.store.calls(Op::Metas), asked);
+    // As `ls -l` does: the first one is looked up.
+    let first = &all[0];
+    bed.lookup(&format!("long/{}", first.1), ME).unwrap();
+    let asked = bed.store.calls(Op::Metas);
+    let mut got = read(first.0, 199);
+    got.extend(read(got.last().unwrap().0, 1000));
+    assert_eq!(got.len(), 299);
+    for (_, name, size) in got {
+        let looked_up = bed.lookup(&format!("long/{name}"), ME).unwrap().attr.size;
+        assert_eq!(size, Some(looked_up), "{name}");
+    }
+    assert!(bed.store.calls(Op::Metas) - asked <= 2 * 4, "{} questions", bed.store.calls(Op::Metas) - asked);
+    bed.fs.releasedir(ino, fh);
+}
