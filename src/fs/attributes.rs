@@ -98,7 +98,7 @@ impl FileSystem {
     pub fn setattr(&self, ino: u64, fh: Option<u64>, change: SetAttr, caller: Caller) -> Result<(Attr, Duration)> {
         self.writable()?;
         let second = self.retries.is_second(libc::O_WRONLY, caller);
-        let changed = self.change_attributes(ino, change, caller);
+        let changed = self.change_attributes(ino, change, fh.is_none(), caller);
         if change.size.is_some() && fh.is_none() {
             self.note_try(ino, libc::O_WRONLY, caller, second, &changed);
         }
@@ -106,12 +106,12 @@ impl FileSystem {
         self.getattr(ino, fh)
     }
 
-    fn change_attributes(&self, ino: u64, change: SetAttr, caller: Caller) -> Result<()> {
+    fn change_attributes(&self, ino: u64, change: SetAttr, by_path: bool, caller: Caller) -> Result<()> {
         let inode = self.inode(ino)?;
         match &inode.node {
             Node::Directory { name } if change.size.is_none() => self.folders.change(name, change),
             Node::Directory { .. } => return Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Node::Staged(staged) => self.setattr_staged(staged, change, caller)?,
+            Node::Staged(staged) => self.setattr_staged(staged, change, by_path, caller)?,
             Node::View(view) if change.size.is_some() => self.truncate_view(view, &inode, change, caller)?,
             Node::View(view) => {
                 let mut attributes = view.summary.attributes.as_deref().cloned().unwrap_or_default();

@@ -151,7 +151,11 @@ impl Staged {
     /// Waits a moment for closes that are on their way: the last step of a close comes after the program went on.
     pub(super) fn await_closes(&self) {
         for _ in 0..200 {
-            if self.state().writers.is_empty() {
+            let is_done = {
+                let state = self.state();
+                state.writers.is_empty() && !state.settling
+            };
+            if is_done {
                 return;
             }
             std::thread::sleep(Duration::from_millis(1));

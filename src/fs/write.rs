@@ -383,11 +383,22 @@ impl FileSystem {
         }
     }
 
-    pub(super) fn setattr_staged(&self, staged: &Arc<Staged>, change: SetAttr, caller: Caller) -> Result<()> {
+    /// `by_path` unless a handle of a writer is given.
+    pub(super) fn setattr_staged(
+        &self,
+        staged: &Arc<Staged>,
+        change: SetAttr,
+        by_path: bool,
+        caller: Caller,
+    ) -> Result<()> {
         if let Some(size) = change.size {
+            if by_path && staged.state().is_closed() {
+                // What is left of a close takes an unfinished file for one that nobody has asked to keep.
+                staged.await_closes();
+            }
             let (target, idle) = {
                 let state = staged.state();
-                (state.target.clone(), state.writers.is_empty())
+                (state.target.clone(), state.writers.is_empty() || (by_path && state.is_closed()))
             };
             if staged.stamp()?.size != size && !staged.truncate(size)? {
                 // Bytes that readers may have mapped never change: the kernel looks up the copy and cuts that.

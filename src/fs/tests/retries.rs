@@ -298,3 +298,23 @@ fn a_reader_that_is_led_to_what_another_writes_waits_for_its_end() {
         bed.close(reader, OTHER).unwrap();
     });
 }
+
+#[test]
+fn what_is_cut_right_after_its_close_is_cut() {
+    let bed = bed();
+    let whole = table_file(&[1, 2, 3]);
+    let size = whole.len() as u64 - 10;
+    let cut = SetAttr { size: Some(size), ..SetAttr::default() };
+    let (ino, opened) = bed.create("t.arrow", ME).unwrap();
+    bed.write((ino, opened), 0, &whole);
+    bed.fs.flush(ino, opened.fh, ME).unwrap();
+    // The program went on; the last step of its close has not come yet.
+    bed.fs.setattr(ino, None, cut, ME).unwrap();
+    bed.fs.release(ino, opened.fh);
+    assert_eq!(bed.load("t.arrow").unwrap(), whole[..size as usize]);
+    assert_eq!(bed.list(""), ["t.arrow"]);
+    // As another mount sees it.
+    let host = Arc::new(LocalHost { passthrough: true, next: AtomicU64::new(1), ..LocalHost::default() });
+    let fs = FileSystem::new(bed.store.clone(), host.clone(), Options::default());
+    assert_eq!(Bed::of(fs, bed.store.clone(), host).load("t.arrow").unwrap(), whole[..size as usize]);
+}
