@@ -150,16 +150,20 @@ impl Staged {
 
     /// Waits a moment for closes that are on their way: the last step of a close comes after the program went on.
     pub(super) fn await_closes(&self) {
-        for _ in 0..200 {
-            let is_done = {
-                let state = self.state();
-                state.writers.is_empty() && !state.settling
-            };
-            if is_done {
-                return;
+        drop(self.wait_until(200, |state| state.writers.is_empty() && !state.settling));
+    }
+
+    /// Waits until something is so, for so many milliseconds at most; returns the state as it is then.
+    pub(super) fn wait_until(&self, most_ms: u32, is_so: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
+        for _ in 0..most_ms {
+            let state = self.state();
+            if is_so(&state) {
+                return state;
             }
+            drop(state);
             std::thread::sleep(Duration::from_millis(1));
         }
+        self.state()
     }
 
     pub(super) fn file(&self) -> &Arc<MemoryFile> {

@@ -235,6 +235,7 @@ impl FileSystem {
                 state = staged.state();
                 if !matches!(cut, Ok(true)) {
                     state.writers.remove(fh);
+                    self.step_back(staged, state);
                     return Err(cut.err().unwrap_or_else(|| Error::stale("it is being read by now")));
                 }
             }
@@ -243,17 +244,13 @@ impl FileSystem {
             // A close reaches us in two steps, the second a moment after the program went on: a reader that comes in
             // between waits for it, so as to read the very file that was written. Who comes for the second time waits
             // for all who write.
-            for _ in 0..if again { TURN_TAKES_MS } else { CLOSE_TAKES_MS } {
+            drop(state);
+            state = staged.wait_until(if again { TURN_TAKES_MS } else { CLOSE_TAKES_MS }, |state| {
                 let own = state.writers.contains(&caller.pid);
                 let closes_own = own && state.closed_by == Some(caller.pid);
                 let is_closed = state.writers.is_empty() && !(again && state.settling);
-                if is_closed || ((own || (dirty && !again)) && !closes_own) {
-                    break;
-                }
-                drop(state);
-                std::thread::sleep(std::time::Duration::from_millis(1));
-                state = staged.state();
-            }
+                is_closed || ((own || (dirty && !again)) && !closes_own)
+            });
             if again {
                 drop(state);
                 dirty = staged.is_dirty()?;
@@ -299,30 +296,32 @@ impl FileSystem {
     /// For a truncating writer that the kernel led here for the second time, to what somebody else writes: waits until
     /// all others have closed the file, and returns its state. `None` if that takes long, or its bytes must not change.
     fn await_turn<'a>(&self, staged: &'a Arc<Staged>, caller: Caller) -> Option<MutexGuard<'a, State>> {
-        let is_of_others = |state: &State| state.published.is_some() && (state.had_readers || state.writers.is_empty());
-        let mut state = staged.state();
-        // Until it has come the file does not become an image.
-        if is_of_others(&state) || state.writers.contains(&caller.pid) || !state.expect_writer(caller) {
-            return None;
+        {
+            let mut state = staged.state();
+            let settled = state.published.is_some() && (state.had_readers || state.writers.is_empty());
+            // Until it has come the file does not become an image.
+            if settled || state.writers.contains(&caller.pid) || !state.expect_writer(caller) {
+                return None;
+            }
         }
-        for _ in 0..TURN_TAKES_MS {
-            if state.detached || state.retired || (state.published.is_some() && state.had_readers) {
-                break;
-            }
-            if state.writers.is_empty() {
-                return Some(state);
-            }
-            drop(state);
-            std::thread::sleep(std::time::Duration::from_millis(1));
-            state = staged.state();
+        let must_stay =
+            |state: &State| state.detached || state.retired || (state.published.is_some() && state.had_readers);
+        let mut state = staged.wait_until(TURN_TAKES_MS, |state| state.writers.is_empty() || must_stay(state));
+        if state.writers.is_empty() && !must_stay(&state) {
+            return Some(state);
         }
         state.has_come(caller);
+        self.step_back(staged, state);
+        None
+    }
+
+    /// After somebody who was about to write does not: if nobody else does, the file is as its last writer left it.
+    fn step_back(&self, staged: &Arc<Staged>, state: MutexGuard<'_, State>) {
         let last = state.writers.is_empty() && !state.detached;
         drop(state);
         if last {
             self.settle(staged);
         }
-        None
     }
 
     /// A former server opened the file for the same request, which it did not answer: nobody has that handle.
