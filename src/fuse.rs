@@ -6,6 +6,7 @@
 
 mod adapter;
 pub mod area;
+mod beneath;
 pub mod config;
 mod direntplus;
 pub mod handover;

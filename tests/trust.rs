@@ -9,6 +9,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::point::{Point, errors, freeze, lives, run, signal, wait_until};
@@ -104,6 +106,14 @@ fn a_mount_whose_servers_all_hang_answers_with_errors_and_recovers() {
     let keeper = point.pid("keeper");
     std::fs::write(&hang, "").unwrap();
     freeze(server.try_into().unwrap());
+    // Somebody saves all the time: never into the bare directory.
+    let (path, stop) = (point.path(), Arc::new(AtomicBool::new(false)));
+    let told = stop.clone();
+    let saving = std::thread::spawn(move || {
+        while !told.load(Ordering::Relaxed) {
+            std::fs::write(path.join("c.txt"), "c").ok();
+        }
+    });
     let start = Instant::now();
     let error = std::fs::metadata(point.path().join("new")).unwrap_err();
     let took = start.elapsed();
@@ -119,6 +129,11 @@ fn a_mount_whose_servers_all_hang_answers_with_errors_and_recovers() {
     assert!(status["remounts"].as_u64().unwrap() >= 1);
     assert_eq!(std::fs::read_to_string(point.path().join("a.txt")).unwrap(), "a");
     std::fs::write(point.path().join("b.txt"), "b").unwrap();
+    stop.store(true, Ordering::Relaxed);
+    saving.join().unwrap();
+    point.unmount(&["--force"]);
+    let beneath: Vec<_> = std::fs::read_dir(point.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert!(beneath.is_empty(), "{beneath:?}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::fs::ServePolicy;
 use crate::fuse::config::{Launch, MountConfig};
 use crate::fuse::mount::keep_open;
 use crate::fuse::runtime::Runtime;
-use crate::fuse::{keeper, mount as mounting, mountinfo, privileges};
+use crate::fuse::{keeper, mountinfo, privileges};
 use crate::image::View;
 use crate::telemetry::{self, Format};
 use crate::vineyard::RemotePolicy;
@@ -142,11 +142,11 @@ pub fn run(mut arguments: Args) -> Result<()> {
         arguments.socket = Some(source);
     }
     let mountpoint = mountinfo::absolute(&arguments.mountpoint)?;
-    check_mountpoint(&mountpoint, arguments.nonempty, arguments.holder.is_some())?;
+    let dead = check_mountpoint(&mountpoint, arguments.nonempty, arguments.holder.is_some())?;
     let runtime = Runtime::of(&mountpoint);
     runtime.create()?;
     let config = configuration(arguments, mountpoint, &runtime);
-    let config = config.inspect_err(|_| runtime.remove())?;
+    let config = MountConfig { dead, ..config.inspect_err(|_| runtime.remove())? };
     match config.log_file {
         None => stay(config),
         Some(_) => go_to_background(&config),
@@ -176,6 +176,7 @@ fn configuration(arguments: Args, mountpoint: PathBuf, runtime: &Runtime) -> Res
         launch,
         prefix: arguments.prefix,
         read_only: arguments.read_only,
+        dead: Vec::new(),
         flags: arguments.flags,
         allow_other: !arguments.no_allow_other,
         cache_size: arguments.cache_size.unwrap_or(memory / 4),
@@ -221,15 +222,14 @@ fn choose_store(arguments: &Args, runtime: &Runtime, log: PathBuf) -> Result<(Pa
     }
 }
 
-/// Finds out whether something can be mounted here, and repairs what a killed keeper has left.
-fn check_mountpoint(mountpoint: &Path, nonempty: bool, held: bool) -> Result<()> {
+/// Finds out whether something can be mounted here: the devices of mounts that killed keepers have left, which the new
+/// one replaces. They stay until it is there, so that nobody finds the bare directory and saves into it.
+fn check_mountpoint(mountpoint: &Path, nonempty: bool, held: bool) -> Result<Vec<(u32, u32)>> {
     let refuse = |kind, message: String| Err(Error::new(kind, message));
     let runtime = Runtime::of(mountpoint);
     // Looked up before the directory is looked at: that could hang.
-    while let Some(mounted) = mountinfo::at(mountpoint)? {
-        if mounted.fs_type != mountinfo::FS_TYPE {
-            break;
-        }
+    let mut dead = Vec::new();
+    if mountinfo::at(mountpoint)?.is_some_and(|mounted| mounted.fs_type == mountinfo::FS_TYPE) {
         if let Some(keeper) = runtime.keeper() {
             let message = format!(
                 "{} is a mount of vineyard-fs already (keeper {}): unmount it first with `vineyard-fs unmount {0}`",
@@ -240,10 +240,10 @@ fn check_mountpoint(mountpoint: &Path, nonempty: bool, held: bool) -> Result<()>
         }
         if held {
             // The keeper takes it over, or takes it away.
-            return Ok(());
+            return Ok(dead);
         }
-        eprintln!("vineyard-fs: removing the mount that a killed vineyard-fs left on {}", mountpoint.display());
-        mounting::detach(mountpoint)?;
+        eprintln!("vineyard-fs: replacing the mount that a killed vineyard-fs left on {}", mountpoint.display());
+        dead = mountinfo::ours_at(mountpoint)?;
     }
     if let Some(keeper) = runtime.keeper() {
         let message = format!(
@@ -252,6 +252,9 @@ fn check_mountpoint(mountpoint: &Path, nonempty: bool, held: bool) -> Result<()>
             mountpoint.display(),
         );
         return refuse(Kind::Busy, message);
+    }
+    if !dead.is_empty() {
+        return Ok(dead);
     }
     let at = mountpoint.display();
     match std::fs::metadata(mountpoint) {
@@ -275,7 +278,7 @@ fn check_mountpoint(mountpoint: &Path, nonempty: bool, held: bool) -> Result<()>
             format!("{at} is not empty: choose another directory, or allow it with -o nonempty"),
         );
     }
-    Ok(())
+    Ok(dead)
 }
 
 /// Where logs go if nothing is said, in a folder that only the owner reads.

@@ -21,6 +21,9 @@ pub struct MountConfig {
     pub prefix: Option<String>,
     /// Refuse all writing.
     pub read_only: bool,
+    /// Devices of mounts that killed keepers left there: this one takes their place.
+    #[serde(default)]
+    pub dead: Vec<(u32, u32)>,
     /// Names of options of mount(8) that the kernel applies: see [`super::mount::FLAGS`].
     #[serde(default)]
     pub flags: Vec<String>,

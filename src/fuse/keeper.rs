@@ -159,13 +159,20 @@ fn mount_all(config: MountConfig, runtime: &Runtime, record: &mut KeeperRecord) 
 }
 
 /// Mounts, settles INIT with the kernel, and writes down which mount it is.
-fn mount_now(config: &MountConfig, runtime: &Runtime, record: &mut KeeperRecord) -> Result<(Mounted, Agreed)> {
+/// `replaces` are the devices of dead mounts that may be there.
+fn mount_now(
+    config: &MountConfig,
+    runtime: &Runtime,
+    record: &mut KeeperRecord,
+    replaces: &[(u32, u32)],
+) -> Result<(Mounted, Agreed)> {
     let options = MountOptions {
         mountpoint: &config.mountpoint,
         source: &mount::printable(&config.socket),
         read_only: config.read_only,
         flags: &config.flags,
         allow_other: config.allow_other,
+        replaces,
     };
     let mounted = mount::mount(&options)?;
     let prepared = mount::initialise(&mounted.fuse).and_then(|agreed| {

@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
 
 use super::handshake::{self, Agreed};
-use super::mountinfo;
+use super::{beneath, mountinfo};
 use crate::error::{Context, Error, Kind, Result};
 
 /// Readahead of the mount in KiB. More gains sequential readers nothing and makes random readers of a mapping slower,
@@ -49,6 +49,8 @@ pub struct MountOptions<'a> {
     pub flags: &'a [String],
     /// Let other users in.
     pub allow_other: bool,
+    /// Device numbers of dead mounts of this program that may be there: it takes their place.
+    pub replaces: &'a [(u32, u32)],
 }
 
 /// A mounted connection.
@@ -67,7 +69,11 @@ pub struct Mounted {
 /// # Errors
 /// With a message that says what is missing.
 pub fn mount(options: &MountOptions<'_>) -> Result<Mounted> {
-    let (fuse, allow_other) = match mount_directly(options) {
+    let mounted = match replace(options)? {
+        Some(fuse) => Ok(fuse),
+        None => mount_directly(options),
+    };
+    let (fuse, allow_other) = match mounted {
         Ok(fuse) => (fuse, options.allow_other),
         Err(error) if !nix::unistd::geteuid().is_root() => {
             tracing::debug!("mounting without fusermount3: {error}");
@@ -85,14 +91,33 @@ pub fn mount(options: &MountOptions<'_>) -> Result<Mounted> {
     Ok(Mounted { fuse, device, allow_other })
 }
 
+/// Takes the dead mounts away that are to be replaced. The new mount is there before the last of them goes, where the
+/// kernel can mount beneath it: its descriptor.
+fn replace(options: &MountOptions<'_>) -> Result<Option<OwnedFd>> {
+    let is_dead =
+        |mount: &mountinfo::Mount| mount.fs_type == mountinfo::FS_TYPE && options.replaces.contains(&mount.device);
+    let mut placed = None;
+    while mountinfo::at(options.mountpoint)?.is_some_and(|top| is_dead(&top)) {
+        let here = mountinfo::all()?.into_iter().filter(|mount| mount.mountpoint == options.mountpoint);
+        if here.filter(is_dead).count() == 1 {
+            let beneath = open_device().and_then(|fuse| beneath::mount(options, fuse.as_fd()).map(|()| fuse));
+            match beneath {
+                Ok(fuse) => placed = Some(fuse),
+                Err(error) => tracing::info!("the dead mount goes before the new one comes: {error}"),
+            }
+        }
+        detach(options.mountpoint)?;
+    }
+    Ok(placed)
+}
+
 /// Those of [`FLAGS`] that are named.
-fn wanted(names: &[String]) -> impl Iterator<Item = &'static (&'static str, MsFlags, bool)> {
+pub(super) fn wanted(names: &[String]) -> impl Iterator<Item = &'static (&'static str, MsFlags, bool)> {
     FLAGS.iter().filter(|(name, ..)| names.iter().any(|wanted| wanted == name))
 }
 
 fn mount_directly(options: &MountOptions<'_>) -> Result<OwnedFd> {
-    let fuse = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse");
-    let fuse: OwnedFd = fuse.map_err(open_error)?.into();
+    let fuse = open_device()?;
     let mut data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
         fuse.as_raw_fd(),
@@ -119,6 +144,11 @@ fn mount_directly(options: &MountOptions<'_>) -> Result<OwnedFd> {
         }
     })?;
     Ok(fuse)
+}
+
+fn open_device() -> Result<OwnedFd> {
+    let fuse = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse");
+    Ok(fuse.map_err(open_error)?.into())
 }
 
 fn open_error(error: std::io::Error) -> Error {

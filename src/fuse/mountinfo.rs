@@ -14,6 +14,8 @@ pub const FS_TYPE: &str = "fuse.vineyard-fs";
 pub struct Mount {
     /// Number of the mount, unique while it exists.
     pub id: u64,
+    /// Number of the mount on which it lies.
+    pub parent: u64,
     /// Device `major:minor`; for FUSE the minor is the number of the connection.
     pub device: (u32, u32),
     /// The directory of the file system that is shown: `/`, or a deeper one for a bind mount of it. A removed one ends
@@ -31,7 +33,7 @@ pub struct Mount {
     pub user: Option<u32>,
 }
 
-/// All mounts that this process sees, in the order in which they cover each other.
+/// All mounts that this process sees, in the order in which they were made.
 ///
 /// # Errors
 /// If `/proc` cannot be read.
@@ -40,12 +42,28 @@ pub fn all() -> Result<Vec<Mount>> {
     Ok(text.split(|&b| b == b'\n').filter_map(parse).collect())
 }
 
-/// The mount that a path leads to, if the path is a mount point: the last one listed covers the others.
+/// The mount that a path leads to, if the path is a mount point: that which covers the others.
 ///
 /// # Errors
 /// As [`all`].
 pub fn at(mountpoint: &Path) -> Result<Option<Mount>> {
-    Ok(all()?.into_iter().rev().find(|mount| mount.mountpoint == mountpoint))
+    Ok(topmost(all()?.into_iter().filter(|mount| mount.mountpoint == mountpoint).collect()))
+}
+
+/// Of several mounts at one place, that on which none of the others lies. It need not be the youngest: a mount can be
+/// put beneath another.
+fn topmost(mounts: Vec<Mount>) -> Option<Mount> {
+    let parents: Vec<u64> = mounts.iter().map(|mount| mount.parent).collect();
+    mounts.into_iter().rev().find(|mount| !parents.contains(&mount.id))
+}
+
+/// The devices of this program's mounts at a place, dead or alive.
+///
+/// # Errors
+/// As [`all`].
+pub fn ours_at(mountpoint: &Path) -> Result<Vec<(u32, u32)>> {
+    let ours = all()?.into_iter().filter(|mount| mount.mountpoint == mountpoint && mount.fs_type == FS_TYPE);
+    Ok(ours.map(|mount| mount.device).collect())
 }
 
 /// Whether another mount of this kind is where the mount with this device number was made.
@@ -58,7 +76,8 @@ pub fn is_replaced(mountpoint: &Path, device: (u32, u32)) -> bool {
 fn parse(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|&b| b == b' ');
     let id = text(fields.next()?)?.parse().ok()?;
-    let device = text(fields.nth(1)?)?;
+    let parent = text(fields.next()?)?.parse().ok()?;
+    let device = text(fields.next()?)?;
     let (major, minor) = device.split_once(':')?;
     let root = unescape(fields.next()?);
     let mountpoint = unescape(fields.next()?);
@@ -70,6 +89,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let user = user.split(',').find_map(|option| option.strip_prefix("user_id="));
     Some(Mount {
         id,
+        parent,
         device: (major.parse().ok()?, minor.parse().ok()?),
         root: PathBuf::from(root),
         mountpoint: PathBuf::from(mountpoint),
@@ -144,7 +164,7 @@ mod tests {
     fn lines_are_read_with_escapes_and_optional_tags() {
         let line = br"36 35 0:53 /run\0407 /mnt/my\040data\134x rw,nosuid shared:1 master:2 - fuse.vineyard-fs /run/v\011y rw,user_id=7,group_id=8";
         let mount = parse(line).unwrap();
-        assert_eq!(mount.id, 36);
+        assert_eq!((mount.id, mount.parent), (36, 35));
         assert_eq!(mount.device, (0, 53));
         assert_eq!(mount.root, Path::new("/run 7"));
         assert_eq!(mount.mountpoint, Path::new("/mnt/my data\\x"));
@@ -165,6 +185,19 @@ mod tests {
             assert_eq!(parse(line.as_bytes()), None, "{line}");
         }
         assert_eq!(unescape(br"a\04"), OsString::from(r"a\04"));
+    }
+
+    #[test]
+    fn the_topmost_covers_even_if_another_was_put_beneath_it_later() {
+        let mount = |id, parent| {
+            let line = format!("{id} {parent} 0:{id} / /mnt rw - fuse.vineyard-fs v rw");
+            parse(line.as_bytes()).unwrap()
+        };
+        let top = |mounts: &[Mount]| topmost(mounts.to_vec()).map(|mount| mount.id);
+        assert_eq!(top(&[mount(7, 1), mount(8, 7), mount(9, 8)]), Some(9), "stacked");
+        assert_eq!(top(&[mount(7, 9), mount(9, 1)]), Some(7), "beneath");
+        assert_eq!(top(&[mount(7, 1)]), Some(7));
+        assert_eq!(top(&[]), None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 """Saves that are cut short: whatever dies, a name leads to one whole version, and nothing is left over in the store."""
 
+import contextlib
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import time
 import load
 import numpy as np
 import pandas as pd
-from conftest import settled, until
+from conftest import cli, settled, until
 
 ROWS = 200_000
 KILLS = int(os.environ.get("VINEYARD_FS_KILLS", "20"))
@@ -82,6 +83,49 @@ def test_a_killed_server_comes_back_and_what_was_published_is_whole(store, mount
         time.sleep(0.6)
     pd.DataFrame({"a": [4]}).to_feather(keep)
     assert pd.read_feather(keep)["a"].tolist() == [4]
+
+
+# Saves one file after the other, and tells each that was saved.
+SAVER = """
+import sys
+folder, i = sys.argv[1], 0
+while True:
+    i += 1
+    try:
+        with open(f"{folder}/{i}.txt", "w") as file:
+            file.write(str(i))
+    except OSError:
+        continue
+    print(f"{i}.txt", flush=True)
+"""
+
+
+def test_nothing_is_saved_beneath_a_mount_that_takes_the_place_of_a_dead_one(store, make_mount, tmp_path):
+    """Saves go on while the keeper is killed and the mount made anew: none goes into the bare directory."""
+    mount = make_mount()
+    mount.expected_restarts = None
+    saved = tmp_path / "saved"
+    with saved.open("w") as told:
+        saver = subprocess.Popen([sys.executable, "-c", SAVER, str(mount.path)], stdout=told)
+    try:
+        for _ in range(10):
+            before = saved.stat().st_size
+            until(lambda: saved.stat().st_size > before, lambda: "nothing is saved")
+            state = mount.status()
+            for process in ("keeper", "server"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(state[process]["pid"], signal.SIGKILL)
+            until(lambda: not os.path.exists(f"/proc/{state['keeper']['pid']}"), lambda: "the keeper lives")
+            cli("mount", mount.path, "--socket", store.socket, "--log-file", mount.log)
+        until(lambda: saved.stat().st_size > before, lambda: "nothing is saved")
+    finally:
+        saver.kill()
+        saver.wait()
+    names = saved.read_text().split()
+    assert len(names) > 10 and set(names) <= set(os.listdir(mount.path))
+    assert all((mount / name).read_text() == name.removesuffix(".txt") for name in names[-100:])
+    mount.unmount()
+    assert os.listdir(mount.path) == []
 
 
 def test_a_killed_store_costs_its_data_and_not_the_mount(store, mount):

@@ -74,9 +74,8 @@ impl Keeper {
             // Then it ends with its last descriptor, below.
             tracing::warn!("the connection is not aborted: {error}");
         }
-        self.detach();
         let runtime = Runtime::at(&self.config.runtime);
-        match mount_now(&self.config, &runtime, &mut self.record) {
+        match mount_now(&self.config, &runtime, &mut self.record, &[self.mounted.device]) {
             Ok((mounted, agreed)) => {
                 (self.mounted, self.agreed) = (mounted, agreed);
                 self.files.count_connection();

@@ -12,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fuse::config::MountConfig;
 use crate::fuse::handover::{Handed, Link};
 use crate::fuse::handshake::Agreed;
-use crate::fuse::mount::{self, Mounted};
+use crate::fuse::mount::Mounted;
 use crate::fuse::mountinfo;
 use crate::fuse::runtime::{KeeperRecord, Runtime};
 
@@ -143,11 +143,8 @@ pub fn begin(config: &MountConfig, runtime: &Runtime, record: &mut KeeperRecord,
         }
         None => {
             // What cannot be taken over is of no use to anybody.
-            let ours = |mount: mountinfo::Mount| mount.fs_type == mountinfo::FS_TYPE;
-            while successor.is_some() && mountinfo::at(&config.mountpoint)?.is_some_and(ours) {
-                mount::detach(&config.mountpoint)?;
-            }
-            super::mount_now(config, runtime, record)?
+            let dead = if successor.is_some() { mountinfo::ours_at(&config.mountpoint)? } else { config.dead.clone() };
+            super::mount_now(config, runtime, record, &dead)?
         }
     };
     if let Some(successor) = &mut successor {
