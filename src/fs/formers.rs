@@ -79,6 +79,15 @@ impl FileSystem {
         }
     }
 
+    /// A file has moved away from what its path led to: drops that, now or, if the store refuses, later.
+    pub(super) fn leave_behind(&self, (name, object): NamedObject) {
+        let _naming = self.naming();
+        let formers = vec![(name.clone(), object.0)];
+        let change = NameChange { name, object: ObjectId::EMPTY_BLOB.0, formers, put: true };
+        self.note_change_of(&change);
+        self.end_change(Some(change));
+    }
+
     /// After the name was not put, because of an error.
     pub(super) fn give_up_change(&self, change: Option<NameChange>, error: &Error) {
         match change {

@@ -189,23 +189,33 @@ impl Inodes {
         self.directories().extend(numbers.iter().cloned());
     }
 
-    /// Whether a directory of this name has a number that was not made of its name.
-    pub fn was_renamed(&self, name: &str) -> bool {
-        self.directories().contains_key(name)
+    /// Gives the name of a directory that is being removed another number, for the next directory of that name. The kernel
+    /// takes the inode of a removed one for dead as long as somebody holds it, and whoever came to it by its number too.
+    pub fn renumber_directory(&self, name: &str) -> u64 {
+        let number = self.next_number.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.directories().insert(name.to_owned(), number);
+        number
     }
 
-    /// Forgets the numbers of names that have numbers of their own and need none: a removed directory's, and that of the
-    /// name which its number was made of, where `exists` denies that there is a directory. Returns those names.
-    pub fn release_directories(&self, removed: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
+    /// The kernel has forgotten the directory of a name and a number. Forgets the numbers of names that have numbers of
+    /// their own and need none: this name's, and that of the name which the number was made of, where `exists` denies that
+    /// there is a directory, and the kernel knows none of the number that the name has by itself. Returns those names.
+    pub fn release_directories(&self, forgotten: &str, number: u64, exists: impl Fn(&str) -> bool) -> Vec<String> {
+        let own = Self::directory_number;
+        let mut gone: Vec<String> = {
+            let directories = self.directories();
+            let concerned = |name: &&String| *name == forgotten || own(name) == number;
+            directories.keys().filter(concerned).cloned().collect()
+        };
+        gone.retain(|name| !self.table().contains_key(&own(name)) && !exists(name));
+        let leaves = gone.iter().any(|name| name == forgotten);
         let mut directories = self.directories();
-        let Some(number) = directories.get(removed).copied() else { return Vec::new() };
-        let origins = directories.keys().filter(|name| Self::directory_number(name) == number).cloned();
-        let mut gone: Vec<String> = std::iter::once(removed.to_owned()).chain(origins).collect();
         gone.retain(|name| {
             // Its number is another directory's as long as that one exists: a new one of that name must not get it.
-            let own = Self::directory_number(name);
-            let taken = directories.iter().any(|(other, number)| *number == own && other != name && other != removed);
-            !taken && (name == removed || !exists(name)) && directories.remove(name).is_some()
+            let taken = directories
+                .iter()
+                .any(|(other, number)| *number == own(name) && other != name && !(leaves && other == forgotten));
+            !taken && directories.remove(name).is_some()
         });
         gone
     }

@@ -333,7 +333,10 @@ impl FileSystem {
             state.attributes_changed = false;
             state.attributes.clone()
         };
-        let copy = self.with_attributes(&name, object, &attributes)?;
+        let copy = self.with_attributes(&name, object, &attributes).inspect_err(|_| {
+            // They are stored by the next close or fsync.
+            staged.state().attributes_changed = true;
+        })?;
         let mut state = staged.state();
         (state.published, state.image) = (Some((name, copy)), state.image.map(|(_, view)| (copy, view)));
         drop(state);

@@ -52,6 +52,8 @@ impl FileSystem {
                 if !self.is_empty_directory(&name)? {
                     return Err(Error::new(Kind::NotEmpty, "the directory is not empty"));
                 }
+                let number = self.inodes.renumber_directory(&name);
+                self.folders.keep_number(&name, Some(number));
                 self.folders.remove(&name);
                 self.folders.touch(&target.directory);
                 self.note_change();
@@ -64,16 +66,13 @@ impl FileSystem {
     }
 
     /// Forgets the inode numbers that nobody needs without a directory, which the kernel has forgotten.
-    fn release_number(&self, name: &str) {
+    fn release_number(&self, name: &str, number: u64) {
         let exists = |name: &str| {
             let names = NameQuery::Prefix { prefix: format!("{name}/"), limit: Some(1) };
             // Not known is as good as there: a number that is kept for nothing does no harm.
             self.folders.exists(name) || !self.store.names(&[names]).is_ok_and(|found| found.concat().is_empty())
         };
-        if !self.inodes.was_renamed(name) || exists(name) {
-            return;
-        }
-        for gone in self.inodes.release_directories(name, exists) {
+        for gone in self.inodes.release_directories(name, number, exists) {
             self.folders.keep_number(&gone, None);
         }
     }
@@ -86,13 +85,14 @@ impl FileSystem {
         self.writable()?;
         let target = self.target(parent, name)?;
         self.finish_changes(Some(&[&target.plain, target.dataset()]))?;
-        match self.resolve(&target, 0)? {
-            Some(Found::Directory { .. }) => return Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Some(Found::Staged(staged)) => self.unlink_staged(&staged)?,
-            Some(Found::View(view)) => self.remove_dataset(&view)?,
-            None if caller.resent => {}
-            None => return Err(Error::not_found("no such file")),
-        }
+        let found = self.resolve(&target, 0)?;
+        self.ending_displaced(&target.path(), || match found {
+            Some(Found::Directory { .. }) => Err(Error::new(Kind::IsDirectory, "is a directory")),
+            Some(Found::Staged(staged)) => self.unlink_staged(&staged),
+            Some(Found::View(view)) => self.remove_dataset(&view),
+            None if caller.resent => Ok(()),
+            None => Err(Error::not_found("no such file")),
+        })?;
         self.folders.touch(&target.directory);
         Ok(())
     }
@@ -218,8 +218,15 @@ impl FileSystem {
             (_, Some(Found::Directory { .. })) => {
                 return Err(Error::new(Kind::IsDirectory, "the new name is a directory"));
             }
-            (Found::Staged(staged), there) => self.rename_staged(&staged, to, there)?,
-            (Found::View(view), there) => self.rename_view(&view, &to, there)?,
+            (source, there) => self.ending_displaced(&to.path(), || {
+                match source {
+                    Found::Staged(staged) => self.rename_staged(&staged, to.clone(), there)?,
+                    Found::View(view) => self.rename_view(&view, &to, there)?,
+                    Found::Directory { .. } => {}
+                }
+                self.move_displaced(&from.path(), &to);
+                Ok::<(), Error>(())
+            })?,
         }
         self.folders.touch(&from.directory);
         self.folders.touch(&new_directory);
@@ -267,9 +274,13 @@ impl FileSystem {
             self.publish_changed(staged, Unfinished::Publish)?;
         }
         let replaces = staged.state().replaces.clone();
-        let other = match there {
-            Some(Found::Staged(other)) if !Arc::ptr_eq(&other, staged) => Some(other),
-            _ => None,
+        let (other, version) = match there {
+            Some(Found::Staged(other)) if !Arc::ptr_eq(&other, staged) => {
+                let version = other.published().or_else(|| other.state().replaces.clone());
+                (Some(other), version)
+            }
+            Some(Found::View(view)) => (None, Some((view.name, view.object))),
+            _ => (None, None),
         };
         self.keep_directory(&from.directory);
         let mut former = None;
@@ -305,21 +316,25 @@ impl FileSystem {
             return Err(error);
         }
         if let Some(other) = other {
-            // What it published was replaced with the name; what it did not publish ends here.
-            other.state().detached = true;
-            super::adopt::note_staged(&other);
+            self.end_replaced(&other);
         }
-        staged.state().replaces = None;
-        if let Some((name, object)) = replaces {
-            // The version under the old path goes with the path, if it was not replaced under the new one: both may be
-            // views of one dataset.
-            self.remove_version(&name, object)?;
-            super::adopt::note_staged(staged);
+        {
+            // What it has not published yet replaces what was there.
+            let mut state = staged.state();
+            let unpublished = state.published.is_none();
+            state.replaces = version.filter(|_| unpublished);
         }
-        match former {
-            Some(((name, object), _)) => self.remove_version(&name, object),
-            None => Ok(()),
-        }
+        super::adopt::note_staged(staged);
+        // The version under the old path goes with the path, if it was not replaced under the new one: both may be views
+        // of one dataset. The file has its new name, whether the store takes the old one from it now or later.
+        replaces.into_iter().chain(former.map(|(published, _)| published)).for_each(|behind| self.leave_behind(behind));
+        Ok(())
+    }
+
+    /// What a replaced file published was replaced with the name; what it did not publish ends here.
+    fn end_replaced(&self, other: &Arc<Staged>) {
+        other.state().detached = true;
+        super::adopt::note_staged(other);
     }
 
     pub(super) fn rename_view(&self, view: &ViewNode, to: &Target, there: Option<Found>) -> Result<()> {
@@ -331,21 +346,45 @@ impl FileSystem {
             let attributes = view.summary.attributes.as_deref().cloned().unwrap_or_default();
             let staged = self.prepare_staged(to.clone(), attributes, None)?;
             self.copy_view(view, &staged)?;
+            let other = match there {
+                Some(Found::Staged(other)) => Some(other),
+                _ => None,
+            };
+            // What another writes to the file that is replaced ends here, and goes on if it is not.
+            let publishing = other.as_ref().map(|other| other.publishing.lock().unwrap_or_else(|e| e.into_inner()));
             self.staging.show(&staged, None);
-            if let Err(error) = self.publish_changed(&staged, Unfinished::Publish) {
+            let published = self.publish_changed(&staged, Unfinished::Publish);
+            drop(publishing);
+            if let Err(error) = published {
                 self.staging.detach(&staged);
+                if let Some(other) = other {
+                    let target = other.state().target.clone();
+                    self.staging.move_to(&other, target);
+                }
                 return Err(error);
             }
+            if let Some(other) = other {
+                self.end_replaced(&other);
+            }
             let replaced_itself = staged.published().is_some_and(|(name, _)| name == view.name);
-            return if replaced_itself { Ok(()) } else { self.remove_dataset(view) };
+            if !replaced_itself {
+                // Not what somebody else may have saved there meanwhile.
+                self.leave_behind((view.name.clone(), view.object));
+            }
+            return Ok(());
         }
-        if let Some(Found::Staged(other)) = &there {
-            let _publishing = other.publishing.lock().unwrap_or_else(|e| e.into_inner());
-            self.staging.detach(other);
-            other.state().detached = true;
-            super::adopt::note_staged(other);
-        }
+        let other = match &there {
+            Some(Found::Staged(other)) => Some(other),
+            _ => None,
+        };
+        // It publishes nothing meanwhile, and what it has goes on if the name is not put.
+        let publishing = other.map(|other| other.publishing.lock().unwrap_or_else(|e| e.into_inner()));
         let name = self.point_path(to, same_view, view.object)?;
+        if let Some(other) = other {
+            self.staging.detach(other);
+            self.end_replaced(other);
+        }
+        drop(publishing);
         self.move_inode(view, to, &name);
         if name == view.name {
             return Ok(());
@@ -427,7 +466,7 @@ impl FileSystem {
         if let Some(Node::Directory { name }) = &node
             && self.inodes.get(ino).is_none()
         {
-            self.release_number(name);
+            self.release_number(name, ino);
         }
         // A published file that the kernel forgot is found through the store from now on.
         if let Some(Node::Staged(staged)) = node

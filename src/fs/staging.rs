@@ -8,10 +8,11 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+mod displaced;
 mod note;
 mod redirects;
 mod room;
@@ -140,12 +141,6 @@ impl Staged {
             state.opens == 0 && state.published.is_some() && came && !state.has_writers()
         };
         idle && !self.is_dirty().unwrap_or(true)
-    }
-
-    /// Its path leads to something else from now on.
-    fn displace(&self) {
-        self.state().displaced = true;
-        super::adopt::note_staged(self);
     }
 
     /// Waits a moment for closes that are on their way: the last step of a close comes after the program went on.
@@ -378,6 +373,8 @@ pub(super) enum Place {
 /// All staged files, by path.
 pub struct Staging {
     by_path: Mutex<HashMap<String, Arc<Staged>>>,
+    /// Files that were displaced from their paths, as long as somebody has them open.
+    displaced: Mutex<Vec<Weak<Staged>>>,
     /// Files of former servers that were removed or replaced while they were open, by inode number.
     gone: Mutex<HashMap<u64, Arc<Staged>>>,
     redirects: Mutex<HashMap<(String, u32), Redirect>>,
@@ -394,6 +391,7 @@ impl Staging {
     pub fn new(start: u64) -> Self {
         Staging {
             by_path: Mutex::default(),
+            displaced: Mutex::default(),
             gone: Mutex::default(),
             redirects: Mutex::default(),
             reserved: Mutex::default(),
@@ -449,7 +447,7 @@ impl Staging {
     fn place(&self, path: String, staged: &Arc<Staged>) {
         let former = self.by_path().insert(path, staged.clone());
         if let Some(former) = former.filter(|former| !Arc::ptr_eq(former, staged)) {
-            former.displace();
+            self.displace(&former);
         }
     }
 
@@ -466,6 +464,8 @@ impl Staging {
                         return;
                     }
                     state.displaced = true;
+                    drop(state);
+                    self.remember_displaced(then);
                 }
                 _ => return,
             }
@@ -549,7 +549,7 @@ impl Staging {
     /// As [`Staging::detach`], for a file that others may have open: the next server is told.
     pub(super) fn leave_path(&self, staged: &Arc<Staged>) {
         self.detach(staged);
-        staged.displace();
+        self.displace(staged);
     }
 
     /// Moves a staged file to another path.

@@ -37,6 +37,109 @@ def test_many_processes_append_to_one_file(make_mount, serving, flags):
     assert (second / "log.txt").read_text().splitlines() == lines
 
 
+def change_appended(path):
+    with path.open("a") as file:
+        file.write("b")
+
+
+def change_in_place(path):
+    with path.open("r+") as file:
+        file.write("b")
+
+
+def change_touched(path):
+    subprocess.run(["touch", path], check=True)
+
+
+@pytest.mark.parametrize("change", [change_appended, change_in_place, change_touched])
+def test_programs_find_the_file_that_stat_showed_after_a_change(make_mount, serving, tmp_path, change):
+    """`cp` and `mv` look at a file, open it, and refuse it if it is another one by then."""
+    mount = make_mount(*serving)
+    path = mount / "f.txt"
+    path.write_text("a")
+    for round in range(3):
+        change(path)
+        expected = path.read_bytes() if round == 2 else None
+        copy = tmp_path / f"copy{round}"
+        subprocess.run(["cp", path, copy], check=True)
+        assert copy.read_bytes() == (path.read_bytes() if expected is None else expected)
+    change(path)
+    expected = path.read_bytes()
+    change(path)
+    subprocess.run(["mv", path, tmp_path / "moved"], check=True)
+    assert not path.exists()
+    assert (tmp_path / "moved").read_bytes() == {"change_appended": expected + b"b"}.get(change.__name__, expected)
+
+
+def test_a_directory_made_again_works_while_the_removed_one_is_held(mount):
+    (mount / "d").mkdir()
+    for _ in range(3):
+        held = os.open(mount / "d", os.O_RDONLY | os.O_DIRECTORY)
+        (mount / "d").rmdir()
+        (mount / "d").mkdir()
+        (mount / "d/f.txt").write_text("f")
+        (mount / "d/sub").mkdir()
+        assert sorted(os.listdir(mount / "d")) == ["f.txt", "sub"]
+        assert (mount / "d/f.txt").read_text() == "f"
+        os.close(held)
+        assert (mount / "d/f.txt").read_text() == "f"
+        shutil.rmtree(mount / "d")
+        (mount / "d").mkdir()
+
+
+def test_a_removed_directory_that_another_client_makes_again_works_while_it_is_held(make_mount):
+    mount, other = make_mount(), make_mount(name="other")
+    (mount / "d").mkdir()
+    held = os.open(mount / "d", os.O_RDONLY | os.O_DIRECTORY)
+    (mount / "d").rmdir()
+    (other / "d").mkdir()
+    (other / "d/x.txt").write_text("x")
+    until(lambda: os.path.exists(mount / "d/x.txt"))
+    (mount / "d/y.txt").write_text("y")
+    assert sorted(os.listdir(mount / "d")) == ["x.txt", "y.txt"]
+    os.close(held)
+
+
+@pytest.mark.parametrize("end", ["unlink", "replace", "rename"])
+@pytest.mark.parametrize("first_closes", ["before", "after"])
+def test_two_writers_of_one_path_end_with_it(mount, end, first_closes):
+    """Each truncated the file and works on its own; what becomes of the path becomes of both."""
+    path = mount / "x.txt"
+    path.write_text("old")
+    first = subprocess.Popen(["sh", "-c", 'exec >"$0"; echo first; read go', path], stdin=subprocess.PIPE)
+    until(lambda: os.path.getsize(path) == 6 or open(path).read() in ("old", "first\n"))
+    until(lambda: os.readlink(f"/proc/{first.pid}/fd/1").startswith(str(path)))
+    with path.open("w") as second:
+        second.write("second")
+    if first_closes == "before":
+        first.communicate(b"go\n")
+    if end == "unlink":
+        path.unlink()
+    elif end == "replace":
+        (mount / "new.txt").write_text("new")
+        (mount / "new.txt").rename(path)
+    else:
+        path.rename(mount / "y.txt")
+    if first_closes == "after":
+        first.communicate(b"go\n")
+    second_look = [os.path.exists(path) and path.read_text() for _ in range(2)][1]
+    assert second_look == {"unlink": False, "replace": "new", "rename": False}[end]
+    if end == "rename":
+        assert (mount / "y.txt").read_text() in ("second", "first\n")
+
+
+def test_what_a_new_file_replaced_does_not_come_back(mount):
+    for name in ("k.bin", "k.txt"):
+        (mount / name).write_text("old")
+        file = open(mount / "new.bin", "w")
+        file.write("new")
+        os.rename(mount / "new.bin", mount / name)
+        (mount / name).unlink()
+        assert not (mount / name).exists()
+        file.close()
+        assert not (mount / name).exists()
+
+
 def test_a_second_writer_joins_the_first_also_after_fsync_and_a_reader(mount):
     path = mount / "log.txt"
     with open(path, "ab", buffering=0) as first:

@@ -222,6 +222,9 @@ impl Staging {
             let state = staged.state();
             (state.reserved_for, state.opens > 0 || state.writers_unknown || state.readers_unknown)
         };
+        if note.place == Place::Displaced {
+            self.remember_displaced(&staged);
+        }
         match (note.place, reserved_for) {
             (Place::Path, Some(pid)) => self.reserved().push((path, pid, staged.clone())),
             (Place::Path, None) => self.place(path, &staged),

@@ -56,9 +56,12 @@ impl State {
         true
     }
 
-    /// A process that was expected has come.
+    /// A thread that was expected has come. The kernel may have looked the name up more than once for one open, and a
+    /// thread opens one file at a time: it is not expected again. Those without a number here are several.
     pub(in crate::fs) fn has_come(&mut self, caller: Caller) {
-        if let Some(at) = self.expected.iter().position(|(pid, _)| *pid == caller.pid) {
+        if caller.pid != 0 {
+            self.expected.retain(|(pid, _)| *pid != caller.pid);
+        } else if let Some(at) = self.expected.iter().position(|(pid, _)| *pid == 0) {
             self.expected.swap_remove(at);
         }
     }
