@@ -25,6 +25,17 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 app.kubernetes.io/part-of: vineyard
 {{- end }}
 
+{{- /* More labels, which a value gives. One that the chart sets would be there twice, and pods would not be found by it. */}}
+{{- define "vineyard-fs.moreLabels" -}}
+{{- $own := append (keys (include "vineyard-fs.labels" .root | fromYaml)) "app.kubernetes.io/component" }}
+{{- range keys .labels | sortAlpha }}
+{{- if has . $own }}
+{{- fail (printf "%s: the label %s is set by the chart itself" $.value .) }}
+{{- end }}
+{{- end }}
+{{- toYaml .labels }}
+{{- end }}
+
 {{- define "vineyard-fs.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
