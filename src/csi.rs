@@ -17,6 +17,7 @@ pub mod failure;
 pub mod holder;
 pub mod identity;
 pub mod link;
+pub mod locks;
 pub mod metrics;
 pub mod mounter;
 pub mod node;

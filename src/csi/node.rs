@@ -1,8 +1,7 @@
 //! The node service: puts volumes into pods and takes them away.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tonic::{Code, Request, Response, Status};
@@ -10,6 +9,7 @@ use tonic::{Code, Request, Response, Status};
 use super::attributes::{self, Instance};
 use super::failure::{Failure, Outcome};
 use super::link::{self, Answer, Live, Question};
+use super::locks::{Held, Locks};
 use super::metrics::{Call, Metrics};
 use super::proto::node_server::Node;
 use super::proto::node_service_capability::{Rpc, Type, rpc};
@@ -60,27 +60,18 @@ struct Inner {
     state: State,
     records: Records,
     /// Targets that a call is working on.
-    busy: Mutex<HashSet<PathBuf>>,
+    busy: Locks,
+    /// Directories of prefixes that are being made and bound, or removed.
+    prefixes: Locks,
     metrics: Arc<Metrics>,
-}
-
-/// A target that one call works on.
-struct Lock<'a> {
-    busy: &'a Mutex<HashSet<PathBuf>>,
-    target: PathBuf,
-}
-
-impl Drop for Lock<'_> {
-    fn drop(&mut self) {
-        self.busy.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.target);
-    }
 }
 
 impl NodeService {
     /// On a state folder.
     pub fn new(options: NodeOptions, state: State, metrics: Arc<Metrics>) -> Self {
         let records = Records::of(&state);
-        NodeService { inner: Arc::new(Inner { options, state, records, busy: Mutex::default(), metrics }) }
+        let (busy, prefixes) = (Locks::default(), Locks::default());
+        NodeService { inner: Arc::new(Inner { options, state, records, busy, prefixes, metrics }) }
     }
 
     /// Binds targets again whose mount was made anew. Called every few seconds; the kubelet's own repetitions
@@ -191,12 +182,22 @@ fn capability(capability: Option<&VolumeCapability>) -> Outcome<(bool, Option<u3
 }
 
 impl Inner {
-    fn lock(&self, target: &Path) -> Outcome<Lock<'_>> {
-        if !self.busy.lock().unwrap_or_else(|e| e.into_inner()).insert(target.to_owned()) {
+    fn lock(&self, target: &Path) -> Outcome<Held<'_>> {
+        self.busy.take(target, Instant::now()).ok_or_else(|| {
             let message = format!("another call is working on {}; trying again will help", target.display());
-            return Err(Failure::new(Code::Aborted, message));
+            Failure::new(Code::Aborted, message)
+        })
+    }
+
+    /// Keeps the directories of a record's prefix as they are until `until`: no other call makes, binds or removes
+    /// them. The first is enough for all, and is taken by nobody who waits for another mount. The inner `None` is for
+    /// a record without a prefix, the outer one if it is not to be had in time.
+    fn hold_prefix(&self, record: &Record, until: Instant) -> Option<Option<Held<'_>>> {
+        let first = record.attributes.prefix.as_deref().and_then(|prefix| prefix.split('/').next());
+        match first {
+            None => Some(None),
+            Some(first) => self.prefixes.take(&self.state.mount(&record.key()).join(first), until).map(Some),
         }
-        Ok(Lock { busy: &self.busy, target: target.to_owned() })
     }
 
     fn live(&self, key: &MountKey, until: Instant) -> Outcome<Live> {
@@ -246,6 +247,8 @@ impl Inner {
                 }
                 Some(_) => target::unmount(&record.target)?,
             }
+            // Whoever unpublishes the last pod of this prefix sees the record, or has removed the directory before.
+            let Some(_prefix) = self.hold_prefix(record, until) else { return Err(target::hung(record)) };
             self.records.write(record)?;
             let bound = target::bind(record, &live.path, until);
             // The mount may have been replaced in between.
@@ -323,13 +326,16 @@ impl Inner {
     fn forget_prefix(&self, record: &Record) {
         let Some(prefix) = &record.attributes.prefix else { return };
         let (key, root) = (record.key(), record.root());
+        let until = Instant::now() + target::REMOVE_PREFIX;
+        // Somebody is publishing there, on a mount that does not answer.
+        let Some(_prefix) = self.hold_prefix(record, until) else { return };
         let needed =
             |other: &Record| other.target != record.target && other.key() == key && other.root().starts_with(&root);
         let mount = self.state.mount(&key);
         if self.records.all().iter().any(needed) || target::mounts(&mount).map_or(true, |mounts| mounts.is_empty()) {
             return;
         }
-        target::remove_prefix(prefix, &mount);
+        target::remove_prefix(prefix, &mount, until);
     }
 
     fn statistics(&self, request: &NodeGetVolumeStatsRequest) -> Outcome<NodeGetVolumeStatsResponse> {

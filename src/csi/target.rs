@@ -16,7 +16,7 @@ use crate::fuse::mountinfo::{self, FS_TYPE, Mount};
 /// A detached mount goes at once, whoever uses it.
 const DETACH: Duration = Duration::from_secs(5);
 /// Removing an empty directory of the mount is no condition for anything.
-const REMOVE_PREFIX: Duration = Duration::from_secs(1);
+pub const REMOVE_PREFIX: Duration = Duration::from_secs(1);
 /// Mounts on one target, at most: more are not taken away by one call.
 const LAYERS: usize = 64;
 /// Mounts on one target that are repaired by another one on top.
@@ -114,16 +114,16 @@ pub fn prepare(target: &Path) -> Outcome<()> {
 /// `UNAVAILABLE` if the mount does not answer in time: another try may find another one.
 pub fn bind(record: &Record, mount: &Path, until: Instant) -> Outcome<()> {
     let target = steps::path(&record.target)?;
-    let mut plan = Vec::new();
+    // Each target propagates to its pod alone: what is mounted on it must not appear on the others. And where the mount
+    // is not to be seen, this fails before anything is made in the bare directory.
+    let mut plan = vec![Step::Private(steps::path(mount)?)];
     let mut from = mount.to_owned();
     let (mode, _) = record.key().modes();
     for part in record.attributes.prefix.iter().flat_map(|prefix| prefix.split('/')) {
         from.push(part);
         plan.push(Step::MakeDirectory { path: steps::path(&from)?, mode, group: record.group.unwrap_or(0) });
     }
-    // Each target propagates to its pod alone: what is mounted on it must not appear on the others.
-    plan.push(Step::Private(steps::path(mount)?));
-    let directories = plan.len();
+    let bind = plan.len();
     plan.push(Step::Bind { from: steps::path(&from)?, to: target.clone() });
     if record.read_only {
         plan.push(Step::ReadOnly(target));
@@ -132,34 +132,49 @@ pub fn bind(record: &Record, mount: &Path, until: Instant) -> Outcome<()> {
         Ok(_) => return Ok(()),
         Err(trouble) => trouble,
     };
-    let attributes = &record.attributes;
-    Err(match trouble {
-        Trouble::Hung => {
-            let message = format!("the mount of vineyardd {} does not answer; trying again", attributes.vineyard);
+    let vineyard = &record.attributes.vineyard;
+    Err(match (trouble, record.attributes.prefix.as_deref()) {
+        (Trouble::Hung, _) => hung(record),
+        (Trouble::Failed { errno: Errno::ENOTCONN | Errno::ECONNABORTED, .. }, _) => {
+            let message = format!("the mount of vineyardd {vineyard} has just ended; trying again");
             Failure::new(Code::Unavailable, message)
         }
-        Trouble::Failed { errno: Errno::ENOTCONN | Errno::ECONNABORTED, .. } => {
-            let message = format!("the mount of vineyardd {} has just ended; trying again", attributes.vineyard);
+        (Trouble::Failed { step: 0, errno }, _) => {
+            let message = format!(
+                "the mount of vineyardd {vineyard} is not at {} as the node plugin sees it ({}); it may have just \
+                 ended, else that folder of the node is missing in the plugin's pod",
+                mount.display(),
+                errno.desc()
+            );
             Failure::new(Code::Unavailable, message)
         }
-        Trouble::Failed { step, errno: errno @ (Errno::ENOTDIR | Errno::EEXIST) } if step <= directories => {
-            let prefix = attributes.prefix.as_deref().unwrap_or_default();
+        (Trouble::Failed { step, errno: errno @ (Errno::ENOTDIR | Errno::EEXIST) }, Some(prefix)) if step <= bind => {
             let message = format!("prefix {prefix:?}: a part of it is a dataset, not a directory ({})", errno.desc());
             Failure::new(Code::FailedPrecondition, message)
         }
-        Trouble::Failed { step, errno } if step < directories => {
-            let prefix = attributes.prefix.as_deref().unwrap_or_default();
+        // Somebody who sees all of the vineyardd may remove a directory that has just been made.
+        (Trouble::Failed { step, errno: Errno::ENOENT }, Some(prefix)) if step <= bind => {
+            let message = format!("the directory of prefix {prefix:?} has just been removed; trying again");
+            Failure::new(Code::Unavailable, message)
+        }
+        (Trouble::Failed { step, errno }, Some(prefix)) if step < bind => {
             let message = format!("cannot make the directory of prefix {prefix:?}: {}", errno.desc());
             Failure::new(Code::Internal, message)
         }
-        Trouble::Failed { errno: Errno::ENOMEM | Errno::ENOSPC, .. } => {
+        (Trouble::Failed { errno: Errno::ENOMEM | Errno::ENOSPC, .. }, _) => {
             Failure::new(Code::ResourceExhausted, "this node has no memory or no room for another mount")
         }
-        Trouble::Failed { errno, .. } => {
+        (Trouble::Failed { errno, .. }, _) => {
             let message = format!("cannot mount on {}: {}", record.target.display(), errno.desc());
             Failure::new(Code::Internal, message)
         }
     })
+}
+
+/// Why a record's mount cannot be shown yet.
+pub fn hung(record: &Record) -> Failure {
+    let message = format!("the mount of vineyardd {} does not answer; trying again", record.attributes.vineyard);
+    Failure::new(Code::Unavailable, message)
 }
 
 /// Takes away all that is mounted on a target, dead or alive.
@@ -188,14 +203,14 @@ pub fn unmount(target: &Path) -> Outcome<()> {
 }
 
 /// Removes the directories of a prefix from a mount, from the deepest up, while they are empty.
-pub fn remove_prefix(prefix: &str, mount: &Path) {
+pub fn remove_prefix(prefix: &str, mount: &Path, until: Instant) {
     let parts: Vec<&str> = prefix.split('/').collect();
     let mut plan = Vec::new();
     for length in (1..=parts.len()).rev() {
         let path = parts.iter().take(length).fold(mount.to_owned(), |path, part| path.join(part));
         plan.extend(steps::path(&path).map(Step::RemoveDirectory));
     }
-    match steps::run(&plan, Instant::now() + REMOVE_PREFIX) {
+    match steps::run(&plan, until) {
         Ok(Ok(_) | Err(Trouble::Failed { errno: Errno::ENOTEMPTY | Errno::EBUSY, .. })) => {}
         other => tracing::info!("the directory of prefix {prefix:?} stays: {other:?}"),
     }
@@ -205,6 +220,7 @@ pub fn remove_prefix(prefix: &str, mount: &Path) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::csi::attributes::{Attributes, Format};
 
     #[test]
     fn target_paths_are_absolute_plain_and_below_the_kubelets_folder() {
@@ -222,6 +238,30 @@ mod tests {
             let failure = check(wrong, below).unwrap_err();
             assert_eq!(failure.code, Code::InvalidArgument);
             assert!(failure.message.contains(what), "{wrong}: {}", failure.message);
+        }
+    }
+
+    #[test]
+    fn a_folder_without_its_mount_is_named_and_left_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mount, target) = (folder.path().join("mount"), folder.path().join("target"));
+        std::fs::create_dir(&mount).unwrap();
+        std::fs::create_dir(&target).unwrap();
+        for prefix in [None, Some("team/run-7".to_owned())] {
+            let attributes = Attributes {
+                vineyard: "a/b".parse().unwrap(),
+                prefix,
+                format: Format::Arrow,
+                read_only: false,
+                ephemeral: true,
+            };
+            let target = target.clone();
+            let record = Record { volume: "v".into(), target, attributes, read_only: false, group: None };
+            let failure = bind(&record, &mount, Instant::now() + DETACH).unwrap_err();
+            assert_eq!(failure.code, Code::Unavailable);
+            assert!(failure.message.contains(mount.to_str().unwrap()), "{}", failure.message);
+            assert!(!failure.message.contains("prefix"), "{}", failure.message);
+            assert_eq!(std::fs::read_dir(&mount).unwrap().count(), 0);
         }
     }
 
