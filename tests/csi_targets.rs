@@ -4,8 +4,12 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::csi::{Node, mounts_at, undo};
+use common::point::wait_until;
 use common::vineyardd::Vineyardd;
+use nix::sys::signal::Signal;
 
 /// The directory of a prefix goes with its last pod, but not from under the next one.
 #[test]
@@ -34,4 +38,41 @@ fn a_prefix_is_handed_from_one_pod_to_the_next() {
     }
     node.unpublish(&request(59)).unwrap();
     node.unpublish(&all).unwrap();
+}
+
+/// The mounts of `hostPath.enabled` serve volumes, too.
+#[test]
+fn a_mount_in_a_folder_of_the_node_is_published_and_its_prefixes_go() {
+    let (store, mut node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    Node::stop(&mut node.mounter, Signal::SIGTERM);
+    let (sockets, host) = (node.path("sockets"), node.path("host"));
+    let folders = ["mounter", "--sockets", sockets.to_str().unwrap(), "--host-dir", host.to_str().unwrap()];
+    node.mounter = Some(node.spawn("mounter.log", &[&folders[..], &["--always", "system/v"]].concat()));
+    let mount = host.join("system/v");
+    wait_until("it is mounted", || !mounts_at(&mount).is_empty());
+    let (all, run) = (node.request("all", &[]), node.request("run", &[("prefix", "team/run-7")]));
+    node.publish(all.clone()).unwrap();
+    node.publish(run.clone()).unwrap();
+    let device = |pod: &str| mounts_at(&node.target(pod))[0].device.clone();
+    assert_eq!(device("all"), mounts_at(&mount)[0].device);
+    assert_eq!(device("run"), mounts_at(&mount)[0].device);
+    std::fs::write(node.target("run").join("a.txt"), "mine").unwrap();
+    assert_eq!(std::fs::read_to_string(mount.join("team/run-7/a.txt")).unwrap(), "mine");
+    std::fs::remove_file(mount.join("team/run-7/a.txt")).unwrap();
+    // It has a second to remove the directory, and leaves it there otherwise: that depends on the machine.
+    for _ in 0..10 {
+        node.unpublish(&run).unwrap();
+        if !mount.join("team").exists() {
+            break;
+        }
+        node.publish(run.clone()).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(!mount.join("team").exists());
+    node.unpublish(&all).unwrap();
+    node.channel = None;
+    Node::stop(&mut node.plugin, Signal::SIGTERM);
+    Node::stop(&mut node.mounter, Signal::SIGTERM);
+    assert!(mounts_at(&mount).is_empty());
 }

@@ -1,7 +1,8 @@
 //! The node service: puts volumes into pods and takes them away.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tonic::{Code, Request, Response, Status};
@@ -63,6 +64,8 @@ struct Inner {
     busy: Locks,
     /// Directories of prefixes that are being made and bound, or removed.
     prefixes: Locks,
+    /// Where the mounter said that mounts are.
+    places: Mutex<HashMap<MountKey, PathBuf>>,
     metrics: Arc<Metrics>,
 }
 
@@ -70,8 +73,8 @@ impl NodeService {
     /// On a state folder.
     pub fn new(options: NodeOptions, state: State, metrics: Arc<Metrics>) -> Self {
         let records = Records::of(&state);
-        let (busy, prefixes) = (Locks::default(), Locks::default());
-        NodeService { inner: Arc::new(Inner { options, state, records, busy, prefixes, metrics }) }
+        let (busy, prefixes, places) = (Locks::default(), Locks::default(), Mutex::default());
+        NodeService { inner: Arc::new(Inner { options, state, records, busy, prefixes, places, metrics }) }
     }
 
     /// Binds targets again whose mount was made anew. Called every few seconds; the kubelet's own repetitions
@@ -204,7 +207,11 @@ impl Inner {
         let wait = until.saturating_duration_since(Instant::now());
         let question = Question::Mount { key: key.clone(), wait_ms: wait.as_millis() as u64 };
         match link::ask(&self.state.mounter_socket(), &question, until)? {
-            Answer::Mounted(live) => Ok(live),
+            Answer::Mounted(live) => {
+                let mut places = self.places.lock().unwrap_or_else(|e| e.into_inner());
+                places.insert(key.clone(), live.path.clone());
+                Ok(live)
+            }
             _ => Err(Failure::new(Code::Internal, "the mounter answered another question")),
         }
     }
@@ -331,7 +338,9 @@ impl Inner {
         let Some(_prefix) = self.hold_prefix(record, until) else { return };
         let needed =
             |other: &Record| other.target != record.target && other.key() == key && other.root().starts_with(&root);
-        let mount = self.state.mount(&key);
+        // Those that are there all the time may be in another folder.
+        let place = self.places.lock().unwrap_or_else(|e| e.into_inner()).get(&key).cloned();
+        let mount = place.unwrap_or_else(|| self.state.mount(&key));
         if self.records.all().iter().any(needed) || target::mounts(&mount).map_or(true, |mounts| mounts.is_empty()) {
             return;
         }
