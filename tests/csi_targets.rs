@@ -6,10 +6,12 @@ mod common;
 
 use std::time::Duration;
 
-use common::csi::{Node, mounts_at, undo};
+use common::csi::{Node, mounts_at, shell, undo};
 use common::point::wait_until;
 use common::vineyardd::Vineyardd;
 use nix::sys::signal::Signal;
+use tonic::Code;
+use vineyard_fs::csi::proto::NodePublishVolumeRequest;
 
 /// The directory of a prefix goes with its last pod, but not from under the next one.
 #[test]
@@ -38,6 +40,41 @@ fn a_prefix_is_handed_from_one_pod_to_the_next() {
     }
     node.unpublish(&request(59)).unwrap();
     node.unpublish(&all).unwrap();
+}
+
+/// A call that was to publish read-only and ended in between leaves a target that can be written.
+#[test]
+fn a_read_only_volume_that_is_writable_is_made_anew() {
+    let (store, node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    let request = NodePublishVolumeRequest { readonly: true, ..node.request("r", &[]) };
+    node.publish(request.clone()).unwrap();
+    let target = node.target("r");
+    let mounts = std::fs::read_dir(node.path("kubelet/plugins/fs/mounts")).unwrap();
+    let mount = mounts.map(|entry| entry.unwrap().path()).next().unwrap();
+    shell(&format!("umount '{0}' && mount --bind '{1}' '{0}'", target.display(), mount.display()));
+    // The driver may be looking after it at this moment.
+    wait_until("it is published", || match node.publish(request.clone()) {
+        Ok(()) => true,
+        Err(status) => {
+            assert_eq!(status.code(), Code::Aborted, "{}", status.message());
+            false
+        }
+    });
+    let refused = std::fs::write(target.join("b.txt"), "").unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(nix::libc::EROFS));
+    assert_eq!(mounts_at(&target).len(), 1);
+    // Without a kubelet that asks: the driver looks by itself.
+    shell(&format!("umount '{0}' && mount --bind '{1}' '{0}'", target.display(), mount.display()));
+    wait_until("it is read-only again", || {
+        mounts_at(&target).last().is_some_and(|there| there.options.split(',').any(|option| option == "ro"))
+    });
+    node.unpublish(&request).unwrap();
+    // But what the kubelet asks for otherwise is another volume.
+    let writable = node.request("r", &[]);
+    node.publish(writable.clone()).unwrap();
+    assert_eq!(node.publish(request).unwrap_err().code(), Code::AlreadyExists);
+    node.unpublish(&writable).unwrap();
 }
 
 /// The mounts of `hostPath.enabled` serve volumes, too.

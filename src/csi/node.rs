@@ -249,6 +249,8 @@ impl Inner {
                     return Ok(());
                 }
                 None => target::prepare(&record.target)?,
+                // Left by a call that ended half-way, so no pod has it. Nothing on top of it would help: it must go.
+                Some(there) if there.read_only != record.read_only => target::unmount(&record.target)?,
                 Some(_) if mounted.len() < target::REPAIRS => {
                     tracing::info!("{:?} shows a mount that has ended; binding it again", record.target);
                 }
@@ -294,7 +296,8 @@ impl Inner {
         }
         let former = self.records.read(&record.target);
         let differs = match &former {
-            _ if there.read_only != record.read_only => Some("readonly"),
+            // A call that ended between mounting and making that read-only goes on.
+            _ if there.read_only != record.read_only && former.as_ref() != Some(record) => Some("readonly"),
             Some(former) if former.volume != record.volume => Some("volume_id"),
             Some(former) if former.group != record.group => Some("volume_mount_group"),
             Some(former) if former.attributes != record.attributes => Some("volume attributes"),

@@ -5,7 +5,7 @@
 //! needs is prepared before the fork, and it makes system calls only until it ends. It holds no descriptor of the
 //! parent but the pipe that it reports through.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -44,8 +44,13 @@ pub enum Step {
     /// Lets what is mounted here, and bind mounts of it that are made from now on, have no part in what happens at other
     /// places where it is mounted.
     Private(CString),
-    /// Makes what is mounted here read-only, for those who come this way.
-    ReadOnly(CString),
+    /// As [`Step::Bind`], but nothing can be written at the second place, from the first moment on.
+    BindReadOnly {
+        /// What is shown.
+        from: CString,
+        /// Where.
+        to: CString,
+    },
     /// Takes the mount here out of the tree.
     Detach(CString),
     /// Removes a directory, if it is there and nothing is in it.
@@ -217,10 +222,12 @@ impl Step {
                     (libc::mount(from.as_ptr(), to.as_ptr(), none, libc::MS_BIND, none.cast()), 0)
                 }
                 Step::Private(path) => (libc::mount(none, path.as_ptr(), none, libc::MS_PRIVATE, none.cast()), 0),
-                Step::ReadOnly(path) => {
-                    // Flags that are not named are taken away, and the kernel refuses to take these from a FUSE mount.
-                    let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV;
-                    (libc::mount(none, path.as_ptr(), none, flags, none.cast()), 0)
+                Step::BindReadOnly { from, to } => {
+                    let mut result = detached(from, to);
+                    if result != 0 && Errno::last_raw() == libc::ENOSYS {
+                        result = in_two(from, to);
+                    }
+                    (result, 0)
                 }
                 Step::Detach(path) => {
                     (libc::umount2(path.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW), libc::EINVAL)
@@ -251,6 +258,48 @@ impl Step {
     }
 }
 
+/// Clones a mount where nobody sees it, makes the clone read-only, and puts it at its place. A descriptor that is left
+/// open takes a clone that has no place with it when this process ends.
+fn detached(from: &CStr, to: &CStr) -> i32 {
+    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let clone = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    let empty = c"".as_ptr();
+    // SAFETY: all paths are terminated strings and the structure has the size that is told; all live until after the
+    // calls, which only read them.
+    let result = unsafe {
+        let fd = libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), clone);
+        if fd < 0 {
+            return -1;
+        }
+        let (here, size) = (libc::AT_EMPTY_PATH, size_of::<libc::mount_attr>());
+        if libc::syscall(libc::SYS_mount_setattr, fd, empty, here, &raw const attributes, size) != 0 {
+            return -1;
+        }
+        libc::syscall(libc::SYS_move_mount, fd, empty, libc::AT_FDCWD, to.as_ptr(), libc::MOVE_MOUNT_F_EMPTY_PATH)
+    };
+    if result == 0 { 0 } else { -1 }
+}
+
+/// As [`detached`], before Linux 5.12: there is a moment at which the new mount can be written.
+fn in_two(from: &CStr, to: &CStr) -> i32 {
+    let none = std::ptr::null();
+    // Flags that are not named are taken away, and the kernel refuses to take these from a FUSE mount.
+    let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV;
+    // SAFETY: all paths are terminated strings and live until after the calls, which only read them.
+    unsafe {
+        if libc::mount(from.as_ptr(), to.as_ptr(), none, libc::MS_BIND, none.cast()) != 0 {
+            return -1;
+        }
+        if libc::mount(none, to.as_ptr(), none, flags, none.cast()) == 0 {
+            return 0;
+        }
+        let why = Errno::last();
+        libc::umount2(to.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW);
+        why.set();
+    }
+    -1
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -275,6 +324,38 @@ mod tests {
         assert_eq!(trouble.unwrap(), Err(Trouble::Failed { step: 1, errno: Errno::ENOENT }));
         assert!(folder.path().join("a").is_dir(), "steps after the one that failed are not done");
         assert!(path(Path::new("a\0b")).is_err());
+    }
+
+    #[test]
+    fn a_read_only_mount_is_never_seen_writable() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        for name in ["from", "to"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        std::fs::write(at("from/x"), "x").unwrap();
+        let (from, to) = (path(&at("from")).unwrap(), path(&at("to")).unwrap());
+        let shown = |name: &str| crate::fuse::mountinfo::at(&at(name)).unwrap().map(|mount| mount.read_only);
+        type Way = fn(&CStr, &CStr) -> i32;
+        for way in [detached as Way, in_two as Way] {
+            // Where there is no place for it, nothing stays.
+            assert_eq!((way(&from, &path(&at("none")).unwrap()), Errno::last()), (-1, Errno::ENOENT));
+            assert_eq!((way(&path(&at("none")).unwrap(), &to), Errno::last()), (-1, Errno::ENOENT));
+            assert_eq!(shown("to"), None);
+            assert_eq!(way(&from, &to), 0);
+            let error = std::fs::write(at("to/x"), "y").unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+            assert_eq!((std::fs::read_to_string(at("to/x")).unwrap(), shown("to")), ("x".to_owned(), Some(true)));
+            run(&[Step::Detach(to.clone())], soon()).unwrap().unwrap();
+        }
+        run(&[Step::BindReadOnly { from, to: to.clone() }], soon()).unwrap().unwrap();
+        assert_eq!(shown("to"), Some(true));
+        std::fs::write(at("from/x"), "y").unwrap();
+        run(&[Step::Detach(to)], soon()).unwrap().unwrap();
+        assert_eq!(shown("to"), None);
     }
 
     #[test]

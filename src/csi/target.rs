@@ -113,7 +113,6 @@ pub fn prepare(target: &Path) -> Outcome<()> {
 /// # Errors
 /// `UNAVAILABLE` if the mount does not answer in time: another try may find another one.
 pub fn bind(record: &Record, mount: &Path, until: Instant) -> Outcome<()> {
-    let target = steps::path(&record.target)?;
     // Each target propagates to its pod alone: what is mounted on it must not appear on the others. And where the mount
     // is not to be seen, this fails before anything is made in the bare directory.
     let mut plan = vec![Step::Private(steps::path(mount)?)];
@@ -124,10 +123,8 @@ pub fn bind(record: &Record, mount: &Path, until: Instant) -> Outcome<()> {
         plan.push(Step::MakeDirectory { path: steps::path(&from)?, mode, group: record.group.unwrap_or(0) });
     }
     let bind = plan.len();
-    plan.push(Step::Bind { from: steps::path(&from)?, to: target.clone() });
-    if record.read_only {
-        plan.push(Step::ReadOnly(target));
-    }
+    let (from, to) = (steps::path(&from)?, steps::path(&record.target)?);
+    plan.push(if record.read_only { Step::BindReadOnly { from, to } } else { Step::Bind { from, to } });
     let trouble = match steps::run(&plan, until)? {
         Ok(_) => return Ok(()),
         Err(trouble) => trouble,
