@@ -6,7 +6,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::csi::{Node, mounts_at, shell, undo};
+use common::csi::{Node, mounts_at, shell, undo, writer};
 use common::point::wait_until;
 use common::vineyardd::Vineyardd;
 use nix::sys::signal::Signal;
@@ -75,6 +75,36 @@ fn a_read_only_volume_that_is_writable_is_made_anew() {
     node.publish(writable.clone()).unwrap();
     assert_eq!(node.publish(request).unwrap_err().code(), Code::AlreadyExists);
     node.unpublish(&writable).unwrap();
+}
+
+/// Each group's mount has memory of its own, so there is a limit; what no pod uses any more makes room.
+#[test]
+fn a_vineyardd_has_so_many_mounts_and_no_more() {
+    let (store, mut node) = (Vineyardd::start("64Mi"), Node::new());
+    node.add(&store, "v");
+    Node::stop(&mut node.mounter, Signal::SIGTERM);
+    let sockets = node.path("sockets");
+    let arguments = ["mounter", "--sockets", sockets.to_str().unwrap(), "--max-mounts", "2", "-o", "cache_size=64M"];
+    node.mounter = Some(node.spawn("mounter.log", &arguments));
+    let request = |pod: &str, group: &str| NodePublishVolumeRequest {
+        volume_capability: Some(writer(group)),
+        ..node.request(pod, &[])
+    };
+    let (one, two, same, three) = (request("a", "1"), request("b", "2"), request("c", "2"), request("d", "3"));
+    for fits in [&one, &two, &same] {
+        node.publish(fits.clone()).unwrap();
+    }
+    let status = node.publish(three.clone()).unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{}", status.message());
+    assert!(status.message().contains("has 2 mounts on this node already"), "{}", status.message());
+    assert!(mounts_at(&node.target("d")).is_empty());
+    node.publish(two.clone()).unwrap();
+    // Minutes pass before an unused one goes, but not when another may need its place.
+    node.unpublish(&one).unwrap();
+    wait_until("there is room", || node.publish(three.clone()).is_ok());
+    for request in [two, same, three] {
+        node.unpublish(&request).unwrap();
+    }
 }
 
 /// The mounts of `hostPath.enabled` serve volumes, too.

@@ -91,6 +91,9 @@ pub struct MounterArgs {
     /// How long a mount stays that no pod uses
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = options::millis)]
     pub idle: u64,
+    /// Mounts of one vineyardd, at most: each fsGroup and format of its pods has one, with memory of its own
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_mounts: u16,
     /// Mount this vineyardd all the time, whether a volume asks for it or not
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub always: Vec<Instance>,
@@ -139,6 +142,7 @@ fn keep(arguments: MounterArgs) -> Result<()> {
         sockets: arguments.sockets,
         mount_options: arguments.options.into_iter().flat_map(|list| ["-o".to_owned(), list]).collect(),
         idle: Duration::from_millis(arguments.idle),
+        max_mounts: arguments.max_mounts.into(),
         always: arguments.always,
         host_dir: arguments.host_dir.map(std::path::absolute).transpose()?,
         log_format: arguments.log.log_format,

@@ -47,6 +47,9 @@ pub enum Answer {
     Failed {
         /// What is missing, and what to do.
         message: String,
+        /// This node has as many mounts as it may.
+        #[serde(default)]
+        full: bool,
     },
 }
 
@@ -64,7 +67,7 @@ pub struct Live {
 /// Asks the mounter, which is given until `until` to answer; so is one that is not there to come back.
 ///
 /// # Errors
-/// `Unavailable` if there is none or it says that it did not work; `Timeout`.
+/// `Unavailable` if there is none or it says that it did not work, `Full` if it has as many mounts as it may; `Timeout`.
 pub fn ask(socket: &Path, question: &Question, until: Instant) -> Result<Answer> {
     ask_within(socket, question, until, GRACE)
 }
@@ -92,7 +95,7 @@ pub fn ask_within(socket: &Path, question: &Question, until: Instant, grace: Dur
     send(&mut stream, question).context(|| "cannot ask the mounter".into())?;
     stream.set_read_timeout(Some(left()))?;
     match receive(&stream)? {
-        Answer::Failed { message } => Err(Error::new(Kind::Unavailable, message)),
+        Answer::Failed { message, full } => Err(Error::new(if full { Kind::Full } else { Kind::Unavailable }, message)),
         answer => Ok(answer),
     }
 }

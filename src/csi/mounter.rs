@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
+use tonic::Code;
 
 use self::running::{Running, Spawn};
 use super::attributes::{Format, Instance};
@@ -49,6 +50,8 @@ pub struct Options {
     pub mount_options: Vec<String>,
     /// How long a mount stays that no pod uses.
     pub idle: Duration,
+    /// How many mounts one vineyardd may have: each has memory of its own.
+    pub max_mounts: usize,
     /// Vineyardds that are mounted all the time, whether a volume asks for them or not.
     pub always: Vec<Instance>,
     /// Where those are mounted, as `NAMESPACE/NAME`, for pods that use folders of the node.
@@ -73,6 +76,8 @@ struct Mounter {
     options: Options,
     state: State,
     slots: Mutex<Slots>,
+    /// When a mount of a vineyardd was last refused, because it has as many as it may.
+    refused: Mutex<HashMap<Instance, Instant>>,
 }
 
 /// Runs until a signal ends it.
@@ -91,7 +96,7 @@ pub fn run(options: Options) -> Result<()> {
     let listener = UnixListener::bind(&socket).context(|| format!("cannot listen on {socket:?}"))?;
     let file = SocketFile::of(&socket)?;
     tracing::info!("listening on {socket:?}; vineyardds are looked for in {:?}", options.sockets);
-    let mounter = Arc::new(Mounter { options, state, slots: Mutex::default() });
+    let mounter = Arc::new(Mounter { options, state, slots: Mutex::default(), refused: Mutex::default() });
     let answering = mounter.clone();
     thread("questions", move || answering.serve(&listener))?;
     let looking = mounter.clone();
@@ -144,12 +149,12 @@ impl Mounter {
                     Ok(live) => Answer::Mounted(live),
                     Err(failure) => {
                         tracing::warn!("{}: {}", key.name(), failure.message);
-                        Answer::Failed { message: failure.message }
+                        Answer::Failed { full: failure.code == Code::ResourceExhausted, message: failure.message }
                     }
                 }
             }
             Ok(Question::List) => Answer::Mounts { mounts: self.list() },
-            Err(error) => Answer::Failed { message: error.to_string() },
+            Err(error) => Answer::Failed { message: error.to_string(), full: false },
         };
         // Who asked may have gone; the mount stays for the next question.
         link::send(&mut stream, &answer).ok();
@@ -262,6 +267,10 @@ impl Mounter {
             tracing::info!("{path:?} goes on with the keeper it has");
             return Ok(running);
         }
+        // One that is there already has targets, maybe of a mounter that allowed more.
+        if mountinfo::at(&path)?.is_none() {
+            self.check_room(key)?;
+        }
         let socket = self.socket(key);
         while connect_within(&socket, until).is_err() {
             if Instant::now() >= until {
@@ -279,6 +288,34 @@ impl Mounter {
         Ok(running)
     }
 
+    /// How many mounts the vineyardd of `key` has besides that one.
+    fn others(&self, key: &MountKey) -> usize {
+        let slots = self.slots.lock().unwrap_or_else(|e| e.into_inner());
+        let others = slots.iter().filter(|(other, _)| other.vineyard == key.vineyard && *other != key);
+        // One that is locked is being made.
+        others.filter(|(_, slot)| slot.try_lock().map_or(true, |slot| slot.running.is_some())).count()
+    }
+
+    fn refused(&self) -> MutexGuard<'_, HashMap<Instance, Instant>> {
+        self.refused.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Refuses a mount too many.
+    fn check_room(&self, key: &MountKey) -> Outcome<()> {
+        let most = self.options.max_mounts;
+        if self.options.always.contains(&key.vineyard) && *key == lasting(&key.vineyard) || self.others(key) < most {
+            return Ok(());
+        }
+        self.refused().insert(key.vineyard.clone(), Instant::now());
+        let message = format!(
+            "vineyardd {} has {most} mounts on this node already, one for each fsGroup and format of its pods, and each \
+             may take as much memory as cacheSize and stagingSize say: give pods the same fsGroup, or raise \
+             --max-mounts (mounter.maxMounts of the chart)",
+            key.vineyard
+        );
+        Err(Failure::new(Code::ResourceExhausted, message))
+    }
+
     fn socket(&self, key: &MountKey) -> PathBuf {
         self.options.sockets.join(&key.vineyard.namespace).join(&key.vineyard.name).join("vineyard.sock")
     }
@@ -293,7 +330,7 @@ impl Mounter {
              mounter on this node says why if this goes on",
             key.vineyard
         );
-        Failure::new(tonic::Code::Unavailable, message)
+        Failure::new(Code::Unavailable, message)
     }
 
     fn absent(&self, key: &MountKey) -> Failure {
@@ -304,7 +341,7 @@ impl Mounter {
             self.socket(key).display(),
             key.vineyard.namespace
         );
-        Failure::new(tonic::Code::Unavailable, message)
+        Failure::new(Code::Unavailable, message)
     }
 
     /// Unmounts what no target has used for a while.
@@ -313,7 +350,10 @@ impl Mounter {
         for (key, slot) in slots {
             // One that is being asked for is not unused.
             let Ok(mut slot) = slot.try_lock() else { continue };
-            let recent = slot.asked.is_some_and(|asked| asked.elapsed() < self.options.idle);
+            // Another waits for its place, maybe.
+            let wanted = self.refused().get(&key.vineyard).is_some_and(|refused| refused.elapsed() < self.options.idle);
+            let idle = if wanted { LOOK.min(self.options.idle) } else { self.options.idle };
+            let recent = slot.asked.is_some_and(|asked| asked.elapsed() < idle);
             let Some(running) = &mut slot.running else { continue };
             let device = running.device;
             // A keeper that has ended is started again when the node plugin looks after its targets.
