@@ -451,10 +451,10 @@ impl Doomed {
 }
 
 #[test]
-fn blobs_that_a_stuck_vineyardd_makes_after_all_are_found_by_who_asked() {
+fn a_stuck_vineyardd_makes_no_blobs_for_who_waits_no_longer() {
     let server = Vineyardd::start("64Mi");
     let file = tempfile::tempfile().unwrap();
-    let options = ClientOptions::socket(server.socket()).deadline(Duration::from_secs(6));
+    let options = ClientOptions::socket(server.socket()).deadline(Duration::from_secs(2));
     let client = Client::connect(options.journal(Some(Journal::open(file.try_clone().unwrap()).unwrap()))).unwrap();
     let journal = client.journal().unwrap();
     let unit = journal.enter();
@@ -462,28 +462,14 @@ fn blobs_that_a_stuck_vineyardd_makes_after_all_are_found_by_who_asked() {
     let usage = client.status().unwrap().memory_usage;
     server.freeze();
     let refused = client.create_blobs(&[700, 0, 900, 100_000]).unwrap_err();
-    // That took longer than one that is not stuck is believed to take.
     assert_eq!(refused.kind(), Kind::Timeout, "{refused}");
-    let wishes = journal.unanswered();
-    assert_eq!(wishes.values().map(|wish| wish.sizes.clone()).collect::<Vec<_>>(), [[700, 900, 100_000]]);
-    let found = std::thread::scope(|scope| {
-        let looking = scope.spawn(|| client.unanswered(&wishes[&0]));
-        std::thread::sleep(Duration::from_secs(2));
-        server.thaw();
-        looking.join().unwrap().unwrap()
-    });
-    // It notices after the first that nobody is there any more.
-    assert!(!found.is_empty() && !found.contains(&own.id), "{found:?}");
-    let made: u64 = [700, 900, 100_000].iter().take(found.len()).sum();
-    assert_eq!(client.status().unwrap().memory_usage, usage + made);
-    let unsealed = client.unsealed(&[found.clone(), vec![own.id]].concat()).unwrap();
-    assert_eq!(unsealed.len(), found.len() + 1);
-    client.seal_blobs(&[own.id]).unwrap();
-    client.drop_blobs(&found).unwrap();
+    assert!(journal.unanswered().is_empty(), "none can have been made");
+    server.thaw();
+    // Time enough to carry out all that waits in its sockets.
+    std::thread::sleep(Duration::from_secs(1));
     assert_eq!(client.status().unwrap().memory_usage, usage);
-    assert!(client.unsealed(&[own.id]).unwrap().is_empty());
-    journal.settle_unanswered(wishes.into_keys());
-    assert!(journal.unanswered().is_empty());
+    assert_eq!(client.unsealed(&[own.id]).unwrap(), [(own.id, 700)]);
+    client.drop_blobs(&[own.id]).unwrap();
     drop(unit);
 }
 

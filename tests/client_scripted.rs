@@ -223,7 +223,12 @@ fn creations_are_never_sent_twice() {
 
 #[test]
 fn new_blobs_of_a_wrong_size_are_given_back() {
-    let server = scripted(|request| match request["type"].as_str().unwrap() {
+    let nothing = ObjectId::EMPTY_BLOB.0;
+    let empty = payload(json!({"object_id": nothing, "store_fd": -1, "map_size": 0, "data_size": 0}));
+    let server = scripted(move |request| match request["type"].as_str().unwrap() {
+        "create_buffer_request" if request["size"] == 0 => {
+            Act::Say(json!({"type": "create_buffer_reply", "id": nothing, "fd": -1, "created": empty}), 0)
+        }
         "create_buffer_request" => Act::Say(
             json!({"type": "create_buffer_reply", "id": BLOB, "fd": 9, "created": payload(json!({"data_size": 99}))}),
             1,

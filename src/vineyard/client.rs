@@ -1,5 +1,6 @@
 //! The real [`Store`]: vineyardd behind its Unix socket.
 
+mod create;
 mod delete;
 mod metadata;
 mod names;
@@ -19,14 +20,13 @@ use super::blobs::Memories;
 use super::connection::{Answer, Connection};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::journal::{Journal, Wish, now_ms};
+use super::journal::{Journal, Wish};
 use super::memory::Blob;
 use super::meta::Meta;
 use super::pool::{Backoff, Connector, Pool, socket_connector};
 use super::remote::{Arrived, Remote, RemoteOptions, RemoteStatus};
 use super::request::{
-    ClusterMetaReply, CreateBufferReply, CreateDatasReply, Empty, GetDataReply, Request, ShallowCopyReply, StatusReply,
-    checked_id,
+    ClusterMetaReply, CreateDatasReply, Empty, GetDataReply, Request, ShallowCopyReply, StatusReply, checked_id,
 };
 use super::store::{
     BlobSource, Created, Instance, InstanceInfo, NameQuery, NamedObject, NewBlob, NewObject, Store, StoreStatus,
@@ -236,12 +236,6 @@ impl Client {
             journal.note(ids);
         }
     }
-
-    /// Gives back what an unfinished [`Store::create_blobs`] has made; what can't be given back now is noted.
-    fn give_back(&self, made: &[NewBlob]) {
-        let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
-        self.take_back(&[], &ids);
-    }
 }
 
 fn gone(key: BlobKey) -> Error {
@@ -404,66 +398,8 @@ impl Store for Client {
         Ok(cluster)
     }
 
-    /// Each blob by a request of its own, back to back: of a `create_buffers` that does not fit as a whole, vineyardd
-    /// 0.24.2 keeps the part that does, and tells nobody its ids.
     fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<NewBlob>> {
-        let requests: Vec<Request> =
-            sizes.iter().filter(|&&size| size > 0).map(|&size| Request::CreateBuffer { size }).collect();
-        let mut made: Vec<NewBlob> = Vec::with_capacity(requests.len());
-        let journal = self.journal.as_ref().filter(|_| !requests.is_empty());
-        let asked = journal.map(|journal| Ok::<_, Error>((journal, journal.ask(sizes)?))).transpose()?;
-        let mut sent = None;
-        let answers = self.run(Repeat::UnlessSent, |connection| {
-            let begun = now_ms();
-            let answers = connection.calls(&requests, "create_buffer_reply", |connection, reply: CreateBufferReply| {
-                let payload = reply.created;
-                let fds: &[i64] = if reply.fd >= 0 { &[reply.fd] } else { &[] };
-                connection.accept_files(&self.memories, fds, &[payload])?;
-                let (file, blob) = connection.locate(&payload)?;
-                if !blob.key().id.is_stored_blob() || reply.id != payload.object_id {
-                    return Err(bad_reply(format!("names the new blob {} as {}", blob.key().id, ObjectId(reply.id))));
-                }
-                let offset = payload.data_offset;
-                made.push(NewBlob { id: blob.key().id, size: blob.len(), file: Some(file.file.clone()), offset });
-                Ok(())
-            });
-            sent = answers.as_ref().is_err_and(|broken| broken.sent).then_some((begun, connection.generation));
-            answers
-        });
-        if let Some((journal, asked)) = asked {
-            let ids: Vec<ObjectId> = made.iter().map(|blob| blob.id).collect();
-            match sent {
-                // vineyardd may have made more of them, or may still do so.
-                Some((sent, generation)) => journal.failed(asked, &ids, sent, generation),
-                None => journal.answered(asked, ids),
-            }
-        }
-        let refusal = answers.and_then(|answers| match answers.into_iter().find_map(|answer| answer.err()) {
-            Some(refusal) => Err(refusal.into()),
-            None => Ok(()),
-        });
-        if let Err(error) = refusal {
-            self.give_back(&made);
-            return Err(error).context(|| format!("creating {} blobs", sizes.len()));
-        }
-        let mut made = made.into_iter();
-        let mut blobs = Vec::with_capacity(sizes.len());
-        for &size in sizes {
-            if size == 0 {
-                blobs.push(NewBlob { id: ObjectId::EMPTY_BLOB, size: 0, file: None, offset: 0 });
-                continue;
-            }
-            match made.next() {
-                Some(blob) if blob.size == size => blobs.push(blob),
-                other => {
-                    blobs.extend(other);
-                    blobs.extend(made);
-                    self.give_back(&blobs);
-                    return Err(Error::malformed("vineyardd made blobs of other sizes than it was asked for"));
-                }
-            }
-        }
-        Ok(blobs)
+        self.make_blobs(sizes)
     }
 
     fn seal_blobs(&self, ids: &[ObjectId]) -> Result<()> {
@@ -569,9 +505,8 @@ impl Store for Client {
         self.find_unanswered(wish)
     }
 
-    fn unsealed(&self, ids: &[ObjectId]) -> Result<Vec<ObjectId>> {
-        let found = self.run(Repeat::Safe, |connection| connection.unsealed(&self.memories, ids))?;
-        Ok(found.into_iter().map(|(id, _)| id).collect())
+    fn unsealed(&self, ids: &[ObjectId]) -> Result<Vec<(ObjectId, u64)>> {
+        self.run(Repeat::Safe, |connection| connection.unsealed(&self.memories, ids))
     }
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {

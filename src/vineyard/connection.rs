@@ -63,6 +63,7 @@ pub struct Connection {
     waited: Duration,
     /// How many of them came.
     came: u64,
+    hung_up: bool,
 }
 
 /// Connects to a vineyardd's socket.
@@ -119,6 +120,7 @@ impl Connection {
             deadline,
             waited: Duration::ZERO,
             came: 0,
+            hung_up: false,
         };
         // 1 is the ordinary store; a server that is not told uses an uninitialised value.
         let request = Request::Register { version: "0.24.2", store_type: 1, session_id: 0, username: "", password: "" };
@@ -142,6 +144,11 @@ impl Connection {
     /// True if the server is there and the connection is in step.
     pub fn is_quiet(&self) -> bool {
         self.channel.is_quiet()
+    }
+
+    /// True if it was closed for replies because one stayed away.
+    pub fn is_hung_up(&self) -> bool {
+        self.hung_up
     }
 
     /// Reads bytes that follow a reply, as many as are there and at most `out`. [`LEAST`] bytes must come within the
@@ -198,7 +205,9 @@ impl Connection {
     /// descriptors of that reply.
     ///
     /// # Errors
-    /// Also if a reply stays away for longer than the connection's patience.
+    /// Also if a reply stays away for longer than the connection's patience. The connection is closed for replies then, and
+    /// those that were written before are still handed on: vineyardd carries nothing out whose reply is not among them,
+    /// but the one request that it may be at.
     pub fn exchange(
         &mut self,
         frames: &[u8],
@@ -207,12 +216,22 @@ impl Connection {
     ) -> std::result::Result<(), Broken> {
         let mut sent = 0;
         let mut buffer = std::mem::take(&mut self.buffer);
+        let mut failure = None;
         for index in 0..count {
-            if let Some(rest) = frames.get(sent..).filter(|rest| !rest.is_empty()) {
+            if let Some(rest) = frames.get(sent..).filter(|rest| !rest.is_empty() && failure.is_none()) {
                 let n = self.channel.send_until_reply(rest, self.deadline);
                 sent += n.map_err(|b| Broken { sent: b.sent || sent > 0, ..b })?;
             }
-            self.channel.receive(&mut buffer, self.deadline)?;
+            if let Err(late) = self.channel.receive(&mut buffer, self.deadline) {
+                if failure.is_some() || late.error.kind() != Kind::Timeout || !self.channel.hang_up() {
+                    return Err(failure.unwrap_or(late));
+                }
+                self.hung_up = true;
+                if self.channel.receive(&mut buffer, self.deadline).is_err() {
+                    return Err(late);
+                }
+                failure = Some(late);
+            }
             self.last_reply_len = buffer.len();
             (self.waited, self.came) = (Duration::ZERO, 0);
             each(self, index, &buffer)?;

@@ -18,7 +18,7 @@ pub use self::state::Late;
 use self::state::{Place, State};
 use super::content;
 use super::id::{BlobKey, InstanceId, ObjectId};
-use super::journal::Journal;
+use super::journal::{Journal, Wish};
 use super::memory::{Blob, Segment, WritableFile};
 use super::meta::Meta;
 use super::store::{
@@ -463,6 +463,18 @@ impl Store for FakeStore {
 
     fn journal(&self) -> Option<&Journal> {
         self.journal.as_ref()
+    }
+
+    fn unanswered(&self, wish: &Wish) -> Result<Vec<ObjectId>> {
+        let state = self.lock();
+        let is_like = |place: &Place| !place.sealed && wish.sizes.contains(&place.size);
+        Ok(state.blobs.iter().filter(|(_, place)| is_like(place)).map(|(id, _)| *id).collect())
+    }
+
+    fn unsealed(&self, ids: &[ObjectId]) -> Result<Vec<(ObjectId, u64)>> {
+        let state = self.lock();
+        let places = ids.iter().filter_map(|id| Some((*id, *state.blobs.get(id)?)));
+        Ok(places.filter(|(_, place)| !place.sealed).map(|(id, place)| (id, place.size)).collect())
     }
 
     fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId> {

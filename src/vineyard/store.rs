@@ -325,8 +325,8 @@ pub trait Store: BlobSource {
         None
     }
 
-    /// The blobs that were made for a [`Wish`](super::journal::Wish) whose answer was lost with the process that asked:
-    /// unsealed, of those sizes, and of that time.
+    /// The blobs that may have been made for a [`Wish`](super::journal::Wish) whose answer was lost with the process that
+    /// asked: unsealed, of those sizes, and of that time. That is no proof: another client may be filling them.
     ///
     /// # Errors
     /// What the store answers.
@@ -335,11 +335,11 @@ pub trait Store: BlobSource {
         Ok(Vec::new())
     }
 
-    /// Those of these blobs that are not sealed yet.
+    /// Those of these blobs that are not sealed yet, with their sizes.
     ///
     /// # Errors
     /// What the store answers.
-    fn unsealed(&self, ids: &[ObjectId]) -> Result<Vec<ObjectId>> {
+    fn unsealed(&self, ids: &[ObjectId]) -> Result<Vec<(ObjectId, u64)>> {
         let _ = ids;
         Ok(Vec::new())
     }

@@ -157,17 +157,18 @@ pub fn parse<T: DeserializeOwned>(frame: &[u8], kind: &str) -> Result<Result<T, 
 pub struct Channel {
     stream: OwnedFd,
     max_reply: u64,
+    is_local: bool,
 }
 
 impl Channel {
     /// Takes a connected Unix socket.
     pub fn new(stream: impl Into<OwnedFd>) -> Self {
-        Channel { stream: stream.into(), max_reply: MAX_REPLY }
+        Channel { stream: stream.into(), max_reply: MAX_REPLY, is_local: true }
     }
 
     /// Takes a connected TCP socket, over which no descriptors come, and no metadata of datasets.
     pub fn of_peer(stream: impl Into<OwnedFd>) -> Self {
-        Channel { stream: stream.into(), max_reply: MAX_PEER_REPLY }
+        Channel { stream: stream.into(), max_reply: MAX_PEER_REPLY, is_local: false }
     }
 
     /// Process id of the peer as the kernel knows it, 0 if it is in a namespace that is not visible here.
@@ -293,6 +294,13 @@ impl Channel {
             }
         }
         Ok(held)
+    }
+
+    /// Lets the peer write nothing more; what it has written can still be read. False where that cannot be done: on a TCP
+    /// socket it would tell the peer nothing.
+    pub fn hang_up(&self) -> bool {
+        use nix::sys::socket::{Shutdown, shutdown};
+        self.is_local && shutdown(self.stream.as_raw_fd(), Shutdown::Read).is_ok()
     }
 
     /// From here on the other side counts as silent until so many bytes are here (1: until one is). Waiting for more

@@ -1,4 +1,5 @@
-//! Blobs that vineyardd made for a process that was killed before it could read their ids, or that heard nothing in time.
+//! Blobs that vineyardd may have made for a process that was killed before it could read their ids, or that heard nothing
+//! in time. What matches by size and time may as well be somebody else's: it is only told of, and never dropped.
 
 use std::time::{Duration, Instant};
 
@@ -76,7 +77,7 @@ fn candidates(wish: &Wish, end: ObjectId, was_stuck: bool) -> impl Iterator<Item
     late.chain(since..=until).flat_map(numbers)
 }
 
-/// Those of unsealed blobs that are the wish's: they were made one after the other, with its sizes.
+/// Those of unsealed blobs that may be the wish's: they were made one after the other, with its sizes.
 fn matching(wish: &Wish, mut unsealed: Vec<(ObjectId, u64)>) -> Vec<ObjectId> {
     let start = match wish.after {
         ObjectId::INVALID => 0,
