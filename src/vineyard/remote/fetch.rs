@@ -87,33 +87,20 @@ pub fn enqueue(fetcher: &Arc<Fetcher>, peer: &Arc<Peer>, job: Job) {
 }
 
 fn run(fetcher: &Fetcher, peer: &Peer, job: &Running) {
-    let mut fresh = false;
-    loop {
-        let (mut connection, used) = match peer.checkout(fresh) {
-            Ok(found) => found,
-            Err(error) => return give_up(fetcher, job, &error),
-        };
+    let mut parked = false;
+    let done = peer.twice(|connection| {
         let before = fetcher.counters.bytes.load(Ordering::Relaxed);
-        let mut parked = false;
-        match fetch(fetcher, peer, &mut connection, job, &mut parked) {
-            Ok(answer) => {
-                peer.checkin(connection);
-                if let Err(error) = answer {
-                    give_up(fetcher, job, &error);
-                }
-                return;
-            }
-            // The rest is not read: the connection ends here.
-            Err(_) if parked => return,
-            Err(Broken { error, .. }) => {
-                let nothing_came = fetcher.counters.bytes.load(Ordering::Relaxed) == before;
-                if used && nothing_came && error.kind() == Kind::Unavailable {
-                    fresh = true;
-                    continue;
-                }
-                return give_up(fetcher, job, &peer.broken(error));
-            }
-        }
+        fetch(fetcher, peer, connection, job, &mut parked).map_err(|broken| {
+            // What came of a transfer that was cut off is there; a peer that closes at once would do so again.
+            let came = fetcher.counters.bytes.load(Ordering::Relaxed) != before;
+            (broken, came && !parked)
+        })
+    });
+    match done {
+        Ok(()) => {}
+        // The rest is not read: the connection ends here.
+        Err(_) if parked => {}
+        Err(error) => give_up(fetcher, job, &error),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -29,6 +29,13 @@ const DOWN: Duration = Duration::from_secs(1);
 const MIGRATION: Duration = Duration::from_secs(3600);
 /// Connections that are kept for the next request.
 const IDLE: usize = 8;
+/// And for how long: what stands between may forget a silent connection without a word.
+const IDLE_AGE: Duration = Duration::from_secs(60);
+/// A connection that was used before has this part of the patience for its first reply: if it is dead there is time for a
+/// fresh one.
+const USED_PART: u32 = 3;
+/// Seconds of silence after which the kernel asks whether the other side is there, and between two such questions.
+const KEEPALIVE: libc::c_int = 15;
 /// Most blobs in one question for sizes.
 const SIZES_PER_REQUEST: usize = 1024;
 
@@ -36,7 +43,8 @@ const SIZES_PER_REQUEST: usize = 1024;
 #[derive(Default)]
 struct State {
     endpoint: Option<(String, Instant)>,
-    idle: Vec<Connection>,
+    /// With the time since which nobody uses them.
+    idle: Vec<(Connection, Instant)>,
     /// Until when everybody is refused, and why.
     down: Option<(Instant, Kind, String)>,
     queue: VecDeque<Job>,
@@ -97,12 +105,17 @@ impl Peer {
     /// # Errors
     /// `Unreachable`; `Stale` if another vineyardd is at its address.
     pub fn checkout(&self, fresh: bool) -> Result<(Connection, bool)> {
-        let deadline = Instant::now() + self.patience;
+        self.checkout_until(fresh, Instant::now() + self.patience)
+    }
+
+    /// As [`Peer::checkout`]; the first reply must come until `deadline`.
+    fn checkout_until(&self, fresh: bool, deadline: Instant) -> Result<(Connection, bool)> {
         let endpoint = {
             let mut state = self.state();
-            while let Some(mut connection) = state.idle.pop().filter(|_| !fresh) {
+            state.idle.retain(|(_, since)| since.elapsed() < IDLE_AGE);
+            while let Some((mut connection, _)) = if fresh { None } else { state.idle.pop() } {
                 if connection.is_quiet() {
-                    connection.set_deadline(deadline);
+                    connection.set_deadline(deadline.min(Instant::now() + self.patience / USED_PART));
                     return Ok((connection, true));
                 }
             }
@@ -116,7 +129,8 @@ impl Peer {
         };
         let start = Instant::now();
         match self.connect(&endpoint, deadline) {
-            Ok(connection) => {
+            Ok(mut connection) => {
+                connection.set_deadline(deadline);
                 if self.state().down.take().is_some() {
                     tracing::info!(instance = %self.instance, endpoint, "the instance is back");
                 }
@@ -154,11 +168,17 @@ impl Peer {
         }
     }
 
+    /// A connection that was used before fails: whatever cut it off may have cut off all others, too.
+    fn distrust(&self) {
+        // Closed without the lock.
+        drop(std::mem::take(&mut self.state().idle));
+    }
+
     /// Takes back a connection whose last reply was read whole.
     pub fn checkin(&self, connection: Connection) {
         let mut state = self.state();
         if state.idle.len() < IDLE {
-            state.idle.push(connection);
+            state.idle.push((connection, Instant::now()));
         }
     }
 
@@ -172,6 +192,7 @@ impl Peer {
             let attempt = TcpStream::connect_timeout(&address, left).and_then(|stream| {
                 stream.set_nodelay(true)?;
                 stream.set_nonblocking(true)?;
+                watch(&stream, self.patience);
                 Ok(stream)
             });
             match attempt {
@@ -190,20 +211,52 @@ impl Peer {
         Err(failure)
     }
 
-    /// Runs a request that may be sent twice.
-    fn ask<T>(&self, mut operation: impl FnMut(&mut Connection) -> Answer<T>) -> Result<T> {
+    /// Runs a request that may be sent twice: again on a fresh connection if the first one breaks, once, and until one
+    /// deadline for both. That is where a connection is dead that was used before, and where one breaks in the middle of
+    /// what it brings: `operation` says with its error whether something came.
+    pub fn twice<T>(
+        &self,
+        mut operation: impl FnMut(&mut Connection) -> std::result::Result<Result<T>, (Broken, bool)>,
+    ) -> Result<T> {
+        let mut deadline = Instant::now() + self.patience;
         let mut fresh = false;
         loop {
-            let (mut connection, used) = self.checkout(fresh)?;
+            let (mut connection, used) = self.checkout_until(fresh, deadline)?;
             match operation(&mut connection) {
                 Ok(answer) => {
                     self.checkin(connection);
                     return answer;
                 }
-                Err(Broken { error, .. }) if used && error.kind() == Kind::Unavailable => fresh = true,
-                Err(Broken { error, .. }) => return Err(self.broken(error)),
+                Err((broken, worth)) => {
+                    let kind = broken.error.kind();
+                    // Whoever asked wants no more.
+                    if kind == Kind::Busy {
+                        return Err(broken.error);
+                    }
+                    if used {
+                        self.distrust();
+                    }
+                    // Of one that stood still in the middle there is no time left for another.
+                    let is_cut = match kind {
+                        Kind::Unavailable => used || worth,
+                        Kind::Timeout => used && !worth,
+                        _ => false,
+                    };
+                    if fresh || !is_cut {
+                        return Err(self.broken(broken.error));
+                    }
+                    if worth {
+                        deadline = Instant::now() + self.patience;
+                    }
+                    tracing::debug!(instance = %self.instance, "a connection is cut off: {}", broken.error);
+                    fresh = true;
+                }
             }
         }
+    }
+
+    fn ask<T>(&self, mut operation: impl FnMut(&mut Connection) -> Answer<T>) -> Result<T> {
+        self.twice(|connection| operation(connection).map_err(|broken| (broken, false)))
     }
 
     /// Sizes of its blobs; those that don't exist are absent. The bytes are not touched.
@@ -301,6 +354,22 @@ pub fn sizes(connection: &mut Connection, ids: &[ObjectId]) -> Answer<HashMap<Ob
         None => Ok(()),
     });
     Ok(refused.map(|()| sizes))
+}
+
+/// Lets the kernel find out that the other side is gone although it never said so. Best effort.
+fn watch(stream: &TcpStream, patience: Duration) {
+    let millis = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+    let options = [
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, KEEPALIVE),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, KEEPALIVE),
+        (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, millis),
+    ];
+    for (level, name, value) in options {
+        let (socket, size) = (stream.as_raw_fd(), size_of_val(&value) as libc::socklen_t);
+        // SAFETY: the option is an int, which lives until after the call.
+        unsafe { libc::setsockopt(socket, level, name, (&raw const value).cast(), size) };
+    }
 }
 
 /// Addresses of `host:port`, at least one. A host that is this one is sought on the loopback too: its name need not be

@@ -47,6 +47,10 @@ struct Shared {
     fault: Mutex<Fault>,
     connections: AtomicUsize,
     downloads: AtomicUsize,
+    /// So many connections, the first ones, have been forgotten by what stands between: nothing passes them any more.
+    forgotten: AtomicUsize,
+    /// The next transfer is cut off in the middle.
+    cut: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -76,6 +80,8 @@ impl FakePeer {
             fault: Mutex::new(Fault::None),
             connections: AtomicUsize::new(0),
             downloads: AtomicUsize::new(0),
+            forgotten: AtomicUsize::new(0),
+            cut: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -86,9 +92,9 @@ impl FakePeer {
                 if accepting.stop.load(Ordering::Relaxed) {
                     return;
                 }
-                accepting.connections.fetch_add(1, Ordering::Relaxed);
+                let number = accepting.connections.fetch_add(1, Ordering::Relaxed);
                 let shared = accepting.clone();
-                std::thread::spawn(move || serve(stream.unwrap(), &shared));
+                std::thread::spawn(move || serve(stream.unwrap(), &shared, number));
             }
         });
         FakePeer { port, shared }
@@ -126,7 +132,7 @@ fn send(stream: &mut TcpStream, reply: &Value) -> std::io::Result<()> {
     stream.write_all(text.as_bytes())
 }
 
-fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
+fn serve(mut stream: TcpStream, shared: &Shared, number: usize) -> Option<()> {
     loop {
         let mut header = [0; 8];
         stream.read_exact(&mut header).ok()?;
@@ -134,7 +140,7 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
         stream.read_exact(&mut frame).ok()?;
         let request: Value = serde_json::from_slice(&frame).unwrap();
         let fault = *shared.fault.lock().unwrap();
-        if fault == Fault::Silent {
+        if fault == Fault::Silent || number < shared.forgotten.load(Ordering::Relaxed) {
             std::thread::sleep(LONG);
             return None;
         }
@@ -173,6 +179,10 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Option<()> {
                 send(&mut stream, &reply).ok()?;
                 let mut encoder = zstd::stream::raw::Encoder::new(1).unwrap();
                 for (id, blob) in found {
+                    if shared.cut.swap(false, Ordering::Relaxed) {
+                        stream.write_all(&blob[..blob.len() / 2]).ok()?;
+                        return None;
+                    }
                     match fault {
                         Fault::Short | Fault::Stalls => {
                             stream.write_all(&blob[..blob.len() / 2]).ok()?;
@@ -323,6 +333,37 @@ fn faults_are_errors_in_time_and_pass() {
             scope.spawn(move || fails_and_passes(fault, kind));
         }
     });
+}
+
+#[test]
+fn connections_that_were_forgotten_in_silence_cost_no_read() {
+    let peer = FakePeer::start(&[1000; 8]);
+    let remote = impatient();
+    let reader = |number| assert_eq!(read(&remote, &peer, number, 0, 1000).unwrap(), bytes(number, 1000));
+    std::thread::scope(|scope| (1..=4).for_each(|number| drop(scope.spawn(move || reader(number)))));
+    let before = peer.shared.connections.load(Ordering::Relaxed);
+    peer.shared.forgotten.store(before, Ordering::Relaxed);
+    let start = Instant::now();
+    reader(5);
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+    // The others are not believed either.
+    let start = Instant::now();
+    (6..=8).for_each(reader);
+    assert!(start.elapsed() < PATIENCE / 3, "{:?}", start.elapsed());
+    assert_eq!(remote.status().failures, 0);
+    assert!(peer.shared.connections.load(Ordering::Relaxed) > before);
+}
+
+#[test]
+fn a_transfer_that_is_cut_off_in_the_middle_goes_on_over_a_fresh_connection() {
+    let len = 8 << 20;
+    let peer = FakePeer::start(&[len, 1000]);
+    let remote = remote();
+    remote.size(key(1), &|| peer.cluster()).unwrap();
+    peer.shared.cut.store(true, Ordering::Relaxed);
+    assert!(read(&remote, &peer, 1, 0, len).unwrap() == bytes(1, len));
+    assert_eq!(read(&remote, &peer, 2, 0, 1000).unwrap(), bytes(2, 1000), "nobody is refused for that");
+    assert_eq!((peer.downloads(), remote.status().failures), (3, 0));
 }
 
 fn fails_and_passes(fault: Fault, kind: Kind) {
