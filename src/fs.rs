@@ -217,7 +217,7 @@ pub struct FileSystem {
     staging: staging::Staging,
     retries: retry::Retries,
     folders: folders::Folders,
-    moves: Mutex<moves::Moves>,
+    moves: moves::Moves,
     changing: formers::Unfinished,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
@@ -279,7 +279,7 @@ impl FileSystem {
             staging: staging::Staging::new(start),
             retries: retry::Retries::default(),
             folders: folders::Folders::new(host.clone()),
-            moves: Mutex::default(),
+            moves: moves::Moves::default(),
             changing: formers::Unfinished::default(),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),

@@ -4,21 +4,28 @@
 //! host's before the first step, and the next server takes all steps again that are missing, before it answers its first
 //! request ([`FileSystem::finish_moves`]). Each step sets a final state and may be taken twice. A move that was finished,
 //! and whose request comes again because nobody answered it, is known by the request's number.
+//!
+//! The store may refuse a step, or not answer. Half of the names have moved then, and of two directories that change places
+//! the plan alone knows what some names led to: it is kept, and what is missing is done before anything else changes a name
+//! of those directories, or by housekeeping as soon as the store answers ([`FileSystem::finish_unfinished`]).
+//!
+//! Locks are taken in this order: the turn to take steps, `publishing` of a staged file, the one on names.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::ffi::OsStr;
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
 use super::folders::Folder;
 use super::host::{Area, MemoryFile};
-use super::name::is_inside;
+use super::name::{self, is_inside};
+use super::naming::is_clear;
 use super::resolve::Target;
 use super::{Caller, FileSystem};
 use crate::error::{Error, Kind, Result};
-use crate::sync::MutexGuard;
+use crate::sync::{Mutex, MutexGuard};
 use crate::vineyard::ObjectId;
-use crate::vineyard::store::NamedObject;
 
 /// What the host's texts of finished moves begin with.
 const DONE: &str = "moved:";
@@ -38,32 +45,90 @@ pub(super) struct Move {
     folders: Vec<(String, Option<Folder>)>,
     /// Inode numbers of directories.
     numbers: Vec<(String, u64)>,
+    /// How far this server has come; nothing is known of a former one.
+    #[serde(skip)]
+    progress: Progress,
 }
 
-/// What is known of moves of this server and of former ones.
+/// What was done of a move by this server.
+#[derive(Debug, Default)]
+struct Progress {
+    /// This server made the plan.
+    own: bool,
+    /// Something may have changed in the store.
+    began: bool,
+    /// New names that lead to their objects, or have done so.
+    placed: HashSet<String>,
+    /// Inode numbers of staged files that have their new paths.
+    staged: HashSet<u64>,
+    /// It was interrupted, or something came meanwhile: objects may have lost their last name.
+    untidy: bool,
+}
+
+impl Move {
+    /// Whether one of these names is moved, lies in a directory that is, or above it.
+    fn concerns(&self, names: &[&str]) -> bool {
+        let overlaps = |tree: &str| names.iter().any(|name| is_inside(name, tree) || is_inside(tree, name));
+        if self.trees.is_empty() {
+            return self
+                .names
+                .iter()
+                .any(|(old, new, _)| names.contains(&old.as_str()) || names.contains(&new.as_str()));
+        }
+        self.trees.iter().any(|(from, to)| overlaps(from) || overlaps(to))
+    }
+
+    /// Whether it moves just this to that; with `exchange` also that to this.
+    fn is_of(&self, from: &Target, to: &Target, exchange: bool) -> bool {
+        let files = self.trees.is_empty();
+        let ends: Vec<(&str, &str)> = match files {
+            true => self.names.iter().map(|(old, new, _)| (old.as_str(), new.as_str())).collect(),
+            false => self.trees.iter().map(|(from, to)| (from.as_str(), to.as_str())).collect(),
+        };
+        let is = |name: &str, target: &Target| match files {
+            true => name == target.plain || name == target.dataset(),
+            false => name == target.folder,
+        };
+        let forth = |(a, b): &(&str, &str)| is(a, from) && is(b, to);
+        let back = |(a, b): &(&str, &str)| is(a, to) && is(b, from);
+        (ends.len() > 1) == exchange && ends.iter().any(forth) && ends.iter().all(|end| forth(end) || back(end))
+    }
+}
+
+/// Moves of this server and of former ones.
 #[derive(Default)]
 pub(super) struct Moves {
+    /// Held while steps are taken: one move at a time.
+    turn: Mutex<()>,
+    known: Mutex<Known>,
+}
+
+/// What is known of moves.
+#[derive(Default)]
+struct Known {
     /// Numbers of the requests whose work is done.
     done: VecDeque<u64>,
-    /// What a former server began and this one could not finish yet, with the files that say so.
-    unfinished: Vec<(Move, MemoryFile)>,
+    /// What could not be finished yet, with the files that say so.
+    unfinished: Vec<(Move, Option<MemoryFile>)>,
+    /// Somebody finishes some of them.
+    finishing: bool,
 }
 
 impl FileSystem {
     /// Renames a directory; the new name is free or an empty directory's.
     pub(super) fn move_directory(&self, from: &str, to: &str, caller: Caller) -> Result<()> {
-        self.carry_out(&self.plan_trees(&[(from, to)], caller)?)
+        self.carry_out(self.plan_trees(&[(from, to)], caller)?)
     }
 
     /// Lets two directories change places.
     pub(super) fn exchange_directories(&self, a: &str, b: &str, caller: Caller) -> Result<()> {
-        self.carry_out(&self.plan_trees(&[(a, b), (b, a)], caller)?)
+        self.carry_out(self.plan_trees(&[(a, b), (b, a)], caller)?)
     }
 
     /// Lets two names change their objects.
     pub(super) fn exchange_names(&self, a: (&str, ObjectId), b: (&str, ObjectId), caller: Caller) -> Result<()> {
         let names = vec![(a.0.to_owned(), b.0.to_owned(), a.1.0), (b.0.to_owned(), a.0.to_owned(), b.1.0)];
-        self.carry_out(&Move { request: caller.request, names, ..Move::default() })
+        self.carry_out(Move { request: caller.request, names, ..Move::default() })
     }
 
     /// For a request that a former server had begun to work on: the outcome, if that server had written down a move. What
@@ -72,44 +137,136 @@ impl FileSystem {
         if !caller.resent {
             return None;
         }
+        let (tried, result) = self.finish_those(|plan| plan.request == caller.request);
         if self.moves().done.contains(&caller.request) {
             return Some(Ok(()));
         }
-        let place = self.moves().unfinished.iter().position(|(plan, _)| plan.request == caller.request)?;
-        let (plan, _log) = self.moves().unfinished.remove(place);
-        let result = self.take_steps(&plan);
-        if result.is_ok() {
-            self.remember(plan.request);
-        }
-        Some(result)
+        tried.then_some(result)
     }
 
-    fn moves(&self) -> MutexGuard<'_, Moves> {
-        self.moves.lock().unwrap_or_else(|e| e.into_inner())
+    /// Before a rename of these: finishes moves that have to do with them. True if it was one of them.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub(super) fn finish_same(&self, from: &Target, to: &Target, exchange: bool) -> Result<bool> {
+        let (same, result) = self.finish_those(|plan| plan.is_of(from, to, exchange));
+        result?;
+        self.finish_unfinished(&[&from.folder, from.dataset(), &to.folder, to.dataset()])?;
+        Ok(same)
+    }
+
+    /// Before one of these names is changed, or what lies below it: finishes the moves that have to do with it, and could
+    /// not be finished. No lock may be held.
+    ///
+    /// # Errors
+    /// What the store answers, unless it refuses: it may go on doing so, and nothing could be changed there any more.
+    pub(super) fn finish_unfinished(&self, names: &[&str]) -> Result<()> {
+        match self.finish_those(|plan| plan.concerns(names)).1 {
+            Err(error) if !is_clear(&error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Finishes all moves that could not be finished. No lock may be held.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub(super) fn finish_all_moves(&self) -> Result<()> {
+        self.finish_those(|_| true).1
+    }
+
+    /// Whether moves could not be finished yet.
+    pub(super) fn has_unfinished_moves(&self) -> bool {
+        let moves = self.moves();
+        moves.finishing || !moves.unfinished.is_empty()
+    }
+
+    /// Objects that may have their only names in the plans of moves that are not finished: they are not left over.
+    pub(super) fn moved_objects(&self) -> HashSet<ObjectId> {
+        let moves = self.moves();
+        moves.unfinished.iter().flat_map(|(plan, _)| &plan.names).map(|(.., object)| ObjectId(*object)).collect()
+    }
+
+    /// Also says whether there were any.
+    fn finish_those(&self, concerned: impl Fn(&Move) -> bool) -> (bool, Result<()>) {
+        // Most often there are none.
+        if !self.has_unfinished_moves() {
+            return (false, Ok(()));
+        }
+        let _turn = self.moves.turn.lock().unwrap_or_else(|e| e.into_inner());
+        let (mut tried, mut result) = (false, Ok(()));
+        let todo = {
+            let mut moves = self.moves();
+            moves.finishing = true;
+            std::mem::take(&mut moves.unfinished)
+        };
+        let mut left = Vec::new();
+        for (mut plan, log) in todo {
+            let ended = concerned(&plan).then(|| self.take_steps(&mut plan));
+            tried |= ended.is_some();
+            match ended {
+                Some(Ok(())) => {
+                    self.remember(plan.request);
+                    self.show_moved(&plan);
+                    tracing::info!("a move of names that could not be finished is finished");
+                    continue;
+                }
+                Some(Err(error)) => result = Err(error),
+                None => {}
+            }
+            left.push((plan, log));
+        }
+        let mut moves = self.moves();
+        moves.unfinished.extend(left);
+        moves.finishing = false;
+        (tried, result)
+    }
+
+    /// The kernel believes that a move which failed has not happened: it is told to look directories up again.
+    fn show_moved(&self, plan: &Move) {
+        for moved in plan.trees.iter().flat_map(|(from, to)| [from, to]) {
+            let (parent, part) = name::split(moved);
+            let parent = if parent == self.options.prefix { super::ROOT } else { self.inodes.directory(parent) };
+            self.host.invalidate_entry(parent, OsStr::new(&name::encode_file(part, "", moved)));
+        }
+        self.note_change();
+    }
+
+    fn moves(&self) -> MutexGuard<'_, Known> {
+        self.moves.known.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn plan_trees(&self, trees: &[(&str, &str)], caller: Caller) -> Result<Move> {
         let mut plan = Move { request: caller.request, ..Move::default() };
-        let mut directories = Vec::new();
+        plan.progress.own = true;
         for (from, to) in trees {
             plan.trees.push(((*from).to_owned(), (*to).to_owned()));
-            let moved = |name: &str| format!("{to}{}", name.get(from.len()..).unwrap_or_default());
             let names = self.names_below(&format!("{from}/"))?;
-            directories.extend(self.tree(from, &names).into_iter().map(|name| (moved(&name), name)));
-            plan.names.extend(names.into_iter().map(|(name, object)| (name.clone(), moved(&name), object.0)));
+            plan.names.extend(names.into_iter().map(|(name, object)| (name.clone(), moved(&name, from, to), object.0)));
         }
-        plan.folders = self.folders.plan_moves(trees);
-        // The kernel keeps the numbers when it renames. It may know those of a former server, too.
-        directories.retain(|(_, old)| self.options.epoch > 0 || self.inodes.get(self.inodes.directory(old)).is_some());
-        plan.numbers = self.inodes.plan_directories(&directories);
+        self.plan_directories(&mut plan);
         Ok(plan)
     }
 
+    /// Plans what becomes of directories, from what is known of them now.
+    fn plan_directories(&self, plan: &mut Move) {
+        let mut directories = Vec::new();
+        for (from, to) in &plan.trees {
+            let names = plan.names.iter().map(|(name, ..)| name.as_str()).filter(|name| is_inside(name, from));
+            directories.extend(self.tree(from, names).into_iter().map(|name| (moved(&name, from, to), name)));
+        }
+        let trees: Vec<(&str, &str)> = plan.trees.iter().map(|(from, to)| (from.as_str(), to.as_str())).collect();
+        plan.folders = self.folders.plan_moves(&trees);
+        // The kernel keeps the numbers when it renames. It may know those of a former server, too.
+        directories.retain(|(_, old)| self.options.epoch > 0 || self.inodes.get(self.inodes.directory(old)).is_some());
+        plan.numbers = self.inodes.plan_directories(&directories);
+    }
+
     /// A directory and all below it, whether objects' names lie under them or not. `names` are all of those.
-    fn tree(&self, top: &str, names: &[NamedObject]) -> BTreeSet<String> {
+    fn tree<'a>(&self, top: &str, names: impl Iterator<Item = &'a str>) -> BTreeSet<String> {
         let prefix = format!("{top}/");
         let mut tree = BTreeSet::from([top.to_owned()]);
-        let names = names.iter().filter_map(|(name, _)| Some(name.rsplit_once('/')?.0.to_owned()));
+        let names = names.filter_map(|name| Some(name.rsplit_once('/')?.0.to_owned()));
         let staged = self.staging.directories().into_iter().filter(|directory| directory.starts_with(&prefix));
         for directory in names.chain(staged).chain(self.folders.below(&prefix)) {
             let parts = directory.match_indices('/').map(|(at, _)| at).filter(|at| *at > top.len());
@@ -119,13 +276,25 @@ impl FileSystem {
         tree
     }
 
-    fn carry_out(&self, plan: &Move) -> Result<()> {
-        let log = self.log(plan);
-        self.take_steps(plan)?;
-        if log.is_some() {
-            self.remember(plan.request);
+    fn carry_out(&self, mut plan: Move) -> Result<()> {
+        let _turn = self.moves.turn.lock().unwrap_or_else(|e| e.into_inner());
+        let log = self.log(&plan);
+        match self.take_steps(&mut plan) {
+            Ok(()) => {
+                if log.is_some() {
+                    self.remember(plan.request);
+                }
+                Ok(())
+            }
+            // Nothing moved.
+            Err(error) if !plan.progress.began => Err(error),
+            Err(error) => {
+                self.warn(format!("a move of names goes on as soon as the store answers: {error}"));
+                plan.progress.untidy = true;
+                self.moves().unfinished.push((plan, log));
+                Err(error)
+            }
         }
-        Ok(())
     }
 
     /// Writes a plan down for the next server, until what is returned is dropped. Without room for it the move goes on
@@ -152,37 +321,12 @@ impl FileSystem {
         }
     }
 
-    fn take_steps(&self, plan: &Move) -> Result<()> {
-        for (from, to) in &plan.trees {
-            let tree = self.staging.tree(from);
-            let names = if tree.is_empty() { Vec::new() } else { self.names_below(&format!("{from}/"))? };
-            for staged in tree {
-                // Replaced or removed elsewhere: the store leads to what is there now.
-                if staged.is_superseded(&names) {
-                    self.staging.detach(&staged);
-                    continue;
-                }
-                // Of two directories that change places all files are published: the store leads to them.
-                if plan.trees.len() > 1 && staged.published().is_some() {
-                    self.staging.detach(&staged);
-                    continue;
-                }
-                let mut target = staged.state().target.clone();
-                target.directory = format!("{to}{}", target.directory.get(from.len()..).unwrap_or_default());
-                let target = Target::new(&target.directory, &target.component);
-                // The version before is moved with the names, and its name is noted with the new path.
-                let replaces = staged.state().replaces.clone();
-                let replaces_there = replaces.clone().map(|(name, object)| match is_inside(&name, from) {
-                    true => (format!("{to}{}", name.get(from.len()..).unwrap_or_default()), object),
-                    false => (name, object),
-                });
-                staged.state().replaces = replaces_there;
-                if let Err(error) = self.move_staged(&staged, target) {
-                    staged.state().replaces = replaces;
-                    return Err(error);
-                }
-            }
+    fn take_steps(&self, plan: &mut Move) -> Result<()> {
+        if plan.progress.own && plan.progress.began {
+            // Directories may have come since.
+            self.plan_directories(plan);
         }
+        self.move_staged_files(plan)?;
         self.move_names(plan)?;
         self.folders.set(&plan.folders);
         for (name, number) in &plan.numbers {
@@ -192,37 +336,115 @@ impl FileSystem {
         Ok(())
     }
 
-    fn move_names(&self, plan: &Move) -> Result<()> {
-        let _naming = self.naming();
-        let mut now: HashMap<String, ObjectId> = HashMap::new();
-        if plan.trees.is_empty() {
-            let names: Vec<&str> = plan.names.iter().map(|(old, ..)| old.as_str()).collect();
-            now.extend(self.pointees(&names)?);
-        }
-        for directory in plan.trees.iter().flat_map(|(from, to)| [from, to]) {
-            now.extend(self.names_below(&format!("{directory}/"))?);
-        }
-        let planned: HashSet<ObjectId> = plan.names.iter().map(|(_, _, object)| ObjectId(*object)).collect();
-        let new: HashSet<&str> = plan.names.iter().map(|(_, new, _)| new.as_str()).collect();
-        // New names first: a server that is killed here leaves an object with a name too many, or one whose name is in
-        // the plan, and not one that nothing leads to.
-        for (old, new, object) in &plan.names {
-            let object = ObjectId(*object);
-            let object = match now.get(old) {
-                // Somebody else has saved it meanwhile.
-                Some(newer) if !planned.contains(newer) => *newer,
-                Some(_) => object,
-                // A former server came further, or somebody has removed it.
-                None => continue,
-            };
-            if now.get(new) != Some(&object) {
-                self.put_name(new, object)?;
+    fn move_staged_files(&self, plan: &mut Move) -> Result<()> {
+        // Of two directories that change places: before those of one are in the other.
+        let trees: Vec<_> = plan.trees.iter().map(|(from, to)| (from, to, self.staging.tree(from))).collect();
+        let exchange = trees.len() > 1;
+        for (from, to, tree) in trees {
+            let names = if tree.is_empty() { Vec::new() } else { self.names_below(&format!("{from}/"))? };
+            for staged in tree {
+                if plan.progress.staged.contains(&staged.ino()) {
+                    continue;
+                }
+                // Replaced or removed elsewhere: the store leads to what is there now.
+                if staged.is_superseded(&names) {
+                    self.staging.detach(&staged);
+                    continue;
+                }
+                // Of two directories that change places all files are published: the store leads to them.
+                if exchange && staged.published().is_some() {
+                    self.staging.detach(&staged);
+                    continue;
+                }
+                let target = staged.state().target.clone();
+                let target = Target::new(&moved(&target.directory, from, to), &target.component);
+                // The version before is moved with the names, and its name is noted with the new path.
+                let replaces = staged.state().replaces.clone();
+                let replaces_there = replaces.clone().map(|(name, object)| match is_inside(&name, from) {
+                    true => (moved(&name, from, to), object),
+                    false => (name, object),
+                });
+                staged.state().replaces = replaces_there;
+                plan.progress.began = true;
+                if let Err(error) = self.move_staged(&staged, target) {
+                    staged.state().replaces = replaces;
+                    return Err(error);
+                }
+                plan.progress.staged.insert(staged.ino());
             }
         }
-        for (old, ..) in plan.names.iter().filter(|(old, ..)| !new.contains(old.as_str()) && now.contains_key(old)) {
-            self.store.drop_name(old)?;
+        Ok(())
+    }
+
+    fn move_names(&self, plan: &mut Move) -> Result<()> {
+        let Move { trees, names, progress, .. } = plan;
+        let _naming = self.naming();
+        let mut now: HashMap<String, ObjectId> = HashMap::new();
+        if trees.is_empty() {
+            let names: Vec<&str> = names.iter().map(|(old, ..)| old.as_str()).collect();
+            now.extend(self.pointees(&names)?);
         }
-        if self.is_shared()? {
+        for directory in trees.iter().flat_map(|(from, to)| [from, to]) {
+            now.extend(self.names_below(&format!("{directory}/"))?);
+        }
+        let planned: HashSet<ObjectId> = names.iter().map(|(_, _, object)| ObjectId(*object)).collect();
+        let [old_names, new_names]: [HashSet<&str>; 2] = [
+            names.iter().map(|(old, ..)| old.as_str()).collect(),
+            names.iter().map(|(_, new, _)| new.as_str()).collect(),
+        ];
+        let mut dropped: HashSet<&str> =
+            old_names.difference(&new_names).copied().filter(|name| now.contains_key(*name)).collect();
+        let mut replaced = Vec::new();
+        // New names first: a server that is killed here leaves an object with a name too many, or one whose name is in
+        // the plan, and not one that nothing leads to.
+        for (old, new, object) in names.iter() {
+            let object = ObjectId(*object);
+            let there = now.get(new).copied();
+            let object = match now.get(old) {
+                // Somebody else has saved it meanwhile.
+                Some(newer) if !planned.contains(newer) && !progress.placed.contains(old) => *newer,
+                _ if progress.placed.contains(new) => continue,
+                Some(_) => object,
+                // What it led to went from there when another object was put in its place.
+                None if progress.placed.contains(old) => object,
+                // A former server came further, or somebody has removed it: then what is at the new name goes, too, if it
+                // leaves for another one.
+                None => {
+                    let leaves = there.is_some_and(|there| there != object && planned.contains(&there));
+                    if leaves && old_names.contains(new.as_str()) {
+                        dropped.insert(new);
+                    }
+                    continue;
+                }
+            };
+            if there != Some(object) {
+                let foreign = there.filter(|there| !planned.contains(there));
+                self.suspect(foreign.as_slice());
+                progress.began = true;
+                match self.put_name(new, object) {
+                    Ok(()) => replaced.extend(foreign),
+                    // A name that has outlived its object stays where it is.
+                    Err(error) if error.kind() == Kind::NotFound => {
+                        self.warn(format!("{old:?} is not moved: {error}"));
+                        dropped.remove(old.as_str());
+                        continue;
+                    }
+                    Err(error) => {
+                        if !is_clear(&error) {
+                            self.leave_open(foreign.into_iter().chain([object]));
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            progress.placed.insert(new.clone());
+        }
+        for name in dropped {
+            progress.began = true;
+            self.store.drop_name(name)?;
+        }
+        replaced.into_iter().for_each(|object| self.delete_unnamed(object));
+        if progress.untidy || self.is_shared()? {
             // A save on another instance that has replaced one under its new name left it to the old one.
             planned.into_iter().for_each(|object| self.delete_unnamed(object));
         }
@@ -234,7 +456,7 @@ impl FileSystem {
     pub(super) fn finish_moves(&self, logs: Vec<MemoryFile>, notes: &[(String, String)]) {
         self.moves().done.extend(notes.iter().filter_map(|(key, _)| key.strip_prefix(DONE)?.parse::<u64>().ok()));
         for log in logs {
-            let plan = match read(&log) {
+            let mut plan = match read(&log) {
                 Ok(plan) => plan,
                 Err(error) => {
                     self.warn(format!("a move of names that a former server began is not known: {error}"));
@@ -244,15 +466,21 @@ impl FileSystem {
             if self.moves().done.contains(&plan.request) {
                 continue;
             }
-            match self.take_steps(&plan) {
+            match self.take_steps(&mut plan) {
                 Ok(()) => self.remember(plan.request),
                 Err(error) => {
                     self.warn(format!("a move of names that a former server began is not finished yet: {error}"));
-                    self.moves().unfinished.push((plan, log));
+                    plan.progress.untidy = true;
+                    self.moves().unfinished.push((plan, Some(log)));
                 }
             }
         }
     }
+}
+
+/// What a name in a directory is called when that one is.
+fn moved(name: &str, from: &str, to: &str) -> String {
+    format!("{to}{}", name.get(from.len()..).unwrap_or_default())
 }
 
 fn read(log: &MemoryFile) -> Result<Move> {

@@ -98,6 +98,8 @@ impl FileSystem {
 
     /// Publishes if something changed since the last time.
     pub(super) fn publish_changed(&self, staged: &Arc<Staged>, unfinished: Unfinished) -> Result<()> {
+        let target = staged.state().target.clone();
+        self.finish_unfinished(&[&target.folder, target.dataset()])?;
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
         if staged.state().detached {
             return Ok(());
@@ -352,6 +354,7 @@ impl FileSystem {
         view: &ViewNode,
         mut attributes: FileAttributes,
     ) -> Result<()> {
+        self.finish_unfinished(&[&view.name])?;
         // The copy is a new object with a new creation time; the file's time of change is the old one.
         attributes.mtime = attributes.mtime.or(Some(to_nanos(view.summary.created)));
         let copy = self.with_attributes(&view.name, view.object, &attributes)?;

@@ -45,7 +45,8 @@ impl FileSystem {
     /// # Errors
     /// What the store answers; what was not settled is looked at again by the next call.
     pub fn reclaim(&self) -> Result<usize> {
-        let finished = self.finish_changes(None);
+        let moved = self.finish_all_moves();
+        let finished = self.finish_changes(None).and(moved);
         let Some(journal) = self.store.journal() else { return finished.map(|()| 0) };
         let looked_at = self.reclaim_known(journal)?;
         // This takes longer, and is seldom needed.
@@ -55,7 +56,7 @@ impl FileSystem {
 
     /// Whether there is something that only [`FileSystem::reclaim`] will remove, as soon as the store answers.
     pub fn has_unanswered(&self) -> bool {
-        self.store.journal().is_some_and(|journal| !journal.unanswered().is_empty())
+        self.has_unfinished_moves() || self.store.journal().is_some_and(|journal| !journal.unanswered().is_empty())
     }
 
     /// Removes what a former server noted, and what this one could not remove.
@@ -63,7 +64,8 @@ impl FileSystem {
         let suspects = journal.kept();
         // Deletions that wait for readers are no remains.
         let waiting = self.doomed.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        let is_remains = |id: &ObjectId| !waiting.contains(id) && !self.nameless.contains(*id);
+        let moved = self.moved_objects();
+        let is_remains = |id: &ObjectId| !waiting.contains(id) && !moved.contains(id) && !self.nameless.contains(*id);
         let mut suspects: Vec<ObjectId> = suspects.into_iter().filter(is_remains).collect();
         if suspects.is_empty() {
             return Ok(0);

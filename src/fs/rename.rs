@@ -14,7 +14,15 @@ use crate::vineyard::ObjectId;
 use crate::vineyard::store::NameQuery;
 
 impl FileSystem {
+    /// What is about to be changed. Moves that have to do with it and could not be finished are finished.
     fn target(&self, parent: u64, name: &OsStr) -> Result<Target> {
+        let target = self.place(parent, name)?;
+        self.finish_unfinished(&[&target.folder, target.dataset()])?;
+        // Its directory may have moved by that.
+        self.place(parent, name)
+    }
+
+    fn place(&self, parent: u64, name: &OsStr) -> Result<Target> {
         Ok(Target::new(&self.directory_name(parent)?, name::component(name)?))
     }
 
@@ -177,8 +185,11 @@ impl FileSystem {
         if let Some(done) = self.resume_move(caller) {
             return done;
         }
-        let from = self.target(parent, name)?;
-        let to = self.target(new_parent, new_name)?;
+        let (from, to) = (self.place(parent, name)?, self.place(new_parent, new_name)?);
+        if self.finish_same(&from, &to, flags & libc::RENAME_EXCHANGE != 0)? {
+            return Ok(());
+        }
+        let (from, to) = (self.place(parent, name)?, self.place(new_parent, new_name)?);
         check_new(&to)?;
         // Names below a directory move with it.
         self.finish_changes(None)?;

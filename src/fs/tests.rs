@@ -6,6 +6,7 @@ mod formers;
 mod held;
 mod kills;
 mod model;
+mod moves;
 mod names;
 mod opens;
 mod others;
