@@ -42,6 +42,7 @@ mod summaries;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
+mod trees;
 mod write;
 
 use std::collections::{HashMap, HashSet};
@@ -218,6 +219,7 @@ pub struct FileSystem {
     retries: retry::Retries,
     folders: folders::Folders,
     moves: moves::Moves,
+    trees: trees::Trees,
     changing: formers::Unfinished,
     /// Objects that open handles read from the blobs, with the number of handles.
     lazy_opens: Mutex<HashMap<ObjectId, u64>>,
@@ -280,6 +282,7 @@ impl FileSystem {
             retries: retry::Retries::default(),
             folders: folders::Folders::new(host.clone()),
             moves: moves::Moves::default(),
+            trees: trees::Trees::default(),
             changing: formers::Unfinished::default(),
             lazy_opens: Mutex::default(),
             doomed: Mutex::default(),

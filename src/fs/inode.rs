@@ -197,6 +197,15 @@ impl Inodes {
         number
     }
 
+    /// Names of the directories that the kernel knows, of one and all below it.
+    pub fn directories_inside(&self, top: &str) -> Vec<String> {
+        let name_of = |inode: &Arc<Inode>| match &inode.node {
+            Node::Directory { name } if name::is_inside(name, top) => Some(name.clone()),
+            _ => None,
+        };
+        self.table().values().filter_map(name_of).collect()
+    }
+
     /// The kernel has forgotten the directory of a name and a number. Forgets the numbers of names that have numbers of
     /// their own and need none: this name's, and that of the name which the number was made of, where `exists` denies that
     /// there is a directory, and the kernel knows none of the number that the name has by itself. Returns those names.

@@ -9,7 +9,11 @@
 //! the plan alone knows what some names led to: it is kept, and what is missing is done before anything else changes a name
 //! of those directories, or by housekeeping as soon as the store answers ([`FileSystem::finish_unfinished`]).
 //!
-//! Locks are taken in this order: the turn to take steps, `publishing` of a staged file, the one on names.
+//! Whoever changes names below a directory waits until it has moved (see `trees`). What another mount has put there
+//! meanwhile, or who opened a file for writing before, is looked for when the rest has moved.
+//!
+//! Locks are taken in this order: the turn of `trees`, the one to take steps, `publishing` of a staged file, the one on
+//! names.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::ffi::OsStr;
@@ -29,6 +33,8 @@ use crate::vineyard::ObjectId;
 
 /// What the host's texts of finished moves begin with.
 const DONE: &str = "moved:";
+/// How often it is looked again for what came to the old name of a directory.
+const LOOKS: usize = 3;
 /// Finished moves that are remembered: more than a server answers at the same time.
 const REMEMBERED: usize = 64;
 
@@ -61,6 +67,8 @@ struct Progress {
     placed: HashSet<String>,
     /// Inode numbers of staged files that have their new paths.
     staged: HashSet<u64>,
+    /// Names that stay where they are.
+    staying: HashSet<String>,
     /// It was interrupted, or something came meanwhile: objects may have lost their last name.
     untidy: bool,
 }
@@ -326,14 +334,60 @@ impl FileSystem {
             // Directories may have come since.
             self.plan_directories(plan);
         }
-        self.move_staged_files(plan)?;
-        self.move_names(plan)?;
+        for _ in 0..LOOKS {
+            self.move_staged_files(plan)?;
+            self.move_names(plan)?;
+            if !self.plan_late(plan)? {
+                break;
+            }
+        }
+        if plan.progress.own {
+            let trees: Vec<(&str, &str)> = plan.trees.iter().map(|(from, to)| (from.as_str(), to.as_str())).collect();
+            plan.folders = self.folders.plan_moves(&trees);
+        }
+        self.plan_late_numbers(plan);
         self.folders.set(&plan.folders);
         for (name, number) in &plan.numbers {
             self.folders.keep_number(name, Some(*number));
         }
         self.inodes.set_directories(&plan.numbers);
         Ok(())
+    }
+
+    /// Plans to move what came to the old name of a directory meanwhile. False if there is nothing. Of two directories that
+    /// change places nothing tells what came from what has moved there.
+    fn plan_late(&self, plan: &mut Move) -> Result<bool> {
+        let Move { trees, names, progress, .. } = plan;
+        let [(from, to)] = trees.as_slice() else { return Ok(false) };
+        let mut late = self.names_below(&format!("{from}/"))?;
+        late.retain(|(name, _)| !progress.staying.contains(name));
+        if late.is_empty() {
+            return Ok(!self.staging.tree(from).is_empty());
+        }
+        progress.untidy = true;
+        let again: HashSet<&str> = late.iter().map(|(name, _)| name.as_str()).collect();
+        names.retain(|(old, ..)| !again.contains(old.as_str()));
+        for (name, object) in late {
+            let new = moved(&name, from, to);
+            progress.placed.remove(&new);
+            names.push((name, new, object.0));
+        }
+        Ok(true)
+    }
+
+    /// Directories that the kernel has heard of since their numbers were planned keep theirs, too.
+    fn plan_late_numbers(&self, plan: &mut Move) {
+        let planned: HashSet<String> = plan.numbers.iter().map(|(name, _)| name.clone()).collect();
+        let numbers: HashSet<u64> = plan.numbers.iter().map(|(_, number)| *number).collect();
+        let mut late = Vec::new();
+        for (from, to) in &plan.trees {
+            let unknown = self.inodes.directories_inside(from).into_iter();
+            let unknown = unknown.filter(|name| !numbers.contains(&self.inodes.directory(name)));
+            late.extend(unknown.map(|name| (moved(&name, from, to), name)));
+        }
+        let new: HashSet<&str> = late.iter().map(|(new, _)| new.as_str()).collect();
+        let more = self.inodes.plan_directories(&late).into_iter();
+        plan.numbers.extend(more.filter(|(name, _)| new.contains(name.as_str()) || !planned.contains(name)));
     }
 
     fn move_staged_files(&self, plan: &mut Move) -> Result<()> {
@@ -343,7 +397,7 @@ impl FileSystem {
         for (from, to, tree) in trees {
             let names = if tree.is_empty() { Vec::new() } else { self.names_below(&format!("{from}/"))? };
             for staged in tree {
-                if plan.progress.staged.contains(&staged.ino()) {
+                if exchange && plan.progress.staged.contains(&staged.ino()) {
                     continue;
                 }
                 // Replaced or removed elsewhere: the store leads to what is there now.
@@ -427,6 +481,7 @@ impl FileSystem {
                     Err(error) if error.kind() == Kind::NotFound => {
                         self.warn(format!("{old:?} is not moved: {error}"));
                         dropped.remove(old.as_str());
+                        progress.staying.insert(old.clone());
                         continue;
                     }
                     Err(error) => {

@@ -7,6 +7,7 @@ use super::inode::{Node, ViewNode};
 use super::publish::Unfinished;
 use super::resolve::{Found, Target, check_new};
 use super::staging::Staged;
+use super::trees::Turn;
 use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
@@ -14,12 +15,14 @@ use crate::vineyard::ObjectId;
 use crate::vineyard::store::NameQuery;
 
 impl FileSystem {
-    /// What is about to be changed. Moves that have to do with it and could not be finished are finished.
-    fn target(&self, parent: u64, name: &OsStr) -> Result<Target> {
+    /// What is about to be changed, and the turn to do so. Moves that have to do with it and could not be finished are
+    /// finished.
+    fn target(&self, parent: u64, name: &OsStr) -> Result<(Turn<'_>, Target)> {
         let target = self.place(parent, name)?;
         self.finish_unfinished(&[&target.folder, target.dataset()])?;
         // Its directory may have moved by that.
-        self.place(parent, name)
+        let (turn, directory) = self.enter_directory(parent)?;
+        Ok((turn, Target::new(&directory, name::component(name)?)))
     }
 
     fn place(&self, parent: u64, name: &OsStr) -> Result<Target> {
@@ -32,7 +35,7 @@ impl FileSystem {
     /// `Exists`; `ReadOnly`.
     pub fn mkdir(&self, parent: u64, name: &OsStr, mode: u32, umask: u32, caller: Caller) -> Result<Entry> {
         self.writable()?;
-        let target = self.target(parent, name)?;
+        let (_turn, target) = self.target(parent, name)?;
         check_new(&target)?;
         match self.resolve(&target, caller.pid)? {
             Some(Found::Directory { name }) if caller.resent => return self.enter(&target, Found::Directory { name }),
@@ -54,7 +57,7 @@ impl FileSystem {
     /// `NotEmpty`, `NotFound`, `NotDirectory`.
     pub fn rmdir(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<()> {
         self.writable()?;
-        let target = self.target(parent, name)?;
+        let (_turn, target) = self.target(parent, name)?;
         match self.resolve(&target, caller.pid)? {
             Some(Found::Directory { name }) => {
                 if !self.is_empty_directory(&name)? {
@@ -91,7 +94,7 @@ impl FileSystem {
     /// `NotFound`, `IsDirectory`, what the store answers.
     pub fn unlink(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<()> {
         self.writable()?;
-        let target = self.target(parent, name)?;
+        let (_turn, target) = self.target(parent, name)?;
         self.finish_changes(Some(&[&target.plain, target.dataset()]))?;
         let found = self.resolve(&target, 0)?;
         self.ending_displaced(&target.path(), || match found {
@@ -185,11 +188,30 @@ impl FileSystem {
         if let Some(done) = self.resume_move(caller) {
             return done;
         }
-        let (from, to) = (self.place(parent, name)?, self.place(new_parent, new_name)?);
+        let places = || -> Result<_> { Ok((self.place(parent, name)?, self.place(new_parent, new_name)?)) };
+        let (from, to) = places()?;
         if self.finish_same(&from, &to, flags & libc::RENAME_EXCHANGE != 0)? {
             return Ok(());
         }
-        let (from, to) = (self.place(parent, name)?, self.place(new_parent, new_name)?);
+        // Most often it is a file.
+        let mut moves = false;
+        loop {
+            let (from, to) = places()?;
+            let trees = [from.folder.as_str(), to.folder.as_str()];
+            let _turn = self.trees.enter(&[&from.directory, &to.directory], if moves { &trees } else { &[] });
+            let (from_now, to_now) = places()?;
+            if (from_now.path(), to_now.path()) != (from.path(), to.path()) {
+                continue;
+            }
+            if self.rename_in_turn(from_now, to_now, flags, caller, moves)? {
+                return Ok(());
+            }
+            moves = true;
+        }
+    }
+
+    /// False, and nothing is done, if that moves directories, and it is not the turn for that.
+    fn rename_in_turn(&self, from: Target, to: Target, flags: u32, caller: Caller, moves: bool) -> Result<bool> {
         check_new(&to)?;
         // Names below a directory move with it.
         self.finish_changes(None)?;
@@ -197,17 +219,20 @@ impl FileSystem {
         let there = self.resolve(&to, 0)?;
         let Some(source) = source else {
             let done = caller.resent && there.is_some();
-            return if done { Ok(()) } else { Err(Error::not_found("no such file")) };
+            return if done { Ok(true) } else { Err(Error::not_found("no such file")) };
         };
+        if !moves && matches!(source, Found::Directory { .. }) {
+            return Ok(false);
+        }
         if flags & libc::RENAME_EXCHANGE != 0 {
             let there = there.ok_or_else(|| Error::not_found("nothing to exchange with"))?;
-            return self.exchange(&from, source, &to, there, caller);
+            return self.exchange(&from, source, &to, there, caller).map(|()| true);
         }
         if flags & !libc::RENAME_NOREPLACE != 0 {
             return Err(Error::new(Kind::Invalid, "unknown rename flags"));
         }
         if from.path() == to.path() {
-            return Ok(());
+            return Ok(true);
         }
         // A former server may have given a file its new name, and not taken the old one.
         let same = there.as_ref().and_then(Found::object).is_some_and(|object| source.object() == Some(object));
@@ -242,7 +267,7 @@ impl FileSystem {
         self.folders.touch(&from.directory);
         self.folders.touch(&new_directory);
         self.note_change();
-        Ok(())
+        Ok(true)
     }
 
     fn rename_directory(&self, from: &str, to: &Target, there: Option<Found>, caller: Caller) -> Result<()> {

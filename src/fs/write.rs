@@ -43,7 +43,7 @@ impl FileSystem {
     ) -> Result<(Entry, Opened)> {
         self.writable()?;
         self.follow_store()?;
-        let directory = self.directory_name(parent)?;
+        let (_turn, directory) = self.enter_directory(parent)?;
         let target = Target::new(&directory, name::component(name)?);
         check_new(&target)?;
         let mode = (mode & !umask & 0o7777) as u16;

@@ -110,6 +110,11 @@ impl FakeStore {
         self.lock().failures.insert(op, (calls, kind));
     }
 
+    /// Does something right before the next call of `op`, which waits for it.
+    pub fn before_next(&self, op: Op, act: impl FnOnce() + Send + 'static) {
+        self.lock().before.insert(op, Box::new(act));
+    }
+
     /// From now on the caller lives for so many steps, as if it were killed then: every call that changes something is
     /// one, and those after the last change nothing. `None` lets it live.
     pub fn die_after(&self, steps: Option<usize>) {
@@ -199,6 +204,10 @@ impl FakeStore {
 
     /// Counts the call and fails it if it was asked to.
     fn enter(&self, op: Op) -> Result<MutexGuard<'_, State>> {
+        let before = self.lock().before.remove(&op);
+        if let Some(act) = before {
+            act();
+        }
         let mut state = self.lock();
         *state.calls.entry(op).or_default() += 1;
         let changes = !matches!(

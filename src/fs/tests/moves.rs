@@ -166,3 +166,70 @@ fn a_name_without_an_object_does_not_keep_a_directory_from_moving() {
     assert_eq!(bed.list("c/sub").len(), 4);
     assert!(!bed.fs.has_unanswered());
 }
+
+/// Does something in the directory `d/sub`, of which the inode number is given, when the first of its names is about to
+/// move as that of `d`, which is renamed to `e`. Returns what is below afterwards.
+fn meanwhile(act: impl FnOnce(&Bed, u64) + Send) -> (Bed, Vec<String>) {
+    let bed = alone();
+    for i in 0..3 {
+        bed.put_tensor(&format!("d/sub/t{i}"), &[f64::from(i)]);
+    }
+    let number = bed.lookup("d/sub", ME).unwrap().attr.ino;
+    let (begins, began) = std::sync::mpsc::channel();
+    bed.store.before_next(Op::PutName, move || {
+        begins.send(()).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+    });
+    std::thread::scope(|scope| {
+        let bed = &bed;
+        scope.spawn(move || {
+            began.recv().unwrap();
+            act(bed, number);
+        });
+        rename(bed, "d", "e", 0).unwrap();
+    });
+    assert_eq!(bed.list(""), ["e"]);
+    let listed = bed.list("e/sub");
+    (bed, listed)
+}
+
+fn save_in(bed: &Bed, directory: u64, name: &str) {
+    let flags = libc::O_WRONLY | libc::O_CREAT;
+    let (entry, opened) = bed.fs.create(directory, OsStr::new(name), 0o644, 0, flags, OTHER).unwrap();
+    bed.write((entry.attr.ino, opened), 0, name.as_bytes());
+    bed.fs.flush(entry.attr.ino, opened.fh, OTHER).unwrap();
+    bed.fs.release(entry.attr.ino, opened.fh);
+}
+
+#[test]
+fn what_is_created_in_a_directory_that_moves_is_in_it_afterwards() {
+    let (bed, listed) = meanwhile(|bed, directory| save_in(bed, directory, "new.bin"));
+    assert_eq!(listed, ["new.bin", "t0.npy", "t1.npy", "t2.npy"]);
+    assert_eq!(bed.load("e/sub/new.bin").unwrap(), b"new.bin");
+}
+
+#[test]
+fn what_is_removed_from_a_directory_that_moves_is_gone_afterwards() {
+    let (bed, listed) = meanwhile(|bed, directory| bed.fs.unlink(directory, OsStr::new("t1.npy"), OTHER).unwrap());
+    assert_eq!((listed, bed.store.object_count()), (vec!["t0.npy".to_owned(), "t2.npy".to_owned()], 2));
+}
+
+#[test]
+fn what_is_renamed_made_and_removed_in_a_directory_that_moves_is_so_afterwards() {
+    let (_, listed) = meanwhile(|bed, directory| {
+        bed.fs.rename(directory, OsStr::new("t1.npy"), directory, OsStr::new("u.npy"), 0, OTHER).unwrap();
+        bed.fs.mkdir(directory, OsStr::new("made"), 0o755, 0, OTHER).unwrap();
+        bed.fs.mkdir(directory, OsStr::new("gone"), 0o755, 0, OTHER).unwrap();
+        bed.fs.rmdir(directory, OsStr::new("gone"), OTHER).unwrap();
+    });
+    assert_eq!(listed, ["made", "t0.npy", "t2.npy", "u.npy"]);
+}
+
+#[test]
+fn what_another_mount_saves_in_a_directory_that_moves_moves_with_it() {
+    let (bed, listed) = meanwhile(|bed, _| {
+        bed.put_tensor("d/sub/other", &[7.0]);
+    });
+    assert_eq!(listed, ["other.npy", "t0.npy", "t1.npy", "t2.npy"]);
+    assert_eq!(bed.store.object_count(), 4);
+}

@@ -32,6 +32,8 @@ pub(super) struct State {
     pub(super) late: Option<Late>,
     pub(super) put_later: Vec<(String, ObjectId)>,
     pub(super) calls: HashMap<Op, u64>,
+    /// What is done before the next call of an operation.
+    pub(super) before: HashMap<Op, Box<dyn FnOnce() + Send>>,
     /// Steps until the caller is dead; none if it lives.
     pub(super) steps: Option<usize>,
 }
