@@ -15,7 +15,7 @@ use super::host::{Area, Host, HostFile, Serving};
 use super::inode::ViewNode;
 use super::objects::Summary;
 use super::publish::{MappedFile, Unfinished, format_of, verdict};
-use super::resolve::{Found, Target, suffix};
+use super::resolve::{Found, Target, Vacancy, suffix};
 use super::{FileSystem, Options, name};
 use crate::dataset::FileAttributes;
 use crate::dataset::publish::Staged as StagedBytes;
@@ -307,11 +307,12 @@ impl FileSystem {
     /// # Errors
     /// `Exists`; `Invalid` for an empty or unfinished file under a view's extension; `Full`; what the store answers.
     pub fn save(&self, path: &str, file: &File, attributes: FileAttributes, replace: bool) -> Result<Named> {
-        let target = target(path);
+        let mut target = target(path);
         name::component(OsStr::new(&target.component))?;
         if target.component.is_empty() {
             return Err(Error::new(Kind::Invalid, "a file needs a name"));
         }
+        target.vacancy = Vacancy::demanded(!replace);
         let bytes = MappedFile::map(file, file.metadata()?.len())?;
         let format = target.view.as_ref().map_or(Written::Plain, |(_, view)| format_of(*view));
         let Some(format) = verdict(bytes.as_slice(), format, Unfinished::Publish) else {
@@ -360,11 +361,12 @@ impl FileSystem {
     /// # Errors
     /// `Exists`; `Invalid` for the extension of a view that the dataset does not have; what the store answers.
     pub fn change_name(&self, from: &Named, path: &str, replace: bool) -> Result<Named> {
-        let to = target(path);
+        let mut to = target(path);
         name::component(OsStr::new(&to.component))?;
         if to.component.is_empty() {
             return Err(Error::new(Kind::Invalid, "a dataset needs a name"));
         }
+        to.vacancy = Vacancy::demanded(!replace);
         let Some(summary) = &from.summary else { return Err(from.shown().err().unwrap_or_else(|| exists(path))) };
         let plain = summary.listed == View::Raw;
         let name = match &to.view {
@@ -401,7 +403,7 @@ impl FileSystem {
                 self.staging.detach(&staged);
             }
         } else {
-            self.point_name(&name, from.object, &path_names)?;
+            self.point_vacant(&name, from.object, &path_names, &to.vacancy)?;
             self.remove_version(&from.name, from.object)?;
         }
         self.find(path)?.ok_or_else(|| Error::stale(format!("{path:?} was removed meanwhile")))

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::inode::{Inode, Node, ViewNode};
 use super::naming::is_clear;
-use super::resolve::Target;
+use super::resolve::{Target, Vacancy};
 use super::staging::Staged;
 use super::{Caller, FileSystem, Handle};
 use crate::dataset::attributes::ATTRIBUTES_KEY;
@@ -223,7 +223,8 @@ impl FileSystem {
     /// Lets a path lead to a new object, and removes what it led to before. Returns the name that was used.
     ///
     /// A path replaces what it showed and nothing else: where the dataset of its stem has no view of this format, as a
-    /// table beside which a `.pkl` is saved, the object gets the whole file name as its own.
+    /// table beside which a `.pkl` is saved, the object gets the whole file name as its own. `Exists` if it may not replace
+    /// anything, and would.
     pub(super) fn point_path(&self, target: &Target, native: bool, object: ObjectId) -> Result<String> {
         let _unit = self.unit();
         let _naming = self.naming();
@@ -253,16 +254,39 @@ impl FileSystem {
             }
             there = Some(old);
         }
-        self.point_locked(&name, object, &replaced, there)?;
+        self.point_locked(&name, object, &replaced, there, &target.vacancy)?;
         Ok(name)
     }
 
-    /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
+    /// As [`FileSystem::point_vacant`], whatever is there.
+    #[cfg(test)]
     pub(super) fn point_name(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
+        self.point_vacant(name, object, path_names, &Vacancy::default())
+    }
+
+    /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
+    /// `Exists` if it may not replace anything, and would.
+    pub(super) fn point_vacant(
+        &self,
+        name: &str,
+        object: ObjectId,
+        path_names: &[&str],
+        vacancy: &Vacancy,
+    ) -> Result<()> {
         let _unit = self.unit();
         let _naming = self.naming();
         self.finish_changes_locked(Some(path_names))?;
-        self.point_locked(name, object, path_names, None)
+        self.point_locked(name, object, path_names, None, vacancy)
+    }
+
+    /// `Exists` if one of these leads to another object than this, which exists.
+    fn check_vacant(&self, there: &[NamedObject], object: ObjectId) -> Result<()> {
+        for (name, other) in there.iter().filter(|(_, other)| *other != object) {
+            if self.objects.summary(&*self.store, *other)?.is_some() {
+                return Err(Error::new(Kind::Exists, format!("{name:?} exists already")));
+            }
+        }
+        Ok(())
     }
 
     /// What names lead to, of those that lead anywhere.
@@ -271,7 +295,7 @@ impl FileSystem {
         Ok(self.store.names(&queries)?.into_iter().flatten().collect())
     }
 
-    /// As [`FileSystem::point_name`], with the lock on names held. `there` is what at least these names led to a moment
+    /// As [`FileSystem::point_vacant`], with the lock on names held. `there` is what at least these names led to a moment
     /// ago.
     fn point_locked(
         &self,
@@ -279,6 +303,7 @@ impl FileSystem {
         object: ObjectId,
         path_names: &[&str],
         there: Option<Vec<NamedObject>>,
+        vacancy: &Vacancy,
     ) -> Result<()> {
         let mut names: Vec<&str> = path_names.to_vec();
         names.push(name);
@@ -293,6 +318,9 @@ impl FileSystem {
             _ => self.pointees(&names),
         };
         let put = old.and_then(|old| {
+            if vacancy.is_demanded() {
+                self.check_vacant(&old, object)?;
+            }
             self.suspect(&old.iter().map(|(_, id)| *id).collect::<Vec<_>>());
             let change = self.begin_change(name, object, &old);
             match self.put_name(name, object) {
@@ -313,6 +341,7 @@ impl FileSystem {
                 return Err(error);
             }
         };
+        vacancy.end();
         self.settle_save(name, saving);
         // From here on the new value is in place; what is left to do must not make the save fail.
         self.end_change(change);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::inode::{Node, ViewNode};
 use super::publish::Unfinished;
-use super::resolve::{Found, Target, check_new};
+use super::resolve::{Found, Target, Vacancy, check_new};
 use super::staging::Staged;
 use super::trees::Turn;
 use super::{Caller, Entry, FileSystem, name};
@@ -245,10 +245,13 @@ impl FileSystem {
             Some(Found::Staged(other)) => Some(other.state().target.dataset().to_owned()),
             _ => None,
         };
-        let to = match replaced {
+        let mut to = match replaced {
             Some(name) => to.of_name(&name),
             None => to,
         };
+        // Another mount may give it to something else before this one does.
+        let vacancy = Vacancy::demanded(flags & libc::RENAME_NOREPLACE != 0 && there.is_none());
+        to.vacancy = vacancy.clone();
         match (source, there) {
             (Found::Directory { name }, there) => self.rename_directory(&name, &to, there, caller)?,
             (_, Some(Found::Directory { .. })) => {
@@ -264,6 +267,8 @@ impl FileSystem {
                 Ok::<(), Error>(())
             })?,
         }
+        // Nothing was published: whoever does so later replaces what is there then.
+        vacancy.end();
         self.folders.touch(&from.directory);
         self.folders.touch(&new_directory);
         self.note_change();

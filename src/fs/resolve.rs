@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::copies::HIDDEN;
@@ -44,6 +45,25 @@ impl Found {
     }
 }
 
+/// Whether a path must lead nowhere when it gets a name: whoever names it looks at that under the lock on names, as others
+/// may have given it one since it was looked up. It holds until it has a name, or is given up, for all clones.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Vacancy(Option<Arc<AtomicBool>>);
+
+impl Vacancy {
+    pub(super) fn demanded(demanded: bool) -> Self {
+        Vacancy(demanded.then(|| Arc::new(AtomicBool::new(true))))
+    }
+
+    pub(super) fn is_demanded(&self) -> bool {
+        self.0.as_ref().is_some_and(|demanded| demanded.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn end(&self) {
+        self.0.iter().for_each(|demanded| demanded.store(false, Ordering::Relaxed));
+    }
+}
+
 /// A path cut into what the name map may know it as.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
@@ -57,6 +77,8 @@ pub(super) struct Target {
     pub folder: String,
     /// The name of the dataset whose view this path is, and the format, if the extension is one of a view.
     pub view: Option<(String, View)>,
+    /// Nothing may be replaced there.
+    pub vacancy: Vacancy,
 }
 
 impl Target {
@@ -72,6 +94,7 @@ impl Target {
             plain: name::join(directory, &name::decode_file(directory, component, "")),
             folder: name::join(directory, &name::decode_folder(directory, component)),
             view,
+            vacancy: Vacancy::default(),
         }
     }
 

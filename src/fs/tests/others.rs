@@ -1,5 +1,8 @@
 //! What other mounts and clients of the same store do meanwhile.
 
+use std::collections::HashSet;
+use std::fs::File;
+
 use super::super::*;
 use super::bed::*;
 use super::*;
@@ -110,4 +113,90 @@ fn nothing_is_made_where_nothing_is_listed() {
     let moved = bed.fs.rename(ROOT, OsStr::new("d"), ROOT, hidden, 0, ME);
     assert_eq!(moved.unwrap_err().kind(), Kind::NotPermitted);
     assert!(names(&store).is_empty());
+}
+
+/// What one mount answers that has found a path free, when another one names it before this one does.
+fn overtaken(
+    made: &[(&str, &[u8])],
+    ask: impl FnOnce(&Bed) -> Result<()> + Send,
+) -> (Result<()>, Vec<String>, Vec<u8>) {
+    let (store, one, other) = two();
+    for (path, bytes) in made {
+        one.save(path, bytes).unwrap();
+    }
+    if made.iter().any(|(path, _)| path.starts_with("forgotten")) {
+        one.forget();
+    }
+    other.save("theirs", b"theirs").unwrap();
+    let answer = std::thread::scope(|scope| {
+        let naming = one.fs.naming();
+        let answer = scope.spawn(|| ask(&one));
+        std::thread::sleep(Duration::from_millis(300));
+        other
+            .fs
+            .rename(ROOT, OsStr::new("theirs"), ROOT, OsStr::new("new.arrow"), libc::RENAME_NOREPLACE, OTHER)
+            .unwrap();
+        drop(naming);
+        answer.join().unwrap()
+    });
+    let bytes = other.load("new.arrow").unwrap();
+    for (path, bytes) in made {
+        assert_eq!(one.load(path).unwrap(), *bytes);
+        assert_eq!(other.load(path).unwrap(), *bytes);
+    }
+    let objects: HashSet<ObjectId> =
+        names(&store).iter().map(|name| one.fs.object_of(name).unwrap().unwrap()).collect();
+    assert_eq!(objects.len(), names(&store).len());
+    (answer, names(&store), bytes)
+}
+
+#[test]
+fn of_two_renames_that_replace_nothing_one_is_refused() {
+    let table = table_file(&[1]);
+    for path in ["mine", "forgotten", "mine.arrow", "forgotten.arrow"] {
+        for bytes in [&b"plain"[..], &table] {
+            let name = OsStr::new(path);
+            let (answer, names, there) = overtaken(&[(path, bytes)], |bed| {
+                bed.fs.rename(ROOT, name, ROOT, OsStr::new("new.arrow"), libc::RENAME_NOREPLACE, ME)
+            });
+            assert_eq!(answer.unwrap_err().kind(), Kind::Exists, "{path}");
+            let own = if bytes == table && path.ends_with(".arrow") { &path[..path.len() - 6] } else { path };
+            assert_eq!(names, [own, "new.arrow"], "{path}");
+            assert_eq!(there, b"theirs", "{path}");
+        }
+    }
+}
+
+#[test]
+fn a_command_that_replaces_nothing_is_refused_what_another_has_named() {
+    let file = File::from(nix::sys::memfd::memfd_create("test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap());
+    std::os::unix::fs::FileExt::write_all_at(&file, &table_file(&[1]), 0).unwrap();
+    let put = |bed: &Bed| bed.fs.save("new.arrow", &file, Default::default(), false).map(drop);
+    let (answer, names, there) = overtaken(&[], put);
+    assert_eq!((answer.unwrap_err().kind(), names), (Kind::Exists, vec!["new.arrow".to_owned()]));
+    assert_eq!(there, b"theirs");
+    for bytes in [&b"plain"[..], &table_file(&[1])] {
+        let mv = |bed: &Bed| {
+            let named = bed.fs.require("forgotten.arrow")?;
+            bed.fs.change_name(&named, "new.arrow", false).map(drop)
+        };
+        let (answer, names, there) = overtaken(&[("forgotten.arrow", bytes)], mv);
+        assert_eq!(answer.unwrap_err().kind(), Kind::Exists);
+        assert_eq!(names, [if bytes == b"plain" { "forgotten.arrow" } else { "forgotten" }, "new.arrow"]);
+        assert_eq!(there, b"theirs");
+    }
+}
+
+#[test]
+fn what_was_renamed_to_a_free_name_is_saved_again_there() {
+    let (_, bed, other) = two();
+    let file = table_file(&[1]);
+    let writer = bed.create("a.tmp", ME).unwrap();
+    bed.write(writer, 0, &file);
+    bed.fs.rename(ROOT, OsStr::new("a.tmp"), ROOT, OsStr::new("b.arrow"), libc::RENAME_NOREPLACE, ME).unwrap();
+    other.save("b.arrow", &table_file(&[2])).unwrap();
+    bed.close(writer, ME).unwrap();
+    assert_eq!(column(&other.load("b.arrow").unwrap()), [1]);
+    bed.save("b.arrow", &table_file(&[3])).unwrap();
+    assert_eq!(column(&other.load("b.arrow").unwrap()), [3]);
 }
