@@ -197,6 +197,15 @@ impl Inodes {
         number
     }
 
+    /// The views that the kernel knows in a directory and all below it, with their numbers.
+    pub fn views_inside(&self, top: &str) -> Vec<(u64, ViewNode)> {
+        let view_of = |inode: &Arc<Inode>| match &inode.node {
+            Node::View(view) if name::is_inside(&view.directory, top) => Some((inode.ino, view.clone())),
+            _ => None,
+        };
+        self.table().values().filter_map(view_of).collect()
+    }
+
     /// Names of the directories that the kernel knows, of one and all below it.
     pub fn directories_inside(&self, top: &str) -> Vec<String> {
         let name_of = |inode: &Arc<Inode>| match &inode.node {

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::folders::Folder;
 use super::host::{Area, MemoryFile};
+use super::inode::ViewNode;
 use super::name::{self, is_inside};
 use super::naming::is_clear;
 use super::resolve::Target;
@@ -351,7 +352,24 @@ impl FileSystem {
             self.folders.keep_number(name, Some(*number));
         }
         self.inodes.set_directories(&plan.numbers);
+        self.move_views(plan);
         Ok(())
+    }
+
+    /// The kernel goes on with the inodes of files below directories that have moved, and may open them for writing: they
+    /// must show by then what they are called.
+    fn move_views(&self, plan: &Move) {
+        let mut views = Vec::new();
+        for (from, to) in &plan.trees {
+            views.extend(self.inodes.views_inside(from).into_iter().map(|(ino, view)| (ino, view, from, to)));
+        }
+        for (ino, view, from, to) in views {
+            let name = if is_inside(&view.name, from) { moved(&view.name, from, to) } else { view.name.clone() };
+            let view = ViewNode { directory: moved(&view.directory, from, to), name, ..view };
+            let path = name::join(&view.directory, &view.component);
+            self.inodes.keep_number(&path, view.object, view.view, ino);
+            self.show_view(ino, view);
+        }
     }
 
     /// Plans to move what came to the old name of a directory meanwhile. False if there is nothing. Of two directories that
@@ -362,7 +380,7 @@ impl FileSystem {
         let mut late = self.names_below(&format!("{from}/"))?;
         late.retain(|(name, _)| !progress.staying.contains(name));
         if late.is_empty() {
-            return Ok(!self.staging.tree(from).is_empty());
+            return Ok(!self.staging.tree(from).is_empty() || !self.staging.reserved_below(from).is_empty());
         }
         progress.untidy = true;
         let again: HashSet<&str> = late.iter().map(|(name, _)| name.as_str()).collect();
@@ -392,7 +410,8 @@ impl FileSystem {
 
     fn move_staged_files(&self, plan: &mut Move) -> Result<()> {
         // Of two directories that change places: before those of one are in the other.
-        let trees: Vec<_> = plan.trees.iter().map(|(from, to)| (from, to, self.staging.tree(from))).collect();
+        let staged_below = |top: &str| [self.staging.tree(top), self.staging.reserved_below(top)].concat();
+        let trees: Vec<_> = plan.trees.iter().map(|(from, to)| (from, to, staged_below(from))).collect();
         let exchange = trees.len() > 1;
         for (from, to, tree) in trees {
             let names = if tree.is_empty() { Vec::new() } else { self.names_below(&format!("{from}/"))? };
@@ -420,6 +439,10 @@ impl FileSystem {
                 });
                 staged.state().replaces = replaces_there;
                 plan.progress.began = true;
+                if self.staging.move_reserved(&staged, &target) {
+                    plan.progress.staged.insert(staged.ino());
+                    continue;
+                }
                 if let Err(error) = self.move_staged(&staged, target) {
                     staged.state().replaces = replaces;
                     return Err(error);

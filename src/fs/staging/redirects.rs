@@ -7,6 +7,8 @@ use std::time::Instant;
 use super::{REDIRECT, Staged, Staging, State};
 use crate::error::Result;
 use crate::fs::Caller;
+use crate::fs::name::is_inside;
+use crate::fs::resolve::Target;
 use crate::sync::MutexGuard;
 use crate::vineyard::ObjectId;
 
@@ -120,6 +122,23 @@ impl Staging {
             };
             self.place(path, staged);
         }
+    }
+
+    /// Files whose writers have not come yet, anywhere below a directory.
+    pub(in crate::fs) fn reserved_below(&self, directory: &str) -> Vec<Arc<Staged>> {
+        let inside = |staged: &Arc<Staged>| is_inside(&staged.state().target.directory, directory);
+        self.reserved().iter().map(|(.., staged)| staged.clone()).filter(inside).collect()
+    }
+
+    /// Moves a file whose writer has not come yet to another path, where that finds it. False if it does not wait for one.
+    pub(in crate::fs) fn move_reserved(&self, staged: &Arc<Staged>, target: &Target) -> bool {
+        let mut reserved = self.reserved();
+        let Some(entry) = reserved.iter_mut().find(|(.., other)| Arc::ptr_eq(other, staged)) else { return false };
+        entry.0 = target.path();
+        staged.state().target = target.clone();
+        drop(reserved);
+        crate::fs::adopt::note_staged(staged);
+        true
     }
 
     fn redirects(&self) -> MutexGuard<'_, HashMap<(String, u32), Redirect>> {

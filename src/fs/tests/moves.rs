@@ -233,3 +233,37 @@ fn what_another_mount_saves_in_a_directory_that_moves_moves_with_it() {
     assert_eq!(listed, ["other.npy", "t0.npy", "t1.npy", "t2.npy"]);
     assert_eq!(bed.store.object_count(), 4);
 }
+
+#[test]
+fn a_file_that_was_looked_up_before_its_directory_moved_is_written_there() {
+    for (flags, refused_before) in [(0, false), (0, true), (libc::RENAME_EXCHANGE, false)] {
+        let bed = alone();
+        bed.put_tensor("d/sub/t", &[1.0]);
+        bed.put_tensor("e/sub/t", &[2.0]);
+        if flags == 0 {
+            let (parent, name) = bed.walk("e/sub/t.npy").unwrap();
+            bed.fs.unlink(parent, &name, ME).unwrap();
+            bed.fs.rmdir(bed.lookup("e", ME).unwrap().attr.ino, OsStr::new("sub"), ME).unwrap();
+        }
+        let known = bed.lookup("d/sub/t.npy", ME).unwrap().attr.ino;
+        let before = bed.load("d/sub/t.npy").unwrap();
+        // The kernel goes on with what it knows, and looks it up again once.
+        let write = libc::O_WRONLY | libc::O_TRUNC;
+        let refused = || assert_eq!(bed.fs.open(known, write, ME).unwrap_err().kind(), Kind::Stale);
+        if refused_before {
+            refused();
+        }
+        rename(&bed, "d", "e", flags).unwrap();
+        assert_eq!(bed.load("e/sub/t.npy").unwrap(), before);
+        if !refused_before {
+            refused();
+        }
+        let writer = bed.lookup("e/sub/t.npy", ME).unwrap().attr.ino;
+        let writer = (writer, bed.open_inode(writer, write, ME).unwrap());
+        bed.write(writer, 0, b"written");
+        bed.close(writer, ME).unwrap();
+        assert_eq!(bed.load("e/sub/t.npy").unwrap(), b"written");
+        assert_eq!(bed.list(""), if flags == 0 { &["e"][..] } else { &["d", "e"] });
+        assert_eq!(bed.list("e/sub"), ["t.npy"]);
+    }
+}
