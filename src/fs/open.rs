@@ -89,8 +89,20 @@ impl FileSystem {
         }
         match &inode.node {
             Node::Directory { .. } => Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Node::Staged(staged) => self.open_staged(&inode, staged, flags, caller),
-            Node::View(view) if wants_write(flags) => Err(self.open_view_for_writing(view, flags, caller)),
+            Node::Staged(staged) => {
+                let directory = staged.state().target.directory.clone();
+                // A file of its own may be made for the writer: not where the directory is about to move from.
+                let _turn = wants_write(flags).then(|| self.trees.enter(&[&directory], &[]));
+                self.open_staged(&inode, staged, flags, caller)
+            }
+            Node::View(view) if wants_write(flags) => {
+                let _turn = self.trees.enter(&[&view.directory], &[]);
+                // It may have moved meanwhile.
+                match &self.inode(ino)?.node {
+                    Node::View(view) => Err(self.open_view_for_writing(view, flags, caller)),
+                    _ => Err(Error::stale("the path leads elsewhere now")),
+                }
+            }
             Node::View(view) => {
                 self.take_back(ino, caller);
                 // What is being opened is not deleted meanwhile, nor while the open file reads its blobs.

@@ -170,11 +170,16 @@ fn a_name_without_an_object_does_not_keep_a_directory_from_moving() {
 /// Does something in the directory `d/sub`, of which the inode number is given, when the first of its names is about to
 /// move as that of `d`, which is renamed to `e`. Returns what is below afterwards.
 fn meanwhile(act: impl FnOnce(&Bed, u64) + Send) -> (Bed, Vec<String>) {
+    meanwhile_after(|_| {}, act)
+}
+
+fn meanwhile_after(before: impl FnOnce(&Bed), act: impl FnOnce(&Bed, u64) + Send) -> (Bed, Vec<String>) {
     let bed = alone();
     for i in 0..3 {
         bed.put_tensor(&format!("d/sub/t{i}"), &[f64::from(i)]);
     }
     let number = bed.lookup("d/sub", ME).unwrap().attr.ino;
+    before(&bed);
     let (begins, began) = std::sync::mpsc::channel();
     bed.store.before_next(Op::PutName, move || {
         begins.send(()).unwrap();
@@ -266,4 +271,22 @@ fn a_file_that_was_looked_up_before_its_directory_moved_is_written_there() {
         assert_eq!(bed.list(""), if flags == 0 { &["e"][..] } else { &["d", "e"] });
         assert_eq!(bed.list("e/sub"), ["t.npy"]);
     }
+}
+
+#[test]
+fn what_is_opened_for_writing_in_a_directory_that_moves_is_in_it_afterwards() {
+    let known = Mutex::new(0);
+    let (bed, listed) = meanwhile_after(
+        |bed| *known.lock().unwrap() = bed.lookup("d/sub/t1.npy", OTHER).unwrap().attr.ino,
+        |bed, directory| {
+            let write = libc::O_WRONLY | libc::O_TRUNC;
+            assert_eq!(bed.fs.open(*known.lock().unwrap(), write, OTHER).unwrap_err().kind(), Kind::Stale);
+            let ino = bed.fs.lookup(directory, OsStr::new("t1.npy"), OTHER).unwrap().attr.ino;
+            let writer = (ino, bed.open_inode(ino, write, OTHER).unwrap());
+            bed.write(writer, 0, b"written");
+            bed.close(writer, OTHER).unwrap();
+        },
+    );
+    assert_eq!(listed, ["t0.npy", "t1.npy", "t2.npy"]);
+    assert_eq!(bed.load("e/sub/t1.npy").unwrap(), b"written");
 }
