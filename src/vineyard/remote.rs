@@ -127,6 +127,20 @@ impl Remote {
         peers.entry(instance).or_insert_with(|| Arc::new(Peer::new(instance, self.deadline))).clone()
     }
 
+    /// As [`Peer::locate`]. Instances that the cluster does not know any more are forgotten with their connections: one
+    /// that starts again has a new number, so nobody would ever close those.
+    fn locate(&self, peer: &Peer, cluster: Cluster) -> Result<()> {
+        peer.locate(&|| {
+            let found = cluster()?;
+            let mut peers = self.peers.lock().unwrap_or_else(|e| e.into_inner());
+            let former: Vec<_> = peers.extract_if(|instance, _| !found.contains_key(instance)).collect();
+            drop(peers);
+            // Their connections are closed without the lock.
+            drop(former);
+            Ok(found)
+        })
+    }
+
     /// Counters.
     pub fn status(&self) -> RemoteStatus {
         let counters = &self.fetcher.counters;
@@ -178,7 +192,7 @@ impl Remote {
 
     fn ask(&self, instance: InstanceId, ids: &[ObjectId], cluster: Cluster) -> Result<HashMap<ObjectId, u64>> {
         let peer = self.peer(instance);
-        peer.locate(cluster)?;
+        self.locate(&peer, cluster)?;
         self.fetcher.counters.requests.fetch_add(1, Ordering::Relaxed);
         peer.sizes(ids)
     }
@@ -247,7 +261,7 @@ impl Remote {
         }
         for (instance, job) in jobs {
             let peer = self.peer(instance);
-            match peer.locate(cluster) {
+            match self.locate(&peer, cluster) {
                 Ok(()) => fetch::enqueue(&self.fetcher, &peer, job),
                 Err(error) => {
                     job.iter().for_each(|transfer| transfer.refuse(&error));
@@ -357,7 +371,7 @@ impl Remote {
         cluster: Cluster,
     ) -> Result<ObjectId> {
         let peer = self.peer(instance);
-        peer.locate(cluster)?;
+        self.locate(&peer, cluster)?;
         self.fetcher.counters.requests.fetch_add(2, Ordering::Relaxed);
         peer.shallow_copy(id, extra)
     }
@@ -368,7 +382,7 @@ impl Remote {
     /// `Unreachable`; what that instance answers.
     pub fn migrate(&self, instance: InstanceId, id: ObjectId, cluster: Cluster) -> Result<ObjectId> {
         let peer = self.peer(instance);
-        peer.locate(cluster)?;
+        self.locate(&peer, cluster)?;
         self.fetcher.counters.requests.fetch_add(1, Ordering::Relaxed);
         peer.migrate(id)
     }
@@ -379,7 +393,7 @@ impl Remote {
     /// `Unreachable`; `Stale` if another one is at its address.
     pub fn reach(&self, instance: InstanceId, cluster: Cluster) -> Result<()> {
         let peer = self.peer(instance);
-        peer.locate(cluster)?;
+        self.locate(&peer, cluster)?;
         let (connection, _) = peer.checkout(true)?;
         peer.checkin(connection);
         Ok(())
@@ -391,7 +405,7 @@ impl Remote {
     /// `Unreachable`; what that instance answers.
     pub fn delete(&self, instance: InstanceId, ids: &[ObjectId], cluster: Cluster) -> Result<()> {
         let peer = self.peer(instance);
-        peer.locate(cluster)?;
+        self.locate(&peer, cluster)?;
         self.fetcher.counters.requests.fetch_add(1, Ordering::Relaxed);
         peer.delete(ids)
     }

@@ -366,6 +366,22 @@ fn a_transfer_that_is_cut_off_in_the_middle_goes_on_over_a_fresh_connection() {
     assert_eq!((peer.downloads(), remote.status().failures), (3, 0));
 }
 
+#[test]
+fn connections_to_instances_that_ended_are_closed() {
+    let peer = FakePeer::start(&[1000]);
+    let remote = remote();
+    assert_eq!(read(&remote, &peer, 1, 0, 1000).unwrap(), bytes(1, 1000));
+    assert_eq!(remote.peers.lock().unwrap().len(), 1);
+    let next = BlobKey { instance: InstanceId(5), ..key(1) };
+    let renumbered = || {
+        let mut cluster = peer.cluster()?;
+        Ok(cluster.remove(&THERE).map(|info| (next.instance, info)).into_iter().collect())
+    };
+    // It says that it is another one than the cluster says; that does not matter here.
+    assert_eq!(remote.size(next, &renumbered).unwrap_err().kind(), Kind::Stale);
+    assert_eq!(remote.peers.lock().unwrap().keys().copied().collect::<Vec<_>>(), [next.instance]);
+}
+
 fn fails_and_passes(fault: Fault, kind: Kind) {
     let len = 2 << 20;
     let peer = FakePeer::start(&[len]);
