@@ -208,6 +208,9 @@ fn text(report: &Value) -> String {
             let _ = writeln!(out, "  {name:<12} {count:>10} {errors:>8} {p50:>10} {p99:>10}");
         }
     }
+    for warning in get("/fs/warnings").as_array().into_iter().flatten() {
+        let _ = writeln!(out, "  warning      {}", warning.as_str().unwrap_or_default());
+    }
     for error in get("/last_errors").as_array().into_iter().flatten() {
         let _ = writeln!(out, "  error        {}", error.get("message").and_then(Value::as_str).unwrap_or_default());
     }

@@ -229,6 +229,8 @@ def _(m):
     (m / "x.parquet").write_bytes(b"no such format")
     assert (m / "x.parquet").read_bytes() == b"no such format"
     assert any("x.parquet" in warning for warning in m.status()["fs"]["warnings"])
+    said = [line for line in cli("status", m.path).stdout.splitlines() if line.startswith("  warning ")]
+    assert any("x.parquet" in line for line in said)
 
 
 @check("writes in any order, append, holes")

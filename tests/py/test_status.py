@@ -29,6 +29,13 @@ def keys(report, *path):
     return set(report)
 
 
+def test_there_is_room_for_names_beside_those_that_are_there(mount):
+    """As `df -i` shows it."""
+    (mount / "a.txt").write_text("a")
+    found = os.statvfs(mount.path)
+    assert found.f_files - found.f_ffree in range(1, 10) and found.f_ffree > 1_000_000
+
+
 def test_a_store_that_is_away_is_said_and_own_counters_stay(store, make_mount):
     mount = make_mount("--deadline", "3s")
     before = mount.status("ok")
