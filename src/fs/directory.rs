@@ -346,11 +346,11 @@ impl FileSystem {
         if let Node::View(view) = &node {
             view.summary.view(view.view)??;
         }
-        let inode = self.inodes.look_up(ino, || node);
+        let inode = self.look_up_node(ino, node);
         match self.entry(&inode) {
             Ok(entry) => Some(entry),
             Err(_) => {
-                self.inodes.forget(ino, 1);
+                self.inodes.forget(inode.ino, 1);
                 None
             }
         }

@@ -179,6 +179,8 @@ impl Inodes {
 
     /// Gives directories their numbers, and lets the inodes of those numbers show them.
     pub fn set_directories(&self, numbers: &[(String, u64)]) {
+        // Before the table, as everywhere.
+        let mut directories = self.directories();
         let mut table = self.table();
         for (name, number) in numbers {
             if let Some(inode) = table.get(number) {
@@ -186,7 +188,14 @@ impl Inodes {
                 table.insert(*number, Arc::new(inode));
             }
         }
-        self.directories().extend(numbers.iter().cloned());
+        directories.extend(numbers.iter().cloned());
+    }
+
+    /// As [`Inodes::look_up`], for a directory: its number does not change, and is not forgotten, before its inode is there.
+    pub fn look_up_directory(&self, name: &str) -> Arc<Inode> {
+        let directories = self.directories();
+        let number = directories.get(name).copied().unwrap_or_else(|| Self::directory_number(name));
+        self.look_up(number, || Node::Directory { name: name.to_owned() })
     }
 
     /// Gives the name of a directory that is being removed another number, for the next directory of that name. The kernel
@@ -225,9 +234,13 @@ impl Inodes {
             let concerned = |name: &&String| *name == forgotten || own(name) == number;
             directories.keys().filter(concerned).cloned().collect()
         };
-        gone.retain(|name| !self.table().contains_key(&own(name)) && !exists(name));
-        let leaves = gone.iter().any(|name| name == forgotten);
+        gone.retain(|name| !exists(name));
+        // Whatever the kernel has heard of meanwhile keeps its number.
         let mut directories = self.directories();
+        let table = self.table();
+        let known = |number: &u64| table.contains_key(number);
+        gone.retain(|name| !known(&own(name)) && !directories.get(name).is_some_and(known));
+        let leaves = gone.iter().any(|name| name == forgotten);
         gone.retain(|name| {
             // Its number is another directory's as long as that one exists: a new one of that name must not get it.
             let taken = directories

@@ -339,8 +339,16 @@ impl FileSystem {
     pub(super) fn enter(&self, target: &Target, found: Found) -> Result<Entry> {
         let (ino, node) = self.node_of(found);
         tracing::trace!(name = target.component, ino, "found");
-        let inode = self.inodes.look_up(ino, || node);
+        let inode = self.look_up_node(ino, node);
         self.entry(&inode)
+    }
+
+    /// Counts a lookup of a node that was found, and of its number.
+    pub(super) fn look_up_node(&self, ino: u64, node: Node) -> Arc<Inode> {
+        match &node {
+            Node::Directory { name } if ino != super::ROOT => self.inodes.look_up_directory(name),
+            _ => self.inodes.look_up(ino, || node),
+        }
     }
 
     pub(super) fn node_of(&self, found: Found) -> (u64, Node) {
