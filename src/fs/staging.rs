@@ -61,6 +61,8 @@ pub(super) struct State {
     pub writers: Writers,
     /// Threads that were led here to write, and have not come yet, with the time.
     pub expected: Vec<(u32, Instant)>,
+    /// When a thread was led here that had come already: another writer may follow.
+    pub lingers: Option<Instant>,
     /// A former server did not say whether anybody has it open for writing.
     pub writers_unknown: bool,
     /// A former server did not say whether anybody has it open for reading.
@@ -489,6 +491,7 @@ impl Staging {
             attributes_changed: false,
             writers: Writers::default(),
             expected: Vec::new(),
+            lingers: None,
             writers_unknown: false,
             readers_unknown: false,
             image: None,

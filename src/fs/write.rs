@@ -256,6 +256,7 @@ impl FileSystem {
                 dirty = staged.is_dirty()?;
                 state = staged.state();
             }
+            state.reader_has_come();
             if state.refuses_reader(dirty, caller) {
                 // While it is being written, others read the version that is published.
                 self.staging.redirect_reader(&state.target.path(), caller.pid);

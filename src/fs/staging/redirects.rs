@@ -22,7 +22,8 @@ pub struct Redirect {
 impl State {
     /// Whether somebody writes, or was led here to write and is on the way.
     pub(in crate::fs) fn has_writers(&self) -> bool {
-        !self.writers.is_empty() || self.expected.iter().any(|(_, since)| since.elapsed() < REDIRECT)
+        let expected = self.expected.iter().map(|(_, since)| since).chain(&self.lingers);
+        !self.writers.is_empty() || expected.into_iter().any(|since| since.elapsed() < REDIRECT)
     }
 
     /// Whether all who wrote have closed it: the last step of a close comes after the program went on.
@@ -58,14 +59,21 @@ impl State {
         true
     }
 
-    /// A thread that was expected has come. The kernel may have looked the name up more than once for one open, and a
-    /// thread opens one file at a time: it is not expected again. Those without a number here are several.
+    /// A thread that was expected has come. The kernel may have looked the name up more than once for one open: it is not
+    /// expected again, but where writers come one after the other it is well to wait for the next, until a reader comes.
     pub(in crate::fs) fn has_come(&mut self, caller: Caller) {
+        let Some(at) = self.expected.iter().position(|(pid, _)| *pid == caller.pid) else { return };
+        self.expected.swap_remove(at);
+        // Those without a number here are several.
         if caller.pid != 0 {
-            self.expected.retain(|(pid, _)| *pid != caller.pid);
-        } else if let Some(at) = self.expected.iter().position(|(pid, _)| *pid == 0) {
-            self.expected.swap_remove(at);
+            let more = self.expected.extract_if(.., |(pid, _)| *pid == caller.pid);
+            self.lingers = more.map(|(_, since)| since).chain(self.lingers).max();
         }
+    }
+
+    /// A reader has come: it waits for those who write, and not for those who may come next.
+    pub(in crate::fs) fn reader_has_come(&mut self) {
+        self.lingers = None;
     }
 
     /// Whether a reader gets the version that is published instead: while somebody else writes.
