@@ -82,10 +82,7 @@ fn a_read_only_volume_that_is_writable_is_made_anew() {
 fn a_vineyardd_has_so_many_mounts_and_no_more() {
     let (store, mut node) = (Vineyardd::start("64Mi"), Node::new());
     node.add(&store, "v");
-    Node::stop(&mut node.mounter, Signal::SIGTERM);
-    let sockets = node.path("sockets");
-    let arguments = ["mounter", "--sockets", sockets.to_str().unwrap(), "--max-mounts", "2", "-o", "cache_size=64M"];
-    node.mounter = Some(node.spawn("mounter.log", &arguments));
+    node.start_mounter_with(&["--max-mounts", "2", "-o", "cache_size=64M"]);
     let request = |pod: &str, group: &str| NodePublishVolumeRequest {
         volume_capability: Some(writer(group)),
         ..node.request(pod, &[])
@@ -112,10 +109,8 @@ fn a_vineyardd_has_so_many_mounts_and_no_more() {
 fn a_mount_in_a_folder_of_the_node_is_published_and_its_prefixes_go() {
     let (store, mut node) = (Vineyardd::start("64Mi"), Node::new());
     node.add(&store, "v");
-    Node::stop(&mut node.mounter, Signal::SIGTERM);
-    let (sockets, host) = (node.path("sockets"), node.path("host"));
-    let folders = ["mounter", "--sockets", sockets.to_str().unwrap(), "--host-dir", host.to_str().unwrap()];
-    node.mounter = Some(node.spawn("mounter.log", &[&folders[..], &["--always", "system/v"]].concat()));
+    let host = node.path("host");
+    node.start_mounter_with(&["--host-dir", host.to_str().unwrap(), "--always", "system/v"]);
     let mount = host.join("system/v");
     wait_until("it is mounted", || !mounts_at(&mount).is_empty());
     let (all, run) = (node.request("all", &[]), node.request("run", &[("prefix", "team/run-7")]));

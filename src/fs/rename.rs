@@ -257,16 +257,14 @@ impl FileSystem {
             (_, Some(Found::Directory { .. })) => {
                 return Err(Error::new(Kind::IsDirectory, "the new name is a directory"));
             }
-            (source, there) => self.ending_displaced(&to.path(), || {
-                match source {
-                    Found::Staged(staged) => self.rename_staged(&staged, to.clone(), there)?,
-                    Found::View(view) => self.rename_view(&view, &to, there)?,
-                    Found::Directory { .. } => {}
-                }
-                self.move_displaced(&from.path(), &to);
-                Ok::<(), Error>(())
-            })?,
+            (Found::Staged(staged), there) => {
+                self.ending_displaced(&to.path(), || self.rename_staged(&staged, to.clone(), there))?;
+            }
+            (Found::View(view), there) => {
+                self.ending_displaced(&to.path(), || self.rename_view(&view, &to, there))?;
+            }
         }
+        self.move_displaced(&from.path(), &to);
         // Nothing was published: whoever does so later replaces what is there then.
         vacancy.end();
         self.folders.touch(&from.directory);

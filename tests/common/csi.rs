@@ -76,8 +76,14 @@ impl Node {
     }
 
     pub fn start_mounter(&mut self) {
+        self.start_mounter_with(&["--idle", "10m", "-o", "cache_size=64M"]);
+    }
+
+    /// Starts the mounter, in place of the one that runs if there is one.
+    pub fn start_mounter_with(&mut self, options: &[&str]) {
+        Node::stop(&mut self.mounter, Signal::SIGTERM);
         let sockets = self.path("sockets");
-        let arguments = ["mounter", "--sockets", sockets.to_str().unwrap(), "--idle", "10m", "-o", "cache_size=64M"];
+        let arguments = [&["mounter", "--sockets", sockets.to_str().unwrap()], options].concat();
         self.mounter = Some(self.spawn("mounter.log", &arguments));
     }
 
