@@ -17,22 +17,15 @@ use super::mountinfo::FS_TYPE;
 use crate::error::{Context, Error, Kind, Result};
 
 // include/uapi/linux/mount.h
-const FSOPEN_CLOEXEC: u32 = 1;
-const FSMOUNT_CLOEXEC: u32 = 1;
 const FSCONFIG_SET_FLAG: u32 = 0;
 const FSCONFIG_SET_STRING: u32 = 1;
 const FSCONFIG_CMD_CREATE: u32 = 6;
-const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x4;
-const MOVE_MOUNT_BENEATH: u32 = 0x200;
-const MOUNT_ATTR_RDONLY: u64 = 0x1;
-const MOUNT_ATTR_NOSUID: u64 = 0x2;
-const MOUNT_ATTR_NODEV: u64 = 0x4;
 /// Flags of mount(2), and what they are as attributes of fsmount(2). `relatime` is what is there without any.
 const ATTRIBUTES: [(MsFlags, u64); 4] = [
-    (MsFlags::MS_NOEXEC, 0x8),
-    (MsFlags::MS_NOATIME, 0x10),
-    (MsFlags::MS_STRICTATIME, 0x20),
-    (MsFlags::MS_NODIRATIME, 0x80),
+    (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+    (MsFlags::MS_NOATIME, libc::MOUNT_ATTR_NOATIME),
+    (MsFlags::MS_STRICTATIME, libc::MOUNT_ATTR_STRICTATIME),
+    (MsFlags::MS_NODIRATIME, libc::MOUNT_ATTR_NODIRATIME),
 ];
 
 /// Mounts beneath what is mounted there, which goes on covering it. `fuse` is a new descriptor of `/dev/fuse`.
@@ -51,13 +44,13 @@ pub(super) fn mount(options: &MountOptions<'_>, fuse: BorrowedFd<'_>) -> Result<
     context.set("user_id", &user.to_string())?;
     context.set("group_id", &group.to_string())?;
     context.flag("default_permissions")?;
-    let mut attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
+    let mut attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
     if options.allow_other {
         context.flag("allow_other")?;
     }
     if options.read_only {
         context.flag("ro")?;
-        attributes |= MOUNT_ATTR_RDONLY;
+        attributes |= libc::MOUNT_ATTR_RDONLY;
     }
     for (_, flag, _) in wanted(options.flags) {
         attributes |= ATTRIBUTES.iter().filter(|(known, _)| known == flag).fold(0, |all, (_, bit)| all | bit);
@@ -73,7 +66,7 @@ pub(super) fn mount(options: &MountOptions<'_>, fuse: BorrowedFd<'_>) -> Result<
             c"".as_ptr(),
             libc::AT_FDCWD,
             to.as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_BENEATH,
+            libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_BENEATH,
         )
     };
     Errno::result(moved).context(|| format!("cannot mount beneath {:?}", options.mountpoint))?;
@@ -86,7 +79,7 @@ struct FileSystem(OwnedFd);
 impl FileSystem {
     fn open() -> Result<Self> {
         // SAFETY: the name ends in a NUL, and the call only reads it.
-        let fd = unsafe { libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), FSOPEN_CLOEXEC) };
+        let fd = unsafe { libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), libc::FSOPEN_CLOEXEC) };
         Ok(FileSystem(owned(fd).context(|| "cannot open a file system of FUSE".into())?))
     }
 
@@ -103,7 +96,7 @@ impl FileSystem {
     fn mount(self, attributes: u64) -> Result<OwnedFd> {
         self.configure(FSCONFIG_CMD_CREATE, None, None, "the whole")?;
         // SAFETY: the call touches no memory of this process.
-        let fd = unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes) };
+        let fd = unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), libc::FSMOUNT_CLOEXEC, attributes) };
         owned(fd).context(|| "cannot make a mount of the file system".into())
     }
 

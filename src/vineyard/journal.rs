@@ -8,8 +8,8 @@
 //! Blobs get their ids from vineyardd, so a process that is killed before it reads the reply knows none to note. What it
 //! asks for is noted ahead, as `? NUMBER MS LAST SIZE SIZE ...`: the time, the last id that was known then, and the sizes;
 //! `! NUMBER` follows when the answer is noted. An id tells when and in which order it was made, so
-//! [`Store::unanswered`](super::Store::unanswered) finds blobs that may be those. The same holds for a process that lives on after an
-//! answer did not come in time.
+//! [`Store::unanswered`](super::Store::unanswered) finds blobs that may be those. The same holds for a process that lives
+//! on after an answer did not come in time.
 //!
 //! Work may overlap for ever, so the file does not wait for an idle moment to become shorter: past [`MAX_LEN`] it is
 //! written anew with what still counts.

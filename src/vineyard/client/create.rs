@@ -10,8 +10,8 @@ use crate::vineyard::store::{NewBlob, Store};
 use crate::vineyard::wire::{Broken, bad_reply};
 
 impl Client {
-    /// As [`Store::create_blobs`]. Each blob by a request of its own, back to back: of a `create_buffers` that does not fit as a whole, vineyardd
-    /// 0.24.2 keeps the part that does, and tells nobody its ids.
+    /// As [`Store::create_blobs`]. Each blob by a request of its own, back to back: of a `create_buffers` that does not
+    /// fit as a whole, vineyardd 0.24.2 keeps the part that does, and tells nobody its ids.
     ///
     /// The first request makes nothing: vineyardd ends a connection where a reply finds no reader, so a vineyardd that was
     /// stuck, and finds the requests of somebody who waits no longer, meets that before it makes a blob that nobody will
