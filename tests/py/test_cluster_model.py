@@ -182,16 +182,20 @@ def test_random_operations_on_three_mounts(folder):
             for mount in model.mounts:
                 model.run(model.read, mount, name)
         print(json.dumps(model.counts, indent=1))
-        # Nothing is left over once everything is removed.
+        # Nothing is left over once everything is removed, but what killed servers may have asked for, which a warning
+        # counts; it went with a vineyardd that was started again.
+        def left_over():
+            usages = [instance.usage() for instance in cluster.instances]
+            return [(bytes, told) for bytes, mount in zip(usages, model.mounts) if bytes > (told := mount.told_left_over())]
+
         for name in NAMES:
             (model.mounts[0] / f"{name}.arrow").unlink(missing_ok=True)
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and any(instance.usage() for instance in cluster.instances):
+        while time.monotonic() < deadline and left_over():
             for instance in cluster.instances:
                 cli("gc", "--socket", instance.socket, check=False)
             time.sleep(1)
-        left = [instance.usage() for instance in cluster.instances]
-        assert left == [0, 0, 0], f"left over: {left}"
-        print(f"left over: {left} bytes")
+        assert left_over() == [], f"left over, and told of: {left_over()}"
+        print(f"left over: {[instance.usage() for instance in cluster.instances]} bytes")
     finally:
         cluster.stop()

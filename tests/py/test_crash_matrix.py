@@ -8,7 +8,6 @@ VINEYARD_FS_KILLS kills of each (20); the table of what survived is printed.
 import contextlib
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -86,11 +85,6 @@ def contents(store):
     return store.usage(), len(store.client.list_metadatas("*", limit=1_000_000, nobuffer=True))
 
 
-def told(mount):
-    """Bytes in blobs that the mount has told of as perhaps left over."""
-    return sum(int(n) for n in re.findall(r"(\d+) bytes in \d+ unsealed blobs", mount.log.read_text()))
-
-
 def kill_all(status):
     os.kill(status["keeper"]["pid"], signal.SIGKILL)
     # It ends with its keeper.
@@ -110,7 +104,7 @@ def test_crash_matrix(store, make_mount, victim):
 
     def clean():
         usage, objects = contents(store)
-        return usage - (told(mount) - former), objects
+        return usage - (mount.told_left_over() - former), objects
 
     version, survived = 0, {"acknowledged": 0, "newer": 0, "lost with vineyardd": 0}
     for round in range(KILLS):
@@ -138,7 +132,7 @@ def test_crash_matrix(store, make_mount, victim):
             store.process.wait()
             time.sleep(0.2)
             writer.kill()
-            former = told(mount)
+            former = mount.told_left_over()
             store.start()
             deadline = time.monotonic() + 90
             while os.path.exists(path) and store.client.list_names("*") == {}:
