@@ -8,6 +8,7 @@
 //! * a handle number means something to the next server too: it carries its inode.
 
 mod adopt;
+mod ahead;
 mod attributes;
 mod buffer;
 pub mod cache;
@@ -231,7 +232,7 @@ pub struct FileSystem {
     many_names: AtomicU32,
     nameless: nameless::Nameless,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
-    wishes: copies::Wishes,
+    wishes: ahead::Wishes,
     generation: AtomicU64,
     started: SystemTime,
     warnings: Mutex<Vec<String>>,
@@ -290,7 +291,7 @@ impl FileSystem {
             many_names: AtomicU32::default(),
             nameless: nameless::Nameless::default(),
             store_status: Mutex::default(),
-            wishes: copies::Wishes::default(),
+            wishes: ahead::Wishes::default(),
             generation: AtomicU64::new(u64::MAX),
             started: SystemTime::now(),
             warnings: Mutex::default(),

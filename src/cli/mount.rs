@@ -87,16 +87,16 @@ pub struct Args {
     /// What to log: error, warn, info, debug, trace, or a filter
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = telemetry::check)]
     pub log_level: String,
-    /// Owner of all files [default: you]
+    /// Owner of the files of others and of directories; what is saved here belongs to who saves it [default: you]
     #[arg(long)]
     pub uid: Option<u32>,
-    /// Group of all files [default: yours]
+    /// Group of them [default: yours]
     #[arg(long)]
     pub gid: Option<u32>,
     /// Permission bits of directories
     #[arg(long, value_name = "MODE", default_value = "0755", value_parser = options::mode)]
     pub dir_mode: u32,
-    /// Permission bits of files
+    /// Permission bits of files of others
     #[arg(long, value_name = "MODE", default_value = "0644", value_parser = options::mode)]
     pub file_mode: u32,
     /// Longest time for one request to vineyardd, such as 10s

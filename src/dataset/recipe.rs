@@ -87,22 +87,29 @@ pub fn written_as(meta: &Meta) -> Option<Written> {
 pub fn without_kept(meta: &Meta) -> Option<Value> {
     meta.get(KEPT)?;
     let written = written_as(meta)?;
+    let mut content = content_with(meta, |key| (key == RECIPE).then(|| given_up(written).into()))?;
+    content.as_object_mut()?.remove(KEPT);
+    Some(content)
+}
+
+/// Content for another object with the members of this one, and some values in place of its own; `None` if a member has no
+/// id.
+pub fn content_with(meta: &Meta, instead: impl Fn(&str) -> Option<Value>) -> Option<Value> {
     let mut content = Map::new();
     for (key, value) in meta.iter() {
         match (key.as_str(), value) {
             // What the store says about an object, not its writer.
-            ("id" | "signature" | "instance_id" | "transient" | "global", _) | (KEPT, _) => {}
+            ("id" | "signature" | "instance_id" | "transient" | "global", _) => {}
             ("__name" | "__timestamp" | "__labels", _) => {}
-            (RECIPE, _) => drop(content.insert(key.clone(), given_up(written).into())),
-            (_, Value::Object(member)) => {
+            (key, Value::Object(member)) => {
                 let mut link = Map::new();
                 link.insert("id".into(), member.get("id")?.clone());
                 if member.get("typename").and_then(Value::as_str) == Some("vineyard::Blob") {
                     link.insert("typename".into(), "vineyard::Blob".into());
                 }
-                content.insert(key.clone(), link.into());
+                content.insert(key.into(), link.into());
             }
-            (_, value) => drop(content.insert(key.clone(), value.clone())),
+            (key, value) => drop(content.insert(key.into(), instead(key).unwrap_or_else(|| value.clone()))),
         }
     }
     Some(content.into())

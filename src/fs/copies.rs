@@ -7,19 +7,18 @@
 //! The name of a copy is its own, so that of several that are made at the same time none is lost sight of; all but the
 //! oldest on an instance go again.
 
-use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 use super::FileSystem;
+use super::ahead::{AHEAD, is_ahead};
 use super::direct::Named;
 use super::naming::is_clear;
 use super::objects::Loaded;
 use crate::dataset::recipe::recipe_of;
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::{Image, View};
-use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::vineyard::copy::{Progress, copy_object, copy_size};
 use crate::vineyard::store::NameQuery;
 use crate::vineyard::{InstanceId, Meta, ObjectId, Store};
@@ -102,19 +101,6 @@ pub(super) fn is_faithful(original: &Meta, copy: &Meta) -> bool {
 /// True for errors of an object, or its instance, that another copy may not have.
 pub(super) fn is_lost(error: &Error) -> bool {
     matches!(error.kind(), Kind::Unreachable | Kind::Stale | Kind::NotFound)
-}
-
-/// Objects that are to be copied here when there is time.
-#[derive(Default)]
-pub(super) struct Wishes {
-    state: Mutex<(VecDeque<ObjectId>, HashSet<ObjectId>)>,
-    more: Condvar,
-}
-
-impl Wishes {
-    fn state(&self) -> MutexGuard<'_, (VecDeque<ObjectId>, HashSet<ObjectId>)> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
-    }
 }
 
 impl FileSystem {
@@ -260,12 +246,25 @@ impl FileSystem {
         living.iter().find_map(|meta| copy_size(&*self.store, meta).ok())
     }
 
-    /// Copies one of these objects here: the first that is to be had.
-    fn copy_one(&self, living: &[Meta], object: ObjectId, progress: Progress) -> Result<(ObjectId, ObjectId)> {
+    /// Copies one of these objects here: the first that is to be had. Copies that nobody asked for make way for one that
+    /// somebody did.
+    fn copy_one(
+        &self,
+        living: &[Meta],
+        object: ObjectId,
+        ahead: bool,
+        progress: Progress,
+    ) -> Result<(ObjectId, ObjectId)> {
         let mut failure = None;
         for meta in living {
-            let extra = Map::from_iter([(COPY_OF.to_owned(), Value::from(object.to_string()))]);
-            match copy_object(&*self.store, meta, extra, &mut *progress) {
+            let of = (COPY_OF.to_owned(), Value::from(object.to_string()));
+            let extra = Map::from_iter([of, (AHEAD.to_owned(), ahead.into())]);
+            let mut made = copy_object(&*self.store, meta, extra.clone(), &mut *progress);
+            let is_full = made.as_ref().is_err_and(|error| error.kind() == Kind::Full);
+            if is_full && !ahead && self.give_up_copies(copy_size(&*self.store, meta)?)? > 0 {
+                made = copy_object(&*self.store, meta, extra, &mut *progress);
+            }
+            match made {
                 Ok(copy) => return Ok((meta.id(), copy)),
                 Err(error) if is_lost(&error) => drop(failure.get_or_insert(error)),
                 Err(error) => return Err(error),
@@ -279,13 +278,21 @@ impl FileSystem {
     /// # Errors
     /// As [`copy_object`]; `Stale` if the object is gone, and has no copy elsewhere.
     pub fn copy_here(&self, object: ObjectId, progress: Progress) -> Result<Brought> {
+        self.bring(object, false, progress)
+    }
+
+    /// As [`FileSystem::copy_here`]; `ahead` if nobody asked for it.
+    pub(super) fn bring(&self, object: ObjectId, ahead: bool, progress: Progress) -> Result<Brought> {
         let _unit = self.unit();
         let here = self.store.instance()?.id;
         let living = self.living(object)?;
         if let Some(meta) = living.first().filter(|meta| meta.instance() == here) {
-            return Ok(Brought::Here(meta.id()));
+            return match !ahead && is_ahead(meta) {
+                true => self.keep_copy(Copy { source: object, instance: here, object: meta.id() }, meta),
+                false => Ok(Brought::Here(meta.id())),
+            };
         }
-        let (from, copy) = self.copy_one(&living, object, progress)?;
+        let (from, copy) = self.copy_one(&living, object, ahead, progress)?;
         match self.register(Copy { source: object, instance: here, object: copy }, from) {
             Ok(brought) => Ok(brought),
             Err(error) => {
@@ -338,7 +345,7 @@ impl FileSystem {
         let copy = match known {
             Some(object) if object == named.object => return Ok(Brought::Here(object)),
             Some(copy) => copy,
-            None => self.copy_one(&living, named.object, progress)?.1,
+            None => self.copy_one(&living, named.object, false, progress)?.1,
         };
         if let Err(error) = self.promote(&named.name, named.object, copy) {
             if known.is_none() {
@@ -396,48 +403,9 @@ impl FileSystem {
             _ => Ok(()),
         }
     }
-
-    /// Remembers that an object of another instance is to be copied here.
-    pub(super) fn wish_copy(&self, object: ObjectId) {
-        if !self.options.copy_remote || self.options.read_only {
-            return;
-        }
-        let mut state = self.wishes.state();
-        if state.1.insert(object) {
-            state.0.push_back(object);
-            self.wishes.more.notify_one();
-        }
-    }
-
-    /// Copies objects here for as long as the process lives. For a thread of its own.
-    pub fn copy_wishes(&self) {
-        loop {
-            let object = {
-                let mut state = self.wishes.state();
-                loop {
-                    match state.0.pop_front() {
-                        Some(object) => break object,
-                        None => state = self.wishes.more.wait(state).unwrap_or_else(|e| e.into_inner()),
-                    }
-                }
-            };
-            match self.copy_here(object, &mut |_| Ok(())) {
-                Ok(Brought::Copied(copy)) => tracing::info!(%object, %copy, "copied to this instance"),
-                Ok(Brought::Here(_)) => {}
-                Err(error) => {
-                    // It is read from where it is; the next open tries again.
-                    self.wishes.state().1.remove(&object);
-                    match error.kind() {
-                        Kind::Unsupported | Kind::Stale => tracing::info!(%object, "not copied here: {error}"),
-                        _ => self.warn(format!("object {object} was not copied to this instance: {error}")),
-                    }
-                }
-            }
-        }
-    }
 }
 
-fn gone(object: ObjectId) -> Error {
+pub(super) fn gone(object: ObjectId) -> Error {
     Error::stale(format!("object {object} is gone"))
 }
 

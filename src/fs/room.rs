@@ -1,5 +1,5 @@
-//! Room in a full store: bytes of files whose columns are stored decoded can be made anew, if not byte for byte, so
-//! they are given up before a save fails.
+//! Room in a full store. Copies that nobody asked for, and bytes of files whose columns are stored decoded, which can be
+//! made anew, if not byte for byte, are given up before a save fails.
 
 use super::FileSystem;
 use super::objects::view_of;
@@ -14,8 +14,8 @@ use crate::vineyard::{Meta, ObjectId};
 const BATCH: usize = 256;
 
 impl FileSystem {
-    /// Stores what is planned. If the store is full, kept files go first: those of other datasets, then this one's. At last
-    /// a file whose columns do not fit is stored as it is.
+    /// Stores what is planned. If the store is full, copies that nobody asked for go first, then kept files: those of other
+    /// datasets, then this one's. At last a file whose columns do not fit is stored as it is.
     ///
     /// # Errors
     /// As [`publish::realize`].
@@ -23,6 +23,9 @@ impl FileSystem {
         let mut result = publish::realize(&*self.store, plan, input);
         let is_full = |result: &Result<Published>| result.as_ref().is_err_and(|error| error.kind() == Kind::Full);
         if is_full(&result) && self.delete_nameless()? > 0 {
+            result = publish::realize(&*self.store, plan, input);
+        }
+        if is_full(&result) && self.give_up_copies(plan.size())? > 0 {
             result = publish::realize(&*self.store, plan, input);
         }
         if is_full(&result) && self.give_up_kept(plan.size())? > 0 {

@@ -1,5 +1,6 @@
 """Moving datasets between instances, copies of them, and cleaning up what is left of either."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from cluster import numbers
+from cluster import Cluster, numbers
 from conftest import cli, settled, until
 
 
@@ -138,6 +139,48 @@ def test_full_makes_a_copy_that_outlives_the_owner(cluster):
     (fresh / "x.arrow").unlink()
     settled(cluster[1].usage, 0)
     assert unnoticed(cluster[1]) == []
+
+
+def test_copies_that_nobody_asked_for_make_way(tmp_path):
+    """With `--migrate full` a store fills with copies: a save takes their room, and not that of those that are pinned."""
+    frame = numbers(2_000_000, 4)
+    cluster = Cluster(tmp_path, memory="256Mi")
+    try:
+        for name in ["pinned", "opened", "read"]:
+            cluster[0].put(name, frame)
+        there = cluster.mount(1, "--migrate", "full")
+
+        def copies(name):
+            return told(cluster[1], "info", name).get("copies")
+
+        for name in ["opened", "pinned", "read"]:
+            pd.testing.assert_frame_equal(pd.read_feather(there / f"{name}.arrow"), frame)
+            until(lambda: copies(name))
+        # Somebody asks for what is here already.
+        assert "is on instance i1 already" in cli("pin", "pinned", "--socket", cluster[1].socket).stdout
+        assert [len(copies(name)) for name in ["opened", "pinned", "read"]] == [1, 1, 1]
+        reader = open(there / "read.arrow", "rb", buffering=0)
+        first = reader.read(1000)
+        # 192 MB of 268 are taken.
+        frame.to_feather(there / "saved.arrow", compression="uncompressed")
+        assert [bool(copies(name)) for name in ["opened", "pinned", "read"]] == [False, True, True], "the oldest goes"
+        (numbers(2_000_000, 4) + 1).to_feather(there / "more.arrow", compression="uncompressed")
+        assert [bool(copies(name)) for name in ["opened", "pinned", "read"]] == [False, True, False]
+        reader.seek(0)
+        data = b"".join(iter(lambda: reader.read(1 << 20), b""))
+        reader.close()
+        assert data[:1000] == first and data == (there / "read.arrow").read_bytes(), "whoever read it goes on"
+        for name in ["opened", "pinned", "read", "saved"]:
+            pd.testing.assert_frame_equal(pd.read_feather(there / f"{name}.arrow"), frame)
+        with pytest.raises(OSError) as caught:
+            frame.to_feather(there / "most.arrow", compression="uncompressed")
+        assert caught.value.errno == errno.ENOSPC and copies("pinned")
+        (there / "most.arrow").unlink()
+        # What is pinned lives on without its original.
+        cluster[0].kill()
+        pd.testing.assert_frame_equal(pd.read_feather(cluster.mount(1, "--deadline", "5s") / "pinned.arrow"), frame)
+    finally:
+        cluster.stop()
 
 
 def test_a_reader_goes_on_with_a_copy_elsewhere(three):
