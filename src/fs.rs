@@ -32,6 +32,7 @@ mod opens;
 mod options;
 mod publish;
 mod reclaim;
+mod release;
 mod rename;
 mod resolve;
 mod retry;
@@ -233,6 +234,7 @@ pub struct FileSystem {
     nameless: nameless::Nameless,
     store_status: Mutex<Option<(Instant, StoreStatus)>>,
     wishes: ahead::Wishes,
+    mappings: release::Mappings,
     generation: AtomicU64,
     started: SystemTime,
     warnings: Mutex<Vec<String>>,
@@ -292,6 +294,7 @@ impl FileSystem {
             nameless: nameless::Nameless::default(),
             store_status: Mutex::default(),
             wishes: ahead::Wishes::default(),
+            mappings: release::Mappings::default(),
             generation: AtomicU64::new(u64::MAX),
             started: SystemTime::now(),
             warnings: Mutex::default(),

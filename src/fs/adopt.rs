@@ -192,6 +192,7 @@ impl FileSystem {
             // The kernel knows it, as it is open.
             let inode = self.inodes.look_up(staged.ino(), || Node::Staged(staged.clone()));
             inode.state().opens += opens as u64;
+            self.adopt_mappings(&inode, staged);
         }
     }
 }

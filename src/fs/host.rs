@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 
 /// What a memory file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -78,6 +78,15 @@ pub trait Host: Send + Sync {
     /// If the host does not answer.
     fn notes(&self) -> Result<Vec<(String, String)>> {
         Ok(Vec::new())
+    }
+
+    /// Whether anybody but this process and the host has a memory file open or mapped: the kernel, for those whose files it
+    /// serves by passthrough.
+    ///
+    /// # Errors
+    /// If that is not known.
+    fn is_used(&self, _key: u64) -> Result<bool> {
+        Err(Error::new(Kind::Unsupported, "the host does not tell who uses its files"))
     }
 
     /// Drops a memory file. Memory is freed when the last mapping of it is gone.

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::attributes::apply;
-use super::cache::Assembled;
 use super::host::{Area, MemoryFile};
 use super::inode::{Inode, Node, ViewNode};
 use super::open::wants_write;
@@ -121,7 +120,7 @@ impl FileSystem {
     }
 
     /// Images that were written here stay until room is needed for what is written next.
-    fn make_room_to_write(&self) {
+    pub(super) fn make_room_to_write(&self) {
         self.cache.shrink_staged(self.options.staging_size / 2);
         for retired in self.staging.retire_old(self.options.staging_size / 4) {
             super::adopt::note_staged(&retired);
@@ -430,8 +429,8 @@ impl FileSystem {
         let mut state = staged.state();
         state.attributes = attributes;
         state.attributes_changed = true;
-        // The last step of a close may still be on its way.
-        let settled = state.is_closed() && state.published.is_some();
+        // The last step of a close may still be on its way. A removed file has nothing left to store.
+        let settled = state.is_closed() && state.published.is_some() && !state.detached;
         drop(state);
         if settled {
             return self.publish_attributes(staged);
@@ -488,92 +487,6 @@ impl FileSystem {
             libc::SEEK_DATA => Ok(offset),
             libc::SEEK_HOLE => Ok(size),
             _ => Err(Error::new(Kind::Invalid, "not a seek that is asked of a filesystem")),
-        }
-    }
-
-    /// The last close of a handle on a staged file: what is still dirty is published, without anyone to tell.
-    pub(super) fn release_staged(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, fh: u64, handle: Option<Handle>) {
-        let mut state = staged.state();
-        let (counted, writer) = match handle {
-            Some(Handle::Staged { writer, .. }) => (1, writer),
-            // Opened before the server was replaced, for reading: writers are known, unless that server was of a version
-            // that did not note them.
-            _ => (0, state.writers_unknown),
-        };
-        state.opens = state.opens.saturating_sub(counted);
-        state.writers.remove(fh);
-        let last_writer = writer && state.writers.is_empty();
-        let detached = state.detached;
-        state.settling = last_writer && !detached;
-        drop(state);
-        {
-            let mut state = inode.state();
-            state.opens = state.opens.saturating_sub(counted);
-        }
-        if last_writer && !detached {
-            self.settle(staged);
-            staged.state().settling = false;
-        }
-        if writer && !detached {
-            super::adopt::note_staged(staged);
-        }
-        let state = inode.state();
-        if state.opens == 0 && state.lookups == 0 {
-            drop(state);
-            self.forget(inode.ino, 0);
-        }
-    }
-
-    /// After the last writer: publishes what is left, and lets the memory file serve as the image.
-    fn settle(&self, staged: &Arc<Staged>) {
-        let unfinished = {
-            let state = staged.state();
-            let is_new = state.published.is_none() && state.replaces.is_none();
-            if is_new { Unfinished::KeepUnlessEmpty } else { Unfinished::Keep }
-        };
-        if let Err(error) = self.publish_changed(staged, unfinished) {
-            let path = staged.state().target.path();
-            self.warn(format!("{path:?} was closed and could not be published: {error}; its bytes stay readable"));
-            return;
-        }
-        // It is not cut until it is settled whether it serves as an image.
-        let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
-        let Ok(stamp) = staged.stamp() else { return };
-        let (published, view) = {
-            let mut state = staged.state();
-            if state.has_writers() {
-                // Somebody opened it again meanwhile, or is about to, and will end here too.
-                return;
-            }
-            let unfinished = state.clean.is_none_or(|(clean, ..)| clean != stamp);
-            let has_version = state.published.is_some() || state.replaces.is_some();
-            // Nothing was written, or it is unfinished: the version before stays. Or a mapping may outlive every
-            // handle: what is served from now on is made from the store.
-            state.retired = has_version && (unfinished || state.shared_writable);
-            // Whoever opens the published version gets this memory file: a later writer works on a copy.
-            state.had_readers |= !state.retired && state.published.is_some();
-            let view = state.target.view.as_ref().map_or(image::View::Raw, |(_, view)| *view);
-            (state.published.clone().filter(|_| !state.retired), (state.written_view, view))
-        };
-        let Some((_, object)) = published else {
-            if staged.state().retired {
-                self.staging.detach(staged);
-            }
-            return;
-        };
-        if self.staging.add_settled(stamp.size, self.options.staging_size / 4) {
-            self.make_room_to_write();
-        }
-        let view = match view {
-            (Some(written), _) => Some(written),
-            (None, view) => self.objects.summary(&*self.store, object).ok().flatten().and_then(|summary| {
-                let view = if summary.view(image::View::Raw).is_some() { image::View::Raw } else { view };
-                (summary.view(view) == Some(Some(stamp.size))).then_some(view)
-            }),
-        };
-        if let Some(view) = view {
-            staged.state().image = Some((object, view));
-            self.cache.insert(object, view, Arc::new(Assembled::adopt(staged.file().clone(), stamp.size)));
         }
     }
 

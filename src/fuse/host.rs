@@ -172,6 +172,17 @@ impl KeeperLink {
         self.tell(&Request::PutState { key: key.into(), value: value.map(str::to_owned) })
     }
 
+    /// Whether anybody but keeper and server has a kept file open or mapped.
+    ///
+    /// # Errors
+    /// If the keeper cannot tell.
+    pub fn is_used(&self, key: u64) -> Result<bool> {
+        match self.ask(&Request::IsUsed { key })? {
+            (Reply::Used { used }, _) => Ok(used),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     /// All texts that this or an earlier server kept, with their names.
     ///
     /// # Errors
@@ -197,15 +208,16 @@ fn unexpected(reply: &Reply) -> Error {
 pub struct KeeperHost {
     link: Arc<KeeperLink>,
     serving: Serving,
+    tells_use: bool,
     queue: Sender<Invalidation>,
 }
 
 impl KeeperHost {
     /// The host, and the queue for [`forward`].
-    pub fn new(link: Arc<KeeperLink>, no_passthrough: Option<String>) -> (Self, Receiver<Invalidation>) {
+    pub fn new(link: Arc<KeeperLink>, hello: &Hello) -> (Self, Receiver<Invalidation>) {
         let (queue, receiver) = channel();
-        let serving = no_passthrough.map_or(Serving::Passthrough, Serving::Requests);
-        (KeeperHost { link, serving, queue }, receiver)
+        let serving = hello.no_passthrough.clone().map_or(Serving::Passthrough, Serving::Requests);
+        (KeeperHost { link, serving, tells_use: hello.tells_use, queue }, receiver)
     }
 }
 
@@ -240,6 +252,13 @@ impl Host for KeeperHost {
 
     fn notes(&self) -> Result<Vec<(String, String)>> {
         self.link.states()
+    }
+
+    fn is_used(&self, key: u64) -> Result<bool> {
+        match self.tells_use {
+            true => self.link.is_used(key),
+            false => Err(Error::new(Kind::Unsupported, "a keeper of an older version does not tell who uses files")),
+        }
     }
 
     fn release_file(&self, key: u64) {

@@ -204,10 +204,12 @@ fn signals() -> Result<SignalFd> {
         set.add(signal);
     }
     set.thread_block()?;
-    // SAFETY: ignoring a signal installs no code. A closed terminal or pipe must not end the mount.
+    // SAFETY: ignoring a signal installs no code. A closed terminal or pipe must not end the mount, and neither must
+    // SIGIO, by which the kernel asks for a lease back (see `Files::is_used`).
     unsafe {
         nix::sys::signal::signal(Signal::SIGHUP, nix::sys::signal::SigHandler::SigIgn)?;
         nix::sys::signal::signal(Signal::SIGPIPE, nix::sys::signal::SigHandler::SigIgn)?;
+        nix::sys::signal::signal(Signal::SIGIO, nix::sys::signal::SigHandler::SigIgn)?;
     }
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
 }
@@ -521,6 +523,7 @@ impl Keeper {
                 self.files.create(area, size, fuse).map(|(kept, fd)| (Reply::File(kept), Some(fd)))
             }
             Request::TagFile { key, tag } => self.files.tag(key, tag).map(|()| (Reply::Done, None)),
+            Request::IsUsed { key } => self.files.is_used(key).map(|used| (Reply::Used { used }, None)),
             Request::ReleaseFile { key } => {
                 self.files.release(key, self.mounted.fuse.as_fd());
                 Ok((Reply::Done, None))
@@ -551,6 +554,7 @@ impl Keeper {
             restarts: self.starts.saturating_sub(1),
             epoch: self.first_epoch.saturating_add(self.starts.saturating_sub(1)),
             keeper_pid: std::process::id(),
+            tells_use: true,
         }
     }
 }

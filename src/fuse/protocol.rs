@@ -72,6 +72,11 @@ pub enum Request {
         /// Its key.
         key: u64,
     },
+    /// Whether anybody but keeper and server has a kept file open or mapped.
+    IsUsed {
+        /// Its key.
+        key: u64,
+    },
     /// A connected socket to the store.
     Connect,
     /// The journal of objects that no name reaches yet.
@@ -113,6 +118,11 @@ pub enum Reply {
     States {
         /// Names and texts.
         entries: Vec<(String, String)>,
+    },
+    /// To [`Request::IsUsed`].
+    Used {
+        /// True if somebody has.
+        used: bool,
     },
     /// Nothing more to say.
     Done,
@@ -161,6 +171,9 @@ pub struct Hello {
     pub epoch: u64,
     /// Process id of the keeper.
     pub keeper_pid: u32,
+    /// Whether the keeper answers [`Request::IsUsed`].
+    #[serde(default)]
+    pub tells_use: bool,
 }
 
 /// Sends one message.

@@ -41,6 +41,8 @@ const OWN_PATIENCE: Duration = Duration::from_millis(250);
 const STORE_PATIENCE: Duration = Duration::from_millis(500);
 /// How often what nobody came for is let go of.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
+/// How often it is looked whether mappings that outlived their descriptors have ended.
+const MAPPINGS: Duration = Duration::from_millis(250);
 /// How often it is looked whether memory should be made ready for the next image.
 const SPARE: Duration = Duration::from_secs(1);
 
@@ -122,7 +124,7 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     })?;
 
     release_unknown_files(link)?;
-    let (host, invalidations) = KeeperHost::new(link.clone(), hello.no_passthrough.clone());
+    let (host, invalidations) = KeeperHost::new(link.clone(), &hello);
     let fs = Arc::new(open_filesystem(&hello, link, Arc::new(host), names)?);
     let shared = Arc::new(Shared {
         fs,
@@ -148,6 +150,13 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
         loop {
             std::thread::sleep(SPARE);
             fs.keep_spare();
+        }
+    })?;
+    let fs = shared.fs.clone();
+    thread("mappings", move || {
+        loop {
+            std::thread::sleep(MAPPINGS);
+            fs.end_mappings();
         }
     })?;
     if hello.config.migrate == RemotePolicy::Full {
@@ -177,7 +186,9 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
         refuse_unanswered(&fuse, &unanswered);
     }
     drop(fuse);
-    session.run().context(|| "the connection to the kernel".into())?;
+    let ran = session.run();
+    fs.leave_mappings();
+    ran.context(|| "the connection to the kernel".into())?;
     if let Err(error) = fs.delete_nameless() {
         tracing::warn!("objects without a name are left over: {error}");
     }

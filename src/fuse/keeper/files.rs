@@ -136,6 +136,28 @@ impl Files {
         fitting(above, |what| FILE_BYTES + what.tag.as_ref().map_or(0, String::len)).cloned().collect()
     }
 
+    /// Whether anybody has a file open or mapped but through the descriptor that is kept, and copies of that. The kernel
+    /// grants a write lease to nobody else's file (`F_SETLEASE`, fcntl(2)); whoever opens it in the moment until the lease is
+    /// given back waits for that.
+    ///
+    /// # Errors
+    /// `NotFound` if it was released; the errno if the kernel cannot tell.
+    pub fn is_used(&self, key: u64) -> Result<bool> {
+        let kept = self.kept.get(&key).ok_or_else(|| Error::not_found(format!("memory file {key}")))?;
+        let lease = |kind: libc::c_int| {
+            // SAFETY: a plain system call on a descriptor that is kept.
+            nix::errno::Errno::result(unsafe { libc::fcntl(kept.file.as_raw_fd(), libc::F_SETLEASE, kind) })
+        };
+        match lease(libc::F_WRLCK) {
+            Ok(_) => {
+                lease(libc::F_UNLCK)?;
+                Ok(false)
+            }
+            Err(nix::errno::Errno::EAGAIN) => Ok(true),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
     /// Drops a file. Open descriptors and mappings of it go on.
     pub fn release(&mut self, key: u64, fuse: BorrowedFd<'_>) {
         if let Some(kept) = self.kept.remove(&key)
