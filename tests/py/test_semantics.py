@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 
 from conftest import PROJECT, Mount, cli, settled, until
+from maps import mapped
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
@@ -274,14 +275,12 @@ def _(m):
 
 @check("shared writable mmap")
 def _(m):
-    descriptor = os.open(m / "f.bin", os.O_RDWR | os.O_CREAT)
-    os.ftruncate(descriptor, 8192)
-    view = mmap.mmap(descriptor, 8192)
-    os.close(descriptor)
-    view[5000:5004] = b"late"
-    view.close()
-    # What was stored through the mapping comes when it is gone.
-    until(lambda: (m / "f.bin").read_bytes() == bytes(5000) + b"late" + bytes(3188))
+    for first in [os.O_RDONLY, os.O_WRONLY]:
+        (m / "f.bin").write_bytes(bytes(8192))
+        with mapped(m / "f.bin", first) as memory:
+            memory[5000:5004] = b"late"
+        # What was stored through the mapping comes when it is gone.
+        until(lambda: (m / "f.bin").read_bytes() == bytes(5000) + b"late" + bytes(3188))
 
 
 @check("rename over a file")
