@@ -399,7 +399,9 @@ impl FileSystem {
                 let state = staged.state();
                 (state.target.clone(), state.writers.is_empty() || (by_path && state.is_closed()))
             };
-            if staged.stamp()?.size != size && !staged.truncate(size)? {
+            let before = staged.stamp()?.size;
+            let was_clean = before < size && idle && !staged.is_dirty()?;
+            if before != size && !staged.truncate(size)? {
                 // Bytes that readers may have mapped never change: the kernel looks up the copy and cuts that.
                 self.replace_staged(staged, target, libc::O_WRONLY, caller)?;
                 return Err(Error::stale("looked up again to be cut"));
@@ -407,7 +409,13 @@ impl FileSystem {
             staged.state().has_come(caller);
             if idle {
                 // No close will follow that could publish it.
-                self.publish_changed(staged, Unfinished::Publish)?;
+                let published = self.publish_changed(staged, Unfinished::Publish);
+                if published.is_err() && was_clean && staged.truncate(before)? {
+                    // It is not longer than before, then.
+                    staged.mark_clean(staged.stamp()?)?;
+                    staged.state().failed = None;
+                }
+                published?;
             }
         }
         let has_attributes = change.mode.is_some()

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Store, until
+from conftest import Store, settled, until
 
 APPENDS = """
 import os, sys
@@ -203,6 +203,26 @@ def fill(store):
 
 def table(value, rows):
     return pd.DataFrame({"a": np.full(rows, value)})
+
+
+@pytest.mark.parametrize("name", ["f.bin", "x.arrow"])
+def test_a_file_that_cannot_be_made_longer_is_as_long_as_before(small, name):
+    store, mount = small
+    path = mount / name
+    if name == "x.arrow":
+        table(1.0, 1000).to_feather(path)
+    else:
+        path.write_bytes(b"what it holds" * 1000)
+    held = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(OSError) as caught:
+            os.truncate(path, 200 << 20)
+        assert caught.value.errno == errno.ENOSPC
+        assert path.stat().st_size == len(held) and path.read_bytes() == held
+    os.truncate(path, 10)
+    assert path.read_bytes() == held[:10]
+    path.unlink()
+    settled(store.usage, 0)
 
 
 def test_a_rename_to_another_view_keeps_what_could_not_be_published_before(small):
