@@ -18,7 +18,7 @@ pub const AHEAD: &str = "vineyard_fs_copy_ahead_";
 /// Copies that are looked at with one call.
 const BATCH: usize = 256;
 
-/// Objects that are to be copied here when there is time.
+/// Objects that are to be copied here when there is time, in order, and those and the one that is being copied as a set.
 #[derive(Default)]
 pub(super) struct Wishes {
     state: Mutex<(VecDeque<ObjectId>, HashSet<ObjectId>)>,
@@ -28,11 +28,6 @@ pub(super) struct Wishes {
 impl Wishes {
     fn state(&self) -> MutexGuard<'_, (VecDeque<ObjectId>, HashSet<ObjectId>)> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    /// The copy of an object is gone: it may be wished for again.
-    pub(super) fn forget(&self, object: ObjectId) {
-        self.state().1.remove(&object);
     }
 }
 
@@ -90,7 +85,6 @@ impl FileSystem {
                 if is_needless {
                     let before = self.store.status()?.memory_usage;
                     self.drop_copy(copy)?;
-                    self.wishes.forget(copy.source);
                     freed += before.saturating_sub(self.store.status()?.memory_usage);
                     tracing::info!(object = %copy.source, copy = %copy.object, "the copy made way for what is saved");
                 }
@@ -123,17 +117,16 @@ impl FileSystem {
                     }
                 }
             };
-            match self.bring(object, true, &mut |_| Ok(())) {
+            let brought = self.bring(object, true, &mut |_| Ok(()));
+            // Who opens it while it has no copy here wishes for one again.
+            self.wishes.state().1.remove(&object);
+            match brought {
                 Ok(Brought::Copied(copy)) => tracing::info!(%object, %copy, "copied to this instance"),
                 Ok(Brought::Here(_)) => {}
-                Err(error) => {
-                    // It is read from where it is; the next open tries again.
-                    self.wishes.forget(object);
-                    match error.kind() {
-                        Kind::Unsupported | Kind::Stale => tracing::info!(%object, "not copied here: {error}"),
-                        _ => self.warn(format!("object {object} was not copied to this instance: {error}")),
-                    }
+                Err(error) if matches!(error.kind(), Kind::Unsupported | Kind::Stale) => {
+                    tracing::info!(%object, "not copied here: {error}");
                 }
+                Err(error) => self.warn(format!("object {object} was not copied to this instance: {error}")),
             }
         }
     }
