@@ -15,11 +15,15 @@ use super::publish::Unfinished;
 use super::staging::Staged;
 use super::{FileSystem, Handle};
 use crate::image;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 
 /// Writers whose mappings may go on.
 #[derive(Default)]
-pub(super) struct Mappings(Mutex<Vec<Mapping>>);
+pub(super) struct Mappings {
+    all: Mutex<Vec<Mapping>>,
+    /// Held while they are ended: whoever ends the mount waits for those that another thread is about to publish.
+    ending: Mutex<()>,
+}
 
 struct Mapping {
     inode: Arc<Inode>,
@@ -30,11 +34,15 @@ struct Mapping {
 
 impl Mappings {
     fn add(&self, mapping: Mapping) {
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).push(mapping);
+        self.all.lock().unwrap_or_else(|e| e.into_inner()).push(mapping);
     }
 
     fn take(&self) -> Vec<Mapping> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(|e| e.into_inner()))
+        std::mem::take(&mut *self.all.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    fn end(&self) -> MutexGuard<'_, ()> {
+        self.ending.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -75,6 +83,7 @@ impl FileSystem {
 
     /// Publishes what was stored through mappings that have ended.
     pub fn end_mappings(&self) {
+        let _ending = self.mappings.end();
         for mapping in self.mappings.take() {
             if !mapping.staged.state().writers.handles().iter().any(|writer| writer.handle == mapping.fh) {
                 // It was closed meanwhile, or the file removed.
@@ -89,6 +98,7 @@ impl FileSystem {
 
     /// Publishes what was stored through mappings so far: there will be no mount to publish the rest.
     pub fn leave_mappings(&self) {
+        let _ending = self.mappings.end();
         self.mappings.take().into_iter().for_each(|mapping| self.end_mapping(mapping));
     }
 
