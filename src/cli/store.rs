@@ -138,8 +138,10 @@ impl Opened {
     pub fn reclaim(&self) -> Result<usize> {
         let (notes, journal) = Notes::open(&self.socket, true);
         let client = Client::connect(ClientOptions::socket(&self.socket).remote(remote()).journal(journal))?;
-        let looked_at = FileSystem::unmounted(Arc::new(client) as Arc<dyn Store>).reclaim();
+        let fs = FileSystem::unmounted(Arc::new(client) as Arc<dyn Store>);
+        let looked_at = fs.reclaim();
         drop(notes);
+        print_warnings(&fs);
         looked_at
     }
 
@@ -182,9 +184,13 @@ impl Opened {
 
     /// Tells the warnings that came up.
     pub fn warn(&self) {
-        for warning in self.fs.take_warnings() {
-            eprintln!("vineyard-fs: warning: {}", printable(&warning));
-        }
+        print_warnings(&self.fs);
+    }
+}
+
+fn print_warnings(fs: &FileSystem) {
+    for warning in fs.take_warnings() {
+        eprintln!("vineyard-fs: warning: {}", printable(&warning));
     }
 }
 

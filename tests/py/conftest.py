@@ -123,6 +123,12 @@ def cli(*arguments, check=True, timeout=120, **kwargs):
     return result
 
 
+def told_left_over(text: str) -> int:
+    """Bytes in blobs that a log, or what `gc` says, tells of as perhaps left over: the ids of what a process asked for just
+    before it was killed die with it, and nobody can tell those blobs from another client's."""
+    return sum(int(n) for n in re.findall(r"(\d+) bytes in \d+ unsealed blobs", text))
+
+
 def status(path, state=None) -> dict:
     """What is said of a mount, once all of it is said and it is in the state, if one is given: keepers and servers that are
     too busy leave out what they do not know soon."""
@@ -158,9 +164,8 @@ class Mount:
         return status(self.path, state)
 
     def told_left_over(self) -> int:
-        """Bytes in blobs that the mount has told of as perhaps left over: the ids of what a server asked for just before it
-        was killed die with it, and nobody can tell those blobs from another client's."""
-        return sum(int(n) for n in re.findall(r"(\d+) bytes in \d+ unsealed blobs", self.log.read_text()))
+        """As the function `told_left_over`, of the mount's log."""
+        return told_left_over(self.log.read_text())
 
     def kill_server(self) -> int:
         """Kills the server; the keeper starts another. Returns the process number."""
