@@ -83,12 +83,15 @@ impl FileSystem {
     }
 
     fn open_found(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
+        let is_known = self.inodes.get(ino).is_some();
         let inode = self.inode(ino)?;
         if wants_write(flags) {
             self.writable()?;
         }
         match &inode.node {
             Node::Directory { .. } => Err(Error::new(Kind::IsDirectory, "is a directory")),
+            // The path by which a former server gave the number out may be another than that at which the object is now.
+            Node::View(_) if !is_known => Err(Error::stale("a former server's inode: its path is looked up again")),
             Node::Staged(staged) => {
                 let directory = staged.state().target.directory.clone();
                 // A file of its own may be made for the writer: not where the directory is about to move from.

@@ -11,6 +11,7 @@ import time
 import load
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import cli, settled, until
 
 ROWS = 200_000
@@ -249,3 +250,17 @@ def test_the_next_server_knows_who_writes_what(store, make_mount, serving):
     os.close(writer)
     assert seen(mount / "x.arrow") == new
     assert sorted(os.listdir(mount.path)) == ["cut.bin", "log.txt", "x.arrow"]
+
+
+def test_a_path_that_another_mount_took_away_is_gone_for_the_next_server_too(store, make_mount):
+    """Within the second for which the kernel keeps a name, and where the object has the number of its former path again."""
+    one, other = make_mount(), make_mount(name="other")
+    pd.DataFrame({"a": [1.0]}).to_feather(one / "a.arrow")
+    assert pd.read_feather(other / "a.arrow")["a"][0] == 1
+    os.rename(other / "a.arrow", other / "b.arrow")
+    assert pd.read_feather(other / "b.arrow")["a"][0] == 1
+    os.rename(one / "b.arrow", one / "a.arrow")
+    other.next_server(other.kill_server())
+    with pytest.raises(FileNotFoundError):
+        pd.read_feather(other / "b.arrow")
+    assert pd.read_feather(other / "a.arrow")["a"][0] == 1
