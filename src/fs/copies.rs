@@ -287,7 +287,8 @@ impl FileSystem {
         let here = self.store.instance()?.id;
         let living = self.living(object)?;
         if let Some(meta) = living.first().filter(|meta| meta.instance() == here) {
-            return match !ahead && is_ahead(meta) {
+            // A copy that became the dataset is none any more.
+            return match !ahead && meta.id() != object && is_ahead(meta) {
                 true => self.keep_copy(Copy { source: object, instance: here, object: meta.id() }, meta),
                 false => Ok(Brought::Here(meta.id())),
             };

@@ -146,19 +146,9 @@ fn serve(inherited: Inherited, link: &Arc<KeeperLink>) -> Result<()> {
     let fs = shared.fs.clone();
     thread("deletions", move || fs.attend_nameless())?;
     let fs = shared.fs.clone();
-    thread("spare memory", move || {
-        loop {
-            std::thread::sleep(SPARE);
-            fs.keep_spare();
-        }
-    })?;
+    every("spare memory", SPARE, move || fs.keep_spare())?;
     let fs = shared.fs.clone();
-    thread("mappings", move || {
-        loop {
-            std::thread::sleep(MAPPINGS);
-            fs.end_mappings();
-        }
-    })?;
+    every("mappings", MAPPINGS, move || fs.end_mappings())?;
     if hello.config.migrate == RemotePolicy::Full {
         let fs = shared.fs.clone();
         thread("copies", move || fs.copy_wishes())?;
@@ -283,6 +273,16 @@ fn prepare_process(hello: &Hello) -> Result<Sandbox> {
 fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     std::thread::Builder::new().name(name.into()).spawn(work).context(|| format!("no thread for {name}"))?;
     Ok(())
+}
+
+/// A thread that does something after each pause, for as long as the process lives.
+fn every(name: &str, pause: Duration, work: impl Fn() + Send + 'static) -> Result<()> {
+    thread(name, move || {
+        loop {
+            std::thread::sleep(pause);
+            work();
+        }
+    })
 }
 
 /// A session on `fuse` that believes it has just seen INIT.

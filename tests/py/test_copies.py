@@ -183,6 +183,13 @@ def test_copies_that_nobody_asked_for_make_way(tmp_path):
         until(lambda: copies("opened"), another.log.read_text)
         cli("pin", "read", "--socket", cluster[1].socket)
         assert [bool(copies(name)) for name in ["opened", "pinned", "read"]] == [False, True, True]
+        # A copy that becomes the dataset is none any more, whoever had asked for it.
+        cli("pin", "--drop", "read", "--socket", cluster[1].socket)
+        pd.testing.assert_frame_equal(pd.read_feather(cluster.mount(1, "--migrate", "full") / "opened.arrow"), frame)
+        until(lambda: copies("opened"))
+        cli("migrate", "opened", "--socket", cluster[1].socket)
+        assert "already" in cli("pin", "opened", "--socket", cluster[1].socket).stdout
+        assert not copies("opened") and told(cluster[1], "gc", "--dry-run") == []
         # What is pinned lives on without its original.
         cluster[0].kill()
         pd.testing.assert_frame_equal(pd.read_feather(cluster.mount(1, "--deadline", "5s") / "pinned.arrow"), frame)
