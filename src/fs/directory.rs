@@ -92,16 +92,10 @@ impl FileSystem {
     fn list(&self, directory: &str) -> Result<Arc<Listing>> {
         let changes = self.changes();
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
+        let before = self.staging.below(directory);
+        let before: Vec<_> = before.into_iter().map(|staged| (staged.settled_version(), staged)).collect();
         let names = self.names_below(&prefix)?;
-        let mut staged = self.staging.below(directory);
-        // What was written here and replaced or removed elsewhere is not shown for what is there now.
-        staged.retain(|staged| {
-            let current = !staged.is_superseded(&names);
-            if !current {
-                self.staging.detach(staged);
-            }
-            current
-        });
+        let staged = self.staged_among(&names, before, directory);
         let local = self.directories_below(&prefix);
         let fingerprint = fingerprint(&names, &staged, &local);
         let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();
@@ -201,6 +195,32 @@ impl FileSystem {
         }
         listings.insert(directory.to_owned(), listing.clone());
         Ok(listing)
+    }
+
+    /// The staged files that a listing shows, of those that were in the directory before its names were asked for, and those
+    /// that are there now: what was there all the time is in it, whatever became of it meanwhile.
+    fn staged_among(
+        &self,
+        names: &[NamedObject],
+        before: Vec<(Option<NamedObject>, Arc<Staged>)>,
+        directory: &str,
+    ) -> Vec<Arc<Staged>> {
+        // What was written here and replaced or removed elsewhere is not shown for what is there now.
+        let stays = |(version, file): &(Option<NamedObject>, Arc<Staged>)| {
+            !self.staging.leave_if_not_among(names, file, version.as_ref())
+        };
+        let before: Vec<_> = before.into_iter().filter(stays).map(|(_, file)| file).collect();
+        let mut staged = self.staging.below(directory);
+        let there: HashSet<String> = staged.iter().filter_map(|file| file.listed_component()).collect();
+        // Published since, after its name was asked for.
+        let is_missing = |file: &Arc<Staged>| {
+            let state = file.state();
+            let is_known = |(name, _): &NamedObject| names.binary_search_by(|(known, _)| known.cmp(name)).is_ok();
+            let is_new = state.retired && state.published.as_ref().is_some_and(|version| !is_known(version));
+            is_new && !state.detached && state.target.directory == directory && !there.contains(&state.target.component)
+        };
+        staged.extend(before.into_iter().filter(is_missing));
+        staged
     }
 
     /// Makes summaries of what names directly below a prefix lead to. Returns the names, and which objects do not exist:

@@ -414,14 +414,14 @@ impl FileSystem {
         let trees: Vec<_> = plan.trees.iter().map(|(from, to)| (from, to, staged_below(from))).collect();
         let exchange = trees.len() > 1;
         for (from, to, tree) in trees {
+            let tree: Vec<_> = tree.into_iter().map(|staged| (staged.settled_version(), staged)).collect();
             let names = if tree.is_empty() { Vec::new() } else { self.names_below(&format!("{from}/"))? };
-            for staged in tree {
+            for (version, staged) in tree {
                 if exchange && plan.progress.staged.contains(&staged.ino()) {
                     continue;
                 }
                 // Replaced or removed elsewhere: the store leads to what is there now.
-                if staged.is_superseded(&names) {
-                    self.staging.detach(&staged);
+                if self.staging.leave_if_not_among(&names, &staged, version.as_ref()) {
                     continue;
                 }
                 // Of two directories that change places all files are published: the store leads to them.

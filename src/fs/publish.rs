@@ -107,8 +107,12 @@ impl FileSystem {
         if !staged.is_dirty()? {
             return if staged.state().attributes_changed { self.publish_attributes_locked(staged) } else { Ok(()) };
         }
+        staged.state().publishing = true;
         let result = self.publish_now(staged, unfinished);
-        staged.state().failed = result.as_ref().err().map(|error| error.to_string());
+        {
+            let mut state = staged.state();
+            (state.publishing, state.failed) = (false, result.as_ref().err().map(|error| error.to_string()));
+        }
         if let Err(error) = &result {
             let path = staged.state().target.path();
             self.warn(format!("{path:?} could not be published: {error}"));
@@ -361,14 +365,15 @@ impl FileSystem {
         let Some((name, object)) = staged.published() else { return Ok(()) };
         let attributes = {
             let mut state = staged.state();
-            state.attributes_changed = false;
+            (state.attributes_changed, state.publishing) = (false, true);
             state.attributes.clone()
         };
-        let copy = self.with_attributes(&name, object, &attributes).inspect_err(|_| {
-            // They are stored by the next close or fsync.
-            staged.state().attributes_changed = true;
-        })?;
+        let copy = self.with_attributes(&name, object, &attributes);
         let mut state = staged.state();
+        state.publishing = false;
+        // Otherwise they are stored by the next close or fsync.
+        state.attributes_changed |= copy.is_err();
+        let copy = copy?;
         (state.published, state.image) = (Some((name, copy)), state.image.map(|(_, view)| (copy, view)));
         drop(state);
         super::adopt::note_staged(staged);

@@ -176,11 +176,11 @@ impl FileSystem {
     pub(super) fn resolve_here(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
         let path = target.path();
         let staged = self.staging.reserved_for(&path, pid).or_else(|| self.staging.at(&path));
-        if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&path, pid)) {
-            if !staged.is_abandoned() && staged.is_current_version(&*self.store)? {
-                return Ok(Some(Found::Staged(staged)));
-            }
-            self.staging.leave_path(&staged);
+        if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&path, pid))
+            && !self.staging.leave_if_abandoned(&staged)
+            && !self.staging.leave_if_replaced(&staged, &*self.store)?
+        {
+            return Ok(Some(Found::Staged(staged)));
         }
         if self.folders.exists(&target.folder) {
             return Ok(Some(Found::Directory { name: target.folder.clone() }));

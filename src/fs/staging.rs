@@ -31,8 +31,8 @@ use crate::dataset::FileAttributes;
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::{Context, Error, Kind, Result};
 use crate::sync::{Mutex, MutexGuard};
-use crate::vineyard::store::{NameQuery, NamedObject};
-use crate::vineyard::{ObjectId, Store};
+use crate::vineyard::ObjectId;
+use crate::vineyard::store::NamedObject;
 
 /// How long a thread that was sent elsewhere may take to look the name up again and come there: on a machine that is busy
 /// far beyond its means, seconds pass between two steps. Only for threads that died meanwhile is it ever waited for.
@@ -77,6 +77,8 @@ pub(super) struct State {
     pub reserved_for: Option<u32>,
     /// Its last writer is being closed: it is not decided yet what becomes of it.
     pub settling: bool,
+    /// It is being published: its name may lead to a version that is not in `published` yet.
+    pub publishing: bool,
     /// The process that closed a descriptor of it last.
     pub closed_by: Option<u32>,
     /// Someone had it open for reading and writing: a shared mapping may still change it, unseen.
@@ -123,16 +125,6 @@ impl Staged {
     /// Inode number.
     pub fn ino(&self) -> u64 {
         self.ino
-    }
-
-    /// True if its path leads to the published version: the file is retired, or its writer never came.
-    pub(super) fn is_abandoned(&self) -> bool {
-        let state = self.state();
-        if state.retired {
-            return true;
-        }
-        let has_version = state.published.is_some() || state.replaces.is_some();
-        !state.was_opened && has_version && self.made.elapsed() > REDIRECT
     }
 
     /// True if nobody has it open and the store has all of it, so that the kernel may forget it.
@@ -239,38 +231,14 @@ impl Staged {
         (!state.detached).then(|| state.target.component.clone())
     }
 
-    /// True unless the name leads to a version that somebody else published since.
-    ///
-    /// # Errors
-    /// What the store answers.
-    pub fn is_current_version(&self, store: &dyn Store) -> Result<bool> {
+    /// Name and object that it was published as, if nobody writes it and the store has all of it.
+    pub(super) fn settled_version(&self) -> Option<NamedObject> {
         let (published, clean) = {
             let state = self.state();
             (state.published.clone(), state.clean.filter(|_| state.writers.is_empty()))
         };
-        let Some((name, object)) = published else { return Ok(true) };
-        if clean.is_none_or(|(stamp, ..)| self.stamp().is_ok_and(|now| now != stamp)) {
-            return Ok(true);
-        }
-        let answer = store.names(&[NameQuery::Exact(name)])?;
-        let found = answer.into_iter().flatten().next();
-        let current = found.as_ref().is_some_and(|(_, id)| *id == object);
-        if !current {
-            tracing::debug!(ino = self.ino, published = %object, ?found, "another version was published");
-        }
-        Ok(current)
-    }
-
-    /// True if everything is published, nobody writes, and its name is not among these sorted names or leads elsewhere.
-    pub fn is_superseded(&self, names: &[NamedObject]) -> bool {
-        let (published, clean) = {
-            let state = self.state();
-            (state.published.clone(), state.clean.filter(|_| state.writers.is_empty()))
-        };
-        let (Some((name, object)), Some((stamp, ..))) = (published, clean) else { return false };
-        let found = names.binary_search_by(|(known, _)| known.as_str().cmp(&name)).ok();
-        let leads_here = found.and_then(|at| names.get(at)).is_some_and(|(_, id)| *id == object);
-        !leads_here && self.stamp().is_ok_and(|now| now == stamp)
+        let (stamp, ..) = clean?;
+        published.filter(|_| self.stamp().is_ok_and(|now| now == stamp))
     }
 
     pub(super) fn attr(&self, options: &Options) -> Result<Attr> {
@@ -499,6 +467,7 @@ impl Staging {
             opens: 0,
             was_opened: false,
             settling: false,
+            publishing: false,
             closed_by: None,
             passthrough: None,
             shared_writable: false,
@@ -547,12 +516,6 @@ impl Staging {
         if by_path.get(&path).is_some_and(|there| Arc::ptr_eq(there, staged)) {
             by_path.remove(&path);
         }
-    }
-
-    /// As [`Staging::detach`], for a file that others may have open: the next server is told.
-    pub(super) fn leave_path(&self, staged: &Arc<Staged>) {
-        self.detach(staged);
-        self.displace(staged);
     }
 
     /// Moves a staged file to another path.

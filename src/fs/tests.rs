@@ -1,5 +1,6 @@
 //! The filesystem without a mount.
 
+mod appends;
 mod away;
 mod bed;
 mod formers;

@@ -194,8 +194,7 @@ impl FileSystem {
         self.take_back(inode.ino, caller);
         let mut dirty = staged.is_dirty()?;
         let again = self.was_refused(&staged.state().target.path(), caller);
-        if !dirty && !staged.is_current_version(&*self.store)? {
-            self.staging.leave_path(staged);
+        if !dirty && self.staging.leave_if_replaced(staged, &*self.store)? {
             // A reader that was refused once gets what was there when its second lookup asked.
             if write || !again {
                 return Err(Error::stale("somebody published another version"));
@@ -341,12 +340,14 @@ impl FileSystem {
     /// truncates, else by a copy.
     pub(super) fn replace_staged(&self, old: &Staged, target: Target, flags: i32, caller: Caller) -> Result<()> {
         let there = self.staging.at(&target.path());
-        // Somebody else has made that copy already, or the path leads to a later version, of which one is made then.
-        let is_successor = |there: &Arc<Staged>| there.ino() != old.ino() && !there.state().is_final();
-        let displaced = old.state().displaced;
-        if flags & libc::O_TRUNC == 0 && (displaced || there.as_ref().is_some_and(is_successor)) {
+        let is_there = there.as_ref().is_some_and(|there| there.ino() == old.ino());
+        if flags & libc::O_TRUNC == 0 && (!is_there || old.state().displaced) {
+            // Somebody else has made that copy already, or the path leads to a later version, of which one is made then.
             return Ok(());
         }
+        // While it is copied it gets no other version, and is not cut.
+        let copying = || old.publishing.lock().unwrap_or_else(|e| e.into_inner());
+        let _publishing = (flags & libc::O_TRUNC == 0).then(copying);
         let (published, base, attributes) = {
             let state = old.state();
             (state.published.clone(), state.replaces.clone(), state.attributes.clone())
@@ -360,11 +361,7 @@ impl FileSystem {
             self.staging.show(&staged, Some(caller.pid));
             return Ok(());
         }
-        {
-            // It is not cut meanwhile.
-            let _publishing = old.publishing.lock().unwrap_or_else(|e| e.into_inner());
-            copy_file(&old.file().file, &staged.file().file, old.stamp()?.size)?;
-        }
+        copy_file(&old.file().file, &staged.file().file, old.stamp()?.size)?;
         staged.state().published = published;
         staged.mark_clean(staged.stamp()?)?;
         self.staging.show_instead(&staged, there.as_ref());

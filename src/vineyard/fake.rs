@@ -115,6 +115,11 @@ impl FakeStore {
         self.lock().before.insert(op, Box::new(act));
     }
 
+    /// Does something right after the next question for names was answered, before the caller has the answer.
+    pub fn after_names(&self, act: impl FnOnce() + Send + 'static) {
+        self.lock().after_names = Some(Box::new(act));
+    }
+
     /// From now on the caller lives for so many steps, as if it were killed then: every call that changes something is
     /// one, and those after the last change nothing. `None` lets it live.
     pub fn die_after(&self, steps: Option<usize>) {
@@ -294,7 +299,8 @@ impl Store for FakeStore {
     }
 
     fn names(&self, queries: &[NameQuery]) -> Result<Vec<Vec<NamedObject>>> {
-        let state = self.enter(Op::Names)?;
+        let mut state = self.enter(Op::Names)?;
+        let after = state.after_names.take();
         let answer = |query: &NameQuery| match query {
             NameQuery::Exact(name) => state.names.get(name).map(|&id| vec![(name.clone(), id)]).unwrap_or_default(),
             NameQuery::Prefix { prefix, limit } => state
@@ -305,7 +311,12 @@ impl Store for FakeStore {
                 .map(|(name, &id)| (name.clone(), id))
                 .collect(),
         };
-        Ok(queries.iter().map(answer).collect())
+        let answers = queries.iter().map(answer).collect();
+        drop(state);
+        if let Some(act) = after {
+            act();
+        }
+        Ok(answers)
     }
 
     fn metas(&self, ids: &[ObjectId], _sync: bool) -> Result<HashMap<ObjectId, Result<Meta>>> {

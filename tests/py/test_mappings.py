@@ -9,6 +9,17 @@ import pytest
 from conftest import cli, settled, until
 from maps import mapped
 
+
+def first_value(store):
+    """In the store; None if the dataset was replaced between the official client's two requests, for metadata and for blobs."""
+    try:
+        return store.connect().get(name="x")["a"][0]
+    except RuntimeError as error:
+        if "local blob found but it is nullptr" in str(error.__cause__.__cause__ if error.__cause__ else error):
+            return None
+        raise
+
+
 FIRST = {"a writer": os.O_WRONLY, "a reader": os.O_RDONLY, "its like": os.O_RDWR}
 every_first = pytest.mark.parametrize("first", FIRST.values(), ids=FIRST)
 
@@ -42,7 +53,7 @@ def test_a_table_that_is_changed_through_a_mapping(store, make_mount, serving, f
             seen = pd.read_feather(path)["a"]
             assert seen[0] in [0, *range(100, 101 + number)] and seen[1:].equals(frame["a"][1:])
         memory.end()
-        until(lambda: store.connect().get(name="x")["a"][0] == 102)
+        until(lambda: first_value(store) == 102)
     assert pd.read_feather(path)["a"].to_list() == [102.0, *range(1, 2000)]
     assert pd.read_parquet(mount / "x.parquet")["a"].to_list() == [102.0, *range(1, 2000)]
     path.unlink()

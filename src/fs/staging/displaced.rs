@@ -3,10 +3,13 @@
 
 use std::sync::{Arc, Weak};
 
-use super::{Staged, Staging};
+use super::{Staged, Staging, State};
+use crate::error::Result;
 use crate::fs::FileSystem;
 use crate::fs::adopt::note_staged;
 use crate::fs::resolve::Target;
+use crate::vineyard::Store;
+use crate::vineyard::store::{NameQuery, NamedObject};
 
 impl Staging {
     /// Its path leads to something else from now on.
@@ -14,6 +17,72 @@ impl Staging {
         staged.state().displaced = true;
         self.remember_displaced(staged);
         note_staged(staged);
+    }
+
+    /// Takes a file from its path if somebody else published another version there, or removed it. False if it is what the
+    /// path leads to.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub(in crate::fs) fn leave_if_replaced(&self, staged: &Arc<Staged>, store: &dyn Store) -> Result<bool> {
+        let Some(version) = staged.settled_version() else { return Ok(false) };
+        let answer = store.names(&[NameQuery::Exact(version.0.clone())])?;
+        let found = answer.into_iter().flatten().next();
+        Ok(found.as_ref() != Some(&version) && self.leave_version(staged, &version))
+    }
+
+    /// As [`Staging::leave_if_replaced`], for one that is known to have been this version, before these names, which are
+    /// sorted, were asked for.
+    pub(in crate::fs) fn leave_if_not_among(
+        &self,
+        names: &[NamedObject],
+        staged: &Arc<Staged>,
+        version: Option<&NamedObject>,
+    ) -> bool {
+        let is_known = |version: &NamedObject| {
+            let at = names.binary_search_by(|(name, _)| name.cmp(&version.0));
+            at.is_ok_and(|at| names.get(at) == Some(version))
+        };
+        version.is_some_and(|version| !is_known(version) && self.leave_version(staged, version))
+    }
+
+    /// Takes a file from its path whose name leads elsewhere than to this version. Not if it was written and published
+    /// again meanwhile, which takes no longer than the answer of a store on a busy machine: whoever joined it would go on
+    /// with a file that nobody else finds, and what others write to the next one would end what they write.
+    fn leave_version(&self, staged: &Arc<Staged>, version: &NamedObject) -> bool {
+        let left = self.leave_path(staged, |state| {
+            let is_same = state.published.as_ref() == Some(version) && state.writers.is_empty();
+            let is_clean = || staged.stamp().is_ok_and(|now| state.clean.is_some_and(|(stamp, ..)| stamp == now));
+            is_same && !state.publishing && is_clean()
+        });
+        if left {
+            tracing::debug!(ino = staged.ino(), published = %version.1, "another version was published");
+        }
+        left
+    }
+
+    /// Takes a file from its path if the path leads to its published version: it is retired, or its writer never came.
+    pub(in crate::fs) fn leave_if_abandoned(&self, staged: &Arc<Staged>) -> bool {
+        self.leave_path(staged, |state| state.is_abandoned(staged.made))
+    }
+
+    /// Takes a file from its path, if `ends` says so of its state. The next server is told.
+    fn leave_path(&self, staged: &Arc<Staged>, ends: impl FnOnce(&State) -> bool) -> bool {
+        {
+            let mut by_path = self.by_path();
+            let mut state = staged.state();
+            if !ends(&state) {
+                return false;
+            }
+            let path = state.target.path();
+            if by_path.get(&path).is_some_and(|there| Arc::ptr_eq(there, staged)) {
+                by_path.remove(&path);
+            }
+            state.displaced = true;
+        }
+        self.remember_displaced(staged);
+        note_staged(staged);
+        true
     }
 
     /// Remembers a file that was displaced.
@@ -42,8 +111,8 @@ impl FileSystem {
     pub(in crate::fs) fn ending_displaced<T, E>(
         &self,
         path: &str,
-        work: impl FnOnce() -> Result<T, E>,
-    ) -> Result<T, E> {
+        work: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
         let ended = self.staging.displaced_from(path);
         for staged in &ended {
             // A publish that is under way ends first; none starts afterwards.

@@ -26,6 +26,12 @@ impl State {
         !self.writers.is_empty() || expected.into_iter().any(|since| since.elapsed() < REDIRECT)
     }
 
+    /// True if its path leads to the published version: the file, made then, is retired, or its writer never came.
+    pub(in crate::fs) fn is_abandoned(&self, made: Instant) -> bool {
+        let has_version = self.published.is_some() || self.replaces.is_some();
+        self.retired || (!self.was_opened && has_version && made.elapsed() > REDIRECT)
+    }
+
     /// Whether all who wrote have closed it: the last step of a close comes after the program went on.
     pub(in crate::fs) fn is_closed(&self) -> bool {
         self.writers.iter().all(|pid| self.closed_by == Some(*pid))
@@ -103,7 +109,10 @@ impl Staged {
 impl Staging {
     /// Leads a writer that does not truncate to the file at a path: false if there is none that it may write to.
     pub(in crate::fs) fn expect_writer(&self, path: &str, caller: Caller) -> bool {
-        self.at(path).is_some_and(|there| !there.is_abandoned() && there.state().expect_writer(caller))
+        self.at(path).is_some_and(|there| {
+            let mut state = there.state();
+            !state.is_abandoned(there.made) && state.expect_writer(caller)
+        })
     }
 
     pub(super) fn reserved(&self) -> MutexGuard<'_, Vec<(String, u32, Arc<Staged>)>> {

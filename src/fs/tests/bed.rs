@@ -123,6 +123,8 @@ pub struct Bed {
     pub host: Arc<LocalHost>,
     /// The kernel's lock on the directory: held for whatever changes names, and while one is looked up.
     pub directory: Mutex<()>,
+    /// The kernel's lock on an inode that is written.
+    pub written: Mutex<()>,
 }
 
 pub const ME: Caller = Caller { uid: 7, gid: 8, pid: 100, resent: false, request: 0 };
@@ -150,7 +152,7 @@ pub fn bed() -> Bed {
 
 impl Bed {
     pub fn of(fs: FileSystem, store: Arc<FakeStore>, host: Arc<LocalHost>) -> Bed {
-        Bed { fs, store, host, directory: Mutex::default() }
+        Bed { fs, store, host, directory: Mutex::default(), written: Mutex::default() }
     }
     pub fn walk(&self, path: &str) -> Result<(u64, OsString)> {
         let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
@@ -226,6 +228,18 @@ impl Bed {
             }
             _ => assert_eq!(self.fs.write(ino, opened.fh, offset, data).unwrap() as usize, data.len()),
         }
+    }
+    /// As the kernel writes what is opened with `O_APPEND`.
+    pub fn append(&self, handle: (u64, Opened), data: &[u8]) {
+        let _written = self.written.lock().unwrap();
+        let (attr, _) = self.fs.getattr(handle.0, None).unwrap();
+        self.write(handle, attr.size, data);
+    }
+    /// As a program that opens a file for each line.
+    pub fn append_line(&self, path: &str, line: &str, caller: Caller) -> Result<()> {
+        let handle = self.open(path, libc::O_WRONLY | libc::O_APPEND, caller)?;
+        self.append(handle, line.as_bytes());
+        self.close(handle, caller)
     }
     pub fn close(&self, (ino, opened): (u64, Opened), caller: Caller) -> Result<()> {
         let result = if opened.no_flush { Ok(()) } else { self.fs.flush(ino, opened.fh, caller) };

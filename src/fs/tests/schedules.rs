@@ -130,3 +130,27 @@ fn an_open_file_outlives_its_name() {
         assert_nothing_is_left(&bed);
     });
 }
+
+#[test]
+fn appenders_of_one_file() {
+    for passthrough in [true, false] {
+        check(move || {
+            let bed = Arc::new(bed_with(passthrough, Options::default()));
+            bed.save("log.txt", b"first\n").unwrap();
+            let mut threads = Vec::new();
+            for number in 0..3 {
+                threads.push(spawn(&bed, move |bed, me| {
+                    for line in 0..2 {
+                        bed.append_line("log.txt", &format!("{number} {line}\n"), me).unwrap();
+                    }
+                }));
+            }
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+            let text = String::from_utf8(bed.load("log.txt").unwrap()).unwrap();
+            let mut lines: Vec<&str> = text.lines().collect();
+            lines.sort_unstable();
+            assert_eq!(lines, ["0 0", "0 1", "1 0", "1 1", "2 0", "2 1", "first"]);
+            assert_nothing_is_left(&bed);
+        });
+    }
+}

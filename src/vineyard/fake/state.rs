@@ -34,6 +34,8 @@ pub(super) struct State {
     pub(super) calls: HashMap<Op, u64>,
     /// What is done before the next call of an operation.
     pub(super) before: HashMap<Op, Box<dyn FnOnce() + Send>>,
+    /// What is done after the next question for names was answered.
+    pub(super) after_names: Option<Box<dyn FnOnce() + Send>>,
     /// Steps until the caller is dead; none if it lives.
     pub(super) steps: Option<usize>,
 }
