@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::inode::Node;
 use super::objects::Summary;
 use super::resolve::{ATTEMPTS, Found, Target, suffix};
-use super::staging::Staged;
+use super::staging::{Staged, StagedEntry};
 use super::{DirEntry, FileKind, FileSystem, Handle, ROOT, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
@@ -76,6 +76,14 @@ impl Listing {
     }
 }
 
+/// Names below a directory, and what is known of what they lead to.
+struct Below {
+    names: Vec<NamedObject>,
+    summaries: HashMap<ObjectId, Arc<Summary>>,
+    /// Objects that do not exist.
+    missing: HashSet<ObjectId>,
+}
+
 impl FileSystem {
     /// Opens a directory.
     ///
@@ -92,8 +100,8 @@ impl FileSystem {
     fn list(&self, directory: &str) -> Result<Arc<Listing>> {
         let changes = self.changes();
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
-        let before = self.staging.below(directory);
-        let before: Vec<_> = before.into_iter().map(|staged| (staged.settled_version(), staged)).collect();
+        let before = self.staging.entries_in(directory).into_iter();
+        let before = before.map(|entry| (entry.file.settled_version(), entry)).collect();
         let names = self.names_below(&prefix)?;
         let staged = self.staged_among(&names, before, directory);
         let local = self.directories_below(&prefix);
@@ -104,7 +112,7 @@ impl FileSystem {
             return Ok(former);
         }
 
-        let (names, missing) = self.summarize_below(names, &prefix)?;
+        let Below { names, summaries, missing } = self.summarize_below(names, &prefix)?;
         let fingerprint = self::fingerprint(&names, &staged, &local);
         let mut directories: BTreeSet<String> = local.into_iter().collect();
         let mut files = Vec::new();
@@ -129,11 +137,12 @@ impl FileSystem {
             taken.insert(component.clone());
             entries.push((component, Item::Directory { name }));
         }
-        for staged in staged {
-            if let Some(component) = staged.listed_component()
-                && taken.insert(component.clone())
-            {
-                entries.push((component, Item::Staged(Arc::downgrade(&staged))));
+        // Datasets that files which are being written stand for.
+        let mut shown: HashSet<String> = HashSet::with_capacity(2 * staged.len());
+        for StagedEntry { component, datasets, file } in staged {
+            shown.extend(datasets);
+            if taken.insert(component.clone()) {
+                entries.push((component, Item::Staged(Arc::downgrade(&file))));
             }
         }
         // Plain files first: a view gives way to the plain file of the same path.
@@ -143,7 +152,7 @@ impl FileSystem {
         let reads_shortened = files.iter().any(|(name, _)| name::split_hash(name).is_some());
         let hashes: HashSet<u64> = files.iter().filter(|_| reads_shortened).map(|(name, _)| hash_of(name)).collect();
         for (name, object) in files {
-            let summary = self.objects.known_summary(object);
+            let summary = summaries.get(&object).cloned();
             complete &= summary.is_some();
             if summary.is_none() && missing.contains(&object) {
                 // A name that outlived its object: nothing to open.
@@ -170,8 +179,7 @@ impl FileSystem {
                 continue;
             }
             let Item::View { name, summary, .. } = &item else { continue };
-            if self.staging.shows(name) {
-                // The file that is being written stands for it.
+            if shown.contains(name) {
                 continue;
             }
             // Nothing is hidden: under another of its views, or under a name made unique.
@@ -202,35 +210,31 @@ impl FileSystem {
     fn staged_among(
         &self,
         names: &[NamedObject],
-        before: Vec<(Option<NamedObject>, Arc<Staged>)>,
+        before: Vec<(Option<NamedObject>, StagedEntry)>,
         directory: &str,
-    ) -> Vec<Arc<Staged>> {
+    ) -> Vec<StagedEntry> {
         // What was written here and replaced or removed elsewhere is not shown for what is there now.
-        let stays = |(version, file): &(Option<NamedObject>, Arc<Staged>)| {
-            !self.staging.leave_if_not_among(names, file, version.as_ref())
+        let stays = |(version, entry): &(Option<NamedObject>, StagedEntry)| {
+            !self.leave_if_not_among(names, &entry.file, version.as_ref())
         };
-        let before: Vec<_> = before.into_iter().filter(stays).map(|(_, file)| file).collect();
-        let mut staged = self.staging.below(directory);
-        let there: HashSet<String> = staged.iter().filter_map(|file| file.listed_component()).collect();
+        let before: Vec<_> = before.into_iter().filter(stays).map(|(_, entry)| entry).collect();
+        let mut staged = self.staging.entries_in(directory);
+        let there: HashSet<String> = staged.iter().map(|entry| entry.component.clone()).collect();
         // Published since, after its name was asked for.
-        let is_missing = |file: &Arc<Staged>| {
-            let state = file.state();
+        let is_missing = |entry: &StagedEntry| {
+            let state = entry.file.state();
             let is_known = |(name, _): &NamedObject| names.binary_search_by(|(known, _)| known.cmp(name)).is_ok();
             let is_new = state.retired && state.published.as_ref().is_some_and(|version| !is_known(version));
-            is_new && !state.detached && state.target.directory == directory && !there.contains(&state.target.component)
+            is_new && !state.detached && state.target.directory == directory && !there.contains(&entry.component)
         };
         staged.extend(before.into_iter().filter(is_missing));
         staged
     }
 
-    /// Makes summaries of what names directly below a prefix lead to. Returns the names, and which objects do not exist:
-    /// where that is so, or parts of one are gone, because its name was given another meanwhile, it is that which counts.
-    fn summarize_below(
-        &self,
-        mut names: Vec<NamedObject>,
-        prefix: &str,
-    ) -> Result<(Vec<NamedObject>, HashSet<ObjectId>)> {
-        let mut missing = HashSet::new();
+    /// Makes summaries of what names directly below a prefix lead to. Where an object does not exist, or parts of it are
+    /// gone, because its name was given another meanwhile, it is that which counts.
+    fn summarize_below(&self, mut names: Vec<NamedObject>, prefix: &str) -> Result<Below> {
+        let (mut summaries, mut missing) = (HashMap::new(), HashSet::new());
         for _ in 0..ATTEMPTS {
             let files = names.iter().filter(|(name, _)| name::part_end(name, prefix).is_none());
             let ids: Vec<ObjectId> = files.map(|(_, id)| *id).collect();
@@ -238,8 +242,11 @@ impl FileSystem {
             let deadline =
                 (unknown > self.options.listing_wait_names).then(|| Instant::now() + self.options.listing_budget);
             missing = self.objects.summarize(&*self.store, &ids, deadline)?.into_iter().collect();
-            let is_broken = |id: &ObjectId| self.objects.known_summary(*id).is_some_and(|s| s.broken.is_some());
-            if missing.is_empty() && !ids.iter().any(is_broken) {
+            summaries = self.objects.known_summaries(&ids);
+            let has_broken = || summaries.values().any(|summary| summary.broken.is_some());
+            // One that was replaced meanwhile may be forgotten by now.
+            let all_known = || deadline.is_some() || ids.iter().all(|id| summaries.contains_key(id));
+            if missing.is_empty() && !has_broken() && all_known() {
                 break;
             }
             let now = self.names_below(prefix)?;
@@ -248,7 +255,7 @@ impl FileSystem {
             }
             names = now;
         }
-        Ok((names, missing))
+        Ok(Below { names, summaries, missing })
     }
 
     /// The file names of a directory that show datasets, by the names of those.
@@ -415,13 +422,12 @@ impl FileSystem {
     }
 }
 
-fn fingerprint(names: &[(String, ObjectId)], staged: &[Arc<Staged>], local: &[String]) -> u64 {
+fn fingerprint(names: &[(String, ObjectId)], staged: &[StagedEntry], local: &[String]) -> u64 {
     let mut hash = name::stable_hash(&[b"listing"]);
     for (name, id) in names {
         hash = name::stable_hash(&[&hash.to_le_bytes(), name.as_bytes(), &id.0.to_le_bytes()]);
     }
-    for file in staged {
-        let component = file.listed_component().unwrap_or_default();
+    for StagedEntry { component, file, .. } in staged {
         hash = name::stable_hash(&[&hash.to_le_bytes(), &file.ino().to_le_bytes(), component.as_bytes()]);
     }
     for directory in local {

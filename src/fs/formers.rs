@@ -159,7 +159,7 @@ impl FileSystem {
             let leads_there = self.object_of(former)? == Some(id);
             return if leads_there { self.store.drop_name(former) } else { Ok(()) };
         }
-        self.remove_version_locked(former, id).inspect_err(|error| {
+        self.remove_version_locked(former, id).map(drop).inspect_err(|error| {
             if !is_clear(error) {
                 self.leave_open([id]);
             }

@@ -275,7 +275,8 @@ impl Inodes {
         kept.get(&number).copied().unwrap_or(number)
     }
 
-    fn computed(path: &str, object: ObjectId, view: View) -> u64 {
+    /// The number of a view that was always at this path, and always this object.
+    pub fn computed(path: &str, object: ObjectId, view: View) -> u64 {
         let hash = name::stable_hash(&[b"view", path.as_bytes(), &object.0.to_le_bytes(), &[view as u8]]);
         (hash & COMPUTED).max(ROOT + 1)
     }

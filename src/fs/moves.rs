@@ -421,7 +421,7 @@ impl FileSystem {
                     continue;
                 }
                 // Replaced or removed elsewhere: the store leads to what is there now.
-                if self.staging.leave_if_not_among(&names, &staged, version.as_ref()) {
+                if self.leave_if_not_among(&names, &staged, version.as_ref()) {
                     continue;
                 }
                 // Of two directories that change places all files are published: the store leads to them.
@@ -445,6 +445,10 @@ impl FileSystem {
                 }
                 if let Err(error) = self.move_staged(&staged, target) {
                     staged.state().replaces = replaces;
+                    if error.kind() == Kind::Stale {
+                        // The copy that took its place moves for it, if it is known here, or is found to have no name.
+                        continue;
+                    }
                     return Err(error);
                 }
                 plan.progress.staged.insert(staged.ino());

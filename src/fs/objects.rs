@@ -251,14 +251,24 @@ impl Objects {
         self.known().summaries.get(id).cloned()
     }
 
+    /// The summaries of these objects that are known.
+    pub fn known_summaries(&self, ids: &[ObjectId]) -> HashMap<ObjectId, Arc<Summary>> {
+        let mut known = self.known();
+        ids.iter().filter_map(|id| Some((*id, known.summaries.get(*id)?.clone()))).collect()
+    }
+
     /// The summary of one object; `None` if the object does not exist.
     pub fn summary(&self, store: &dyn Store, id: ObjectId) -> Result<Option<Arc<Summary>>> {
-        if let Some(summary) = self.known_summary(id) {
-            return Ok(Some(summary));
-        }
-        match self.learn(store, &[id])? {
-            (_, Some(error)) => Err(error),
-            (_, None) => Ok(self.known_summary(id)),
+        loop {
+            if let Some(summary) = self.known_summary(id) {
+                return Ok(Some(summary));
+            }
+            match self.learn(store, &[id])? {
+                (_, Some(error)) => return Err(error),
+                (missing, None) if missing.contains(&id) => return Ok(None),
+                // It may be forgotten again by now, as one that was replaced.
+                (_, None) => {}
+            }
         }
     }
 

@@ -107,12 +107,10 @@ impl FileSystem {
         if !staged.is_dirty()? {
             return if staged.state().attributes_changed { self.publish_attributes_locked(staged) } else { Ok(()) };
         }
-        staged.state().publishing = true;
+        let repointing = staged.repointing();
         let result = self.publish_now(staged, unfinished);
-        {
-            let mut state = staged.state();
-            (state.publishing, state.failed) = (false, result.as_ref().err().map(|error| error.to_string()));
-        }
+        drop(repointing);
+        staged.state().failed = result.as_ref().err().map(|error| error.to_string());
         if let Err(error) = &result {
             let path = staged.state().target.path();
             self.warn(format!("{path:?} could not be published: {error}"));
@@ -365,19 +363,19 @@ impl FileSystem {
         let Some((name, object)) = staged.published() else { return Ok(()) };
         let attributes = {
             let mut state = staged.state();
-            (state.attributes_changed, state.publishing) = (false, true);
+            state.attributes_changed = false;
             state.attributes.clone()
         };
-        let copy = self.with_attributes(&name, object, &attributes);
+        let copy = self.with_attributes(&name, object, &attributes).inspect_err(|_| {
+            // They are stored by the next close or fsync.
+            staged.state().attributes_changed = true;
+        })?;
+        // It may be at no path, and was not found then. The times of the memory file did not move, so it is as clean as it
+        // was.
         let mut state = staged.state();
-        state.publishing = false;
-        // Otherwise they are stored by the next close or fsync.
-        state.attributes_changed |= copy.is_err();
-        let copy = copy?;
         (state.published, state.image) = (Some((name, copy)), state.image.map(|(_, view)| (copy, view)));
         drop(state);
         super::adopt::note_staged(staged);
-        // The times of the memory file did not move, so it is as clean as it was.
         Ok(())
     }
 
@@ -400,7 +398,8 @@ impl FileSystem {
         Ok(())
     }
 
-    /// Replaces an object by a copy of its metadata with these attributes; the data is shared.
+    /// Replaces an object by a copy of its metadata with these attributes; the data is shared. Files that are written here
+    /// on top of that version, and are no other yet, are of the new one then.
     fn with_attributes(&self, name: &str, object: ObjectId, attributes: &FileAttributes) -> Result<ObjectId> {
         let _unit = self.unit();
         self.suspect(&[object]);
@@ -416,14 +415,18 @@ impl FileSystem {
             if self.object_of(name)? != Some(object) {
                 return Err(another());
             }
-            self.put_name(name, copy)
+            self.put_name(name, copy)?;
+            Ok(self.repoint(&(name.to_owned(), object), copy, attributes))
         });
-        if let Err(error) = named {
-            if !is_clear(&error) {
-                self.leave_open([object]);
+        match named {
+            Ok(files) => files.iter().for_each(|staged| super::adopt::note_staged(staged)),
+            Err(error) => {
+                if !is_clear(&error) {
+                    self.leave_open([object]);
+                }
+                self.drop_new(copy, &error);
+                return Err(error);
             }
-            self.drop_new(copy, &error);
-            return Err(error);
         }
         // The same bytes: whoever opens the copy gets the image that is there.
         self.cache.rename(object, copy);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::inode::{Node, ViewNode};
 use super::publish::Unfinished;
-use super::resolve::{Found, Target, Vacancy, check_new};
-use super::staging::Staged;
+use super::resolve::{ATTEMPTS, Found, Target, Vacancy, check_new};
+use super::staging::{Staged, State};
 use super::trees::Turn;
 use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
@@ -147,20 +147,22 @@ impl FileSystem {
 
     /// As [`FileSystem::remove_name`], unless the name leads to another object by now. Also for the old name of an object
     /// that has got a new one: that may lead to another object by now, whose save left ours to this name.
-    pub(super) fn remove_version(&self, name: &str, object: ObjectId) -> Result<()> {
+    /// Returns whether it led there.
+    pub(super) fn remove_version(&self, name: &str, object: ObjectId) -> Result<bool> {
         let _naming = self.naming();
         self.remove_version_locked(name, object)
     }
 
     /// As [`FileSystem::remove_version`], with the lock on names held.
-    pub(super) fn remove_version_locked(&self, name: &str, object: ObjectId) -> Result<()> {
-        if self.object_of(name)? == Some(object) {
+    pub(super) fn remove_version_locked(&self, name: &str, object: ObjectId) -> Result<bool> {
+        let leads_there = self.object_of(name)? == Some(object);
+        if leads_there {
             let _unit = self.unit();
             self.suspect(&[object]);
             self.store.drop_name(name)?;
             self.delete_unnamed(object);
         }
-        Ok(())
+        Ok(leads_there)
     }
 
     /// A directory from which the last name goes stays until `rmdir`, as on any filesystem.
@@ -195,6 +197,7 @@ impl FileSystem {
         }
         // Most often it is a file.
         let mut moves = false;
+        let mut attempts = 0;
         loop {
             let (from, to) = places()?;
             let trees = [from.folder.as_str(), to.folder.as_str()];
@@ -203,10 +206,13 @@ impl FileSystem {
             if (from_now.path(), to_now.path()) != (from.path(), to.path()) {
                 continue;
             }
-            if self.rename_in_turn(from_now, to_now, flags, caller, moves)? {
-                return Ok(());
+            match self.rename_in_turn(from_now, to_now, flags, caller, moves) {
+                Ok(true) => return Ok(()),
+                Ok(false) => moves = true,
+                // What is at the path may be another file by now.
+                Err(error) if error.kind() == Kind::Stale && attempts < ATTEMPTS => attempts += 1,
+                Err(error) => return Err(error),
             }
-            moves = true;
         }
     }
 
@@ -289,8 +295,15 @@ impl FileSystem {
     }
 
     /// Moves a staged file, and the name of what it published, to another path of the same format.
+    ///
+    /// # Errors
+    /// `Stale` if a copy for a writer took its place meanwhile, and nothing is done.
     pub(super) fn move_staged(&self, staged: &Arc<Staged>, target: Target) -> Result<()> {
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
+        if staged.state().displaced {
+            return Err(Error::stale("another file is at that path by now"));
+        }
+        let _repointing = staged.repointing();
         if let Some((name, object)) = staged.published() {
             let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| *dataset == name);
             let new_name = self.point_path(&target, native, object)?;
@@ -342,6 +355,9 @@ impl FileSystem {
             if publishes { self.publish_changed(staged, Unfinished::Publish) } else { Ok(()) }
         };
         if let Err(error) = moved {
+            if error.kind() == Kind::Stale && staged.state().displaced {
+                return Err(error);
+            }
             // Nothing moved: both files are where they were, and as they were.
             self.staging.move_to(staged, from);
             if let Some((published, clean)) = former {
@@ -425,10 +441,30 @@ impl FileSystem {
         }
         drop(publishing);
         self.move_inode(view, to, &name);
+        self.move_copy(view, to, &name);
         if name == view.name {
             return Ok(());
         }
-        self.remove_version(&view.name, view.object)
+        let path = name::join(&view.directory, &view.component);
+        if !self.remove_version(&view.name, view.object)? && self.staging.at(&path).is_some() {
+            return Err(Error::stale("it was written and published here while it was renamed"));
+        }
+        Ok(())
+    }
+
+    /// A copy that was made meanwhile for a writer of what is at the old path, where the kernel looks it up, goes with it.
+    /// Both names lead to the version at this moment.
+    fn move_copy(&self, view: &ViewNode, to: &Target, name: &str) {
+        let path = super::name::join(&view.directory, &view.component);
+        let Some(copy) = self.staging.at(&path) else { return };
+        {
+            let mut state = copy.state();
+            let version = (view.name.clone(), view.object);
+            let State { published, replaces, .. } = &mut *state;
+            let Some(its) = [published, replaces].into_iter().flatten().find(|its| **its == version) else { return };
+            its.0 = name.to_owned();
+        }
+        self.staging.move_to(&copy, to.clone());
     }
 
     /// The kernel lets the new path lead to the inode of the old one, and may open that for writing: it must know by
@@ -511,8 +547,9 @@ impl FileSystem {
         if let Some(Node::Staged(staged)) = node
             && self.inodes.get(ino).is_none()
             && staged.is_settled()
+            && self.staging.retire(&staged)
         {
-            self.staging.detach(&staged);
+            super::adopt::note_staged(&staged);
         }
     }
 }

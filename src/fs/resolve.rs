@@ -175,12 +175,17 @@ impl FileSystem {
     /// What this mount alone knows to be at a path: files that were written here, and directories that were made.
     pub(super) fn resolve_here(&self, target: &Target, pid: u32) -> Result<Option<Found>> {
         let path = target.path();
-        let staged = self.staging.reserved_for(&path, pid).or_else(|| self.staging.at(&path));
-        if let Some(staged) = staged.filter(|_| !self.staging.is_redirected(&path, pid))
-            && !self.staging.leave_if_abandoned(&staged)
-            && !self.staging.leave_if_replaced(&staged, &*self.store)?
-        {
-            return Ok(Some(Found::Staged(staged)));
+        let there = || {
+            let staged = self.staging.reserved_for(&path, pid).or_else(|| self.staging.at(&path));
+            staged.filter(|_| !self.staging.is_redirected(&path, pid))
+        };
+        let mut found = there();
+        while let Some(staged) = found {
+            if !self.staging.leave_if_abandoned(&staged) && !self.leave_if_replaced(&staged)? {
+                return Ok(Some(Found::Staged(staged)));
+            }
+            // Another one may have taken its place.
+            found = there().filter(|now| !Arc::ptr_eq(now, &staged));
         }
         if self.folders.exists(&target.folder) {
             return Ok(Some(Found::Directory { name: target.folder.clone() }));

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::inode::Node;
+use super::inode::{Inodes, Node};
 use super::open::wants_write;
 use super::resolve::{Found, Target};
 use super::{Caller, FileSystem, name};
@@ -17,7 +17,7 @@ use crate::sync::{Mutex, MutexGuard};
 /// What a thread was refused.
 struct Refused {
     flags: i32,
-    /// Where; `None` if the inode was not known.
+    /// Where; `None` if that is not certain.
     path: Option<String>,
     /// Until when the thread comes back if it does.
     until: Instant,
@@ -113,7 +113,7 @@ impl FileSystem {
     pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, second: bool, ended: &Result<T>) {
         self.retries.end(caller);
         if !second && is_known(caller) && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale) {
-            let path = self.path_of(ino);
+            let path = self.path_of(ino).filter(|_| !self.has_moved(ino));
             let mut refused = self.retries.refused();
             refused.retain(|_, former| former.lasts());
             refused.insert(caller.pid, Refused { flags, path, until: Instant::now() + REFUSED, absent: false });
@@ -132,6 +132,18 @@ impl FileSystem {
             Node::View(view) => Some(name::join(&view.directory, &view.component)),
             Node::Staged(staged) => Some(staged.state().target.path()),
             Node::Directory { .. } => None,
+        })
+    }
+
+    /// Whether an inode may have been looked up at another path than it has now: it was moved since it was found there.
+    fn has_moved(&self, ino: u64) -> bool {
+        self.inodes.get(ino).is_some_and(|inode| match &inode.node {
+            Node::View(view) => {
+                let path = name::join(&view.directory, &view.component);
+                Inodes::computed(&path, view.object, view.view) != ino
+            }
+            Node::Staged(staged) => staged.state().moved,
+            Node::Directory { .. } => false,
         })
     }
 
@@ -163,16 +175,19 @@ impl FileSystem {
             self.end_redirect(&path, caller);
             // Again if somebody else's file came to the path while this one's was being copied.
             for _ in 0..COPIES {
-                match &found {
-                    Some(Found::View(view)) => drop(self.stage_view(target, view, flags, caller)?),
+                let copied = match &found {
+                    Some(Found::View(view)) => self.stage_view(target, view, flags, caller).map(drop),
                     Some(Found::Staged(staged)) if staged.refuses_writer(flags, caller) => {
-                        self.replace_staged(staged, target.clone(), flags, caller)?;
+                        self.replace_staged(staged, target.clone(), flags, caller)
                     }
-                    // Until it is opened nobody else takes it for finished.
-                    Some(Found::Staged(_))
-                        if flags & libc::O_TRUNC == 0 && !self.staging.expect_writer(&path, caller) => {}
+                    // Until it is opened nobody else takes it for finished. It may have left the path meanwhile.
+                    Some(Found::Staged(staged)) if flags & libc::O_TRUNC == 0 && !staged.expect_writer(caller) => {
+                        Ok(())
+                    }
                     _ => break,
-                }
+                };
+                // What was replaced while it was copied is found as it is now.
+                copied.or_else(|error| if error.kind() == Kind::Stale { Ok(()) } else { Err(error) })?;
                 found = self.resolve(target, caller.pid)?;
             }
             return Ok(found);

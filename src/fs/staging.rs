@@ -77,8 +77,8 @@ pub(super) struct State {
     pub reserved_for: Option<u32>,
     /// Its last writer is being closed: it is not decided yet what becomes of it.
     pub settling: bool,
-    /// It is being published: its name may lead to a version that is not in `published` yet.
-    pub publishing: bool,
+    /// It is being published or moved: its name may not lead to what is in `published`.
+    pub repointing: bool,
     /// The process that closed a descriptor of it last.
     pub closed_by: Option<u32>,
     /// Someone had it open for reading and writing: a shared mapping may still change it, unseen.
@@ -104,6 +104,8 @@ pub(super) struct State {
     pub detached: bool,
     /// The store has it all: the path leads to the published view from now on, and nobody may open this file again.
     pub retired: bool,
+    /// It was at another path before.
+    pub moved: bool,
     /// Its path leads to something else. Who has it open goes on with it, and may still publish it.
     pub displaced: bool,
 }
@@ -225,12 +227,6 @@ impl Staged {
         self.state().attributes.clone()
     }
 
-    /// File name for a listing; `None` if it was removed.
-    pub fn listed_component(&self) -> Option<String> {
-        let state = self.state();
-        (!state.detached).then(|| state.target.component.clone())
-    }
-
     /// Name and object that it was published as, if nobody writes it and the store has all of it.
     pub(super) fn settled_version(&self) -> Option<NamedObject> {
         let (published, clean) = {
@@ -338,6 +334,16 @@ pub(super) enum Place {
     Displaced,
     /// By its number only, and it is nothing but bytes.
     Gone,
+}
+
+/// A staged file as a listing shows it.
+#[derive(Debug)]
+pub(super) struct StagedEntry {
+    /// Its file name.
+    pub component: String,
+    /// Names of the published datasets that it stands for.
+    pub datasets: [String; 2],
+    pub file: Arc<Staged>,
 }
 
 /// All staged files, by path.
@@ -467,7 +473,7 @@ impl Staging {
             opens: 0,
             was_opened: false,
             settling: false,
-            publishing: false,
+            repointing: false,
             closed_by: None,
             passthrough: None,
             shared_writable: false,
@@ -480,6 +486,7 @@ impl Staging {
             failed: None,
             detached: false,
             retired: false,
+            moved: false,
             displaced: false,
         };
         change(&mut state);
@@ -524,35 +531,30 @@ impl Staging {
         let path = target.path();
         {
             let mut state = staged.state();
-            (state.target, state.displaced) = (target, false);
+            (state.target, state.moved, state.displaced) = (target, true, false);
         }
         self.place(path, staged);
         super::adopt::note_staged(staged);
     }
 
     /// Staged files directly in a directory, in the order of their names.
-    pub(super) fn below(&self, directory: &str) -> Vec<Arc<Staged>> {
-        let mut found: Vec<(String, Arc<Staged>)> = self
-            .by_path()
-            .iter()
-            .filter(|(_, staged)| staged.state().target.directory == directory)
-            .map(|(path, staged)| (path.clone(), staged.clone()))
-            .collect();
-        found.sort_by(|a, b| a.0.cmp(&b.0));
-        found.into_iter().map(|(_, staged)| staged).collect()
+    pub(super) fn entries_in(&self, directory: &str) -> Vec<StagedEntry> {
+        let entry = |file: &Arc<Staged>| {
+            let target = &file.state().target;
+            (target.directory == directory).then(|| StagedEntry {
+                component: target.component.clone(),
+                datasets: [target.plain.clone(), target.dataset().to_owned()],
+                file: file.clone(),
+            })
+        };
+        let mut found: Vec<StagedEntry> = self.by_path().values().filter_map(entry).collect();
+        found.sort_by(|a, b| a.component.cmp(&b.component));
+        found
     }
 
     /// Staged files anywhere below a directory.
     pub(super) fn tree(&self, directory: &str) -> Vec<Arc<Staged>> {
         self.by_path().values().filter(|s| is_inside(&s.state().target.directory, directory)).cloned().collect()
-    }
-
-    /// Whether a staged file stands for the published dataset of this name in a listing.
-    pub(super) fn shows(&self, name: &str) -> bool {
-        self.by_path().values().any(|s| {
-            let state = s.state();
-            state.target.dataset() == name || state.target.plain == name
-        })
     }
 
     /// Full names of the directories that staged files are in.

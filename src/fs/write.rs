@@ -194,7 +194,7 @@ impl FileSystem {
         self.take_back(inode.ino, caller);
         let mut dirty = staged.is_dirty()?;
         let again = self.was_refused(&staged.state().target.path(), caller);
-        if !dirty && self.staging.leave_if_replaced(staged, &*self.store)? {
+        if !dirty && self.leave_if_replaced(staged)? {
             // A reader that was refused once gets what was there when its second lookup asked.
             if write || !again {
                 return Err(Error::stale("somebody published another version"));

@@ -4,12 +4,13 @@
 use std::sync::{Arc, Weak};
 
 use super::{Staged, Staging, State};
+use crate::dataset::FileAttributes;
 use crate::error::Result;
 use crate::fs::FileSystem;
 use crate::fs::adopt::note_staged;
 use crate::fs::resolve::Target;
-use crate::vineyard::Store;
-use crate::vineyard::store::{NameQuery, NamedObject};
+use crate::vineyard::ObjectId;
+use crate::vineyard::store::NamedObject;
 
 impl Staging {
     /// Its path leads to something else from now on.
@@ -17,48 +18,6 @@ impl Staging {
         staged.state().displaced = true;
         self.remember_displaced(staged);
         note_staged(staged);
-    }
-
-    /// Takes a file from its path if somebody else published another version there, or removed it. False if it is what the
-    /// path leads to.
-    ///
-    /// # Errors
-    /// What the store answers.
-    pub(in crate::fs) fn leave_if_replaced(&self, staged: &Arc<Staged>, store: &dyn Store) -> Result<bool> {
-        let Some(version) = staged.settled_version() else { return Ok(false) };
-        let answer = store.names(&[NameQuery::Exact(version.0.clone())])?;
-        let found = answer.into_iter().flatten().next();
-        Ok(found.as_ref() != Some(&version) && self.leave_version(staged, &version))
-    }
-
-    /// As [`Staging::leave_if_replaced`], for one that is known to have been this version, before these names, which are
-    /// sorted, were asked for.
-    pub(in crate::fs) fn leave_if_not_among(
-        &self,
-        names: &[NamedObject],
-        staged: &Arc<Staged>,
-        version: Option<&NamedObject>,
-    ) -> bool {
-        let is_known = |version: &NamedObject| {
-            let at = names.binary_search_by(|(name, _)| name.cmp(&version.0));
-            at.is_ok_and(|at| names.get(at) == Some(version))
-        };
-        version.is_some_and(|version| !is_known(version) && self.leave_version(staged, version))
-    }
-
-    /// Takes a file from its path whose name leads elsewhere than to this version. Not if it was written and published
-    /// again meanwhile, which takes no longer than the answer of a store on a busy machine: whoever joined it would go on
-    /// with a file that nobody else finds, and what others write to the next one would end what they write.
-    fn leave_version(&self, staged: &Arc<Staged>, version: &NamedObject) -> bool {
-        let left = self.leave_path(staged, |state| {
-            let is_same = state.published.as_ref() == Some(version) && state.writers.is_empty();
-            let is_clean = || staged.stamp().is_ok_and(|now| state.clean.is_some_and(|(stamp, ..)| stamp == now));
-            is_same && !state.publishing && is_clean()
-        });
-        if left {
-            tracing::debug!(ino = staged.ino(), published = %version.1, "another version was published");
-        }
-        left
     }
 
     /// Takes a file from its path if the path leads to its published version: it is retired, or its writer never came.
@@ -85,6 +44,20 @@ impl Staging {
         true
     }
 
+    /// Files that are this version, or are written in its place.
+    pub(in crate::fs) fn of_version(&self, version: &NamedObject) -> Vec<Arc<Staged>> {
+        let mut all: Vec<Arc<Staged>> = self.by_path().values().cloned().collect();
+        all.extend(self.reserved().iter().map(|(.., staged)| staged.clone()));
+        all.extend(self.displaced.lock().unwrap_or_else(|e| e.into_inner()).iter().filter_map(Weak::upgrade));
+        all.retain(|staged| {
+            let state = staged.state();
+            [&state.published, &state.replaces].into_iter().any(|its| its.as_ref() == Some(version))
+        });
+        all.sort_unstable_by_key(|staged| staged.ino());
+        all.dedup_by_key(|staged| staged.ino());
+        all
+    }
+
     /// Remembers a file that was displaced.
     pub(super) fn remember_displaced(&self, staged: &Arc<Staged>) {
         let mut displaced = self.displaced.lock().unwrap_or_else(|e| e.into_inner());
@@ -106,7 +79,94 @@ impl Staging {
     }
 }
 
+impl State {
+    /// The version that this file is, or replaces, is another object now, with other attributes and the same bytes.
+    fn repoint(&mut self, version: &NamedObject, copy: ObjectId, attributes: &FileAttributes) {
+        self.image = self.image.map(|(object, view)| (if object == version.1 { copy } else { object }, view));
+        for its in [&mut self.published, &mut self.replaces] {
+            its.iter_mut().filter(|its| *its == version).for_each(|its| its.1 = copy);
+        }
+        if !self.attributes_changed {
+            let FileAttributes { mtime, atime, .. } = self.attributes;
+            self.attributes = FileAttributes { mtime, atime, ..attributes.clone() };
+        }
+    }
+}
+
+/// While it lives, the name of a file may lead to another version than the file knows.
+pub(in crate::fs) struct Repointing<'a>(&'a Staged);
+
+impl Drop for Repointing<'_> {
+    fn drop(&mut self) {
+        self.0.state().repointing = false;
+    }
+}
+
+impl Staged {
+    /// Called with the lock on `publishing`, before what its name leads to changes.
+    pub(in crate::fs) fn repointing(&self) -> Repointing<'_> {
+        self.state().repointing = true;
+        Repointing(self)
+    }
+}
+
 impl FileSystem {
+    /// Takes a file from its path if somebody else published another version there, or removed it. False if it is what the
+    /// path leads to.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub(in crate::fs) fn leave_if_replaced(&self, staged: &Arc<Staged>) -> Result<bool> {
+        let Some(version) = staged.settled_version() else { return Ok(false) };
+        let found = self.object_of(&version.0)?;
+        Ok(found != Some(version.1) && self.leave_version(staged, &version))
+    }
+
+    /// As [`FileSystem::leave_if_replaced`], for one that is known to have been this version, before these names, which are
+    /// sorted, were asked for.
+    pub(in crate::fs) fn leave_if_not_among(
+        &self,
+        names: &[NamedObject],
+        staged: &Arc<Staged>,
+        version: Option<&NamedObject>,
+    ) -> bool {
+        let is_known = |version: &NamedObject| {
+            let at = names.binary_search_by(|(name, _)| name.cmp(&version.0));
+            at.is_ok_and(|at| names.get(at) == Some(version))
+        };
+        version.is_some_and(|version| !is_known(version) && self.leave_version(staged, version))
+    }
+
+    /// Takes a file from its path whose name leads elsewhere than to this version. Not if it was written and published
+    /// again meanwhile, which takes no longer than the answer of a store on a busy machine: whoever joined it would go on
+    /// with a file that nobody else finds, and what others write to the next one would end what they write.
+    fn leave_version(&self, staged: &Arc<Staged>, version: &NamedObject) -> bool {
+        // Whoever gives the version another object says so before it lets go of names.
+        let _naming = self.naming();
+        let left = self.staging.leave_path(staged, |state| {
+            let is_same = state.published.as_ref() == Some(version) && state.writers.is_empty();
+            let is_clean = || staged.stamp().is_ok_and(|now| state.clean.is_some_and(|(stamp, ..)| stamp == now));
+            is_same && !state.repointing && is_clean()
+        });
+        if left {
+            tracing::debug!(ino = staged.ino(), published = %version.1, "another version was published");
+        }
+        left
+    }
+
+    /// A version is another object now, with other attributes and the same bytes: so are the files that are this version,
+    /// or are written in its place. Called with the lock on names. Returns them, for their notes.
+    pub(in crate::fs) fn repoint(
+        &self,
+        version: &NamedObject,
+        copy: ObjectId,
+        attributes: &FileAttributes,
+    ) -> Vec<Arc<Staged>> {
+        let files = self.staging.of_version(version);
+        files.iter().for_each(|staged| staged.state().repoint(version, copy, attributes));
+        files
+    }
+
     /// What is done to a path ends its displaced files; they go on if that fails.
     pub(in crate::fs) fn ending_displaced<T, E>(
         &self,
@@ -130,7 +190,10 @@ impl FileSystem {
     /// A path was renamed: its displaced files are published under the new one, as those of any renamed file.
     pub(in crate::fs) fn move_displaced(&self, from: &str, to: &Target) {
         for staged in self.staging.displaced_from(from) {
-            staged.state().target = to.clone();
+            {
+                let mut state = staged.state();
+                (state.target, state.moved) = (to.clone(), true);
+            }
             note_staged(&staged);
         }
     }

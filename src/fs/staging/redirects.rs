@@ -96,6 +96,12 @@ impl Staged {
         self.state().refuses_writer(flags, caller)
     }
 
+    /// As [`State::expect_writer`].
+    pub(in crate::fs) fn expect_writer(&self, caller: Caller) -> bool {
+        let mut state = self.state();
+        !state.is_abandoned(self.made) && state.expect_writer(caller)
+    }
+
     /// As [`State::refuses_reader`].
     ///
     /// # Errors
@@ -107,14 +113,6 @@ impl Staged {
 }
 
 impl Staging {
-    /// Leads a writer that does not truncate to the file at a path: false if there is none that it may write to.
-    pub(in crate::fs) fn expect_writer(&self, path: &str, caller: Caller) -> bool {
-        self.at(path).is_some_and(|there| {
-            let mut state = there.state();
-            !state.is_abandoned(there.made) && state.expect_writer(caller)
-        })
-    }
-
     pub(super) fn reserved(&self) -> MutexGuard<'_, Vec<(String, u32, Arc<Staged>)>> {
         self.reserved.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -152,7 +150,10 @@ impl Staging {
         let mut reserved = self.reserved();
         let Some(entry) = reserved.iter_mut().find(|(.., other)| Arc::ptr_eq(other, staged)) else { return false };
         entry.0 = target.path();
-        staged.state().target = target.clone();
+        {
+            let mut state = staged.state();
+            (state.target, state.moved) = (target.clone(), true);
+        }
         drop(reserved);
         crate::fs::adopt::note_staged(staged);
         true

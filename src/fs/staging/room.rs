@@ -46,14 +46,22 @@ impl Staging {
             *at >= most || bytes > limit
         };
         let mut old: Vec<Arc<Staged>> = settled.into_iter().enumerate().filter(is_old).map(|(_, old)| old).collect();
-        old.retain(|staged| {
-            let mut state = staged.state();
-            // Nobody has come meanwhile.
-            state.retired = state.opens == 0 && !state.has_writers();
-            state.retired
-        });
-        old.iter().for_each(|staged| self.detach(staged));
+        old.retain(|staged| self.retire(staged));
         old
+    }
+
+    /// Lets the path of a file that the store has all of lead to the published view. Not if somebody came meanwhile; who
+    /// comes now is sent to look the path up again.
+    pub(in crate::fs) fn retire(&self, staged: &Arc<Staged>) -> bool {
+        {
+            let mut state = staged.state();
+            if state.opens > 0 || state.has_writers() || state.repointing {
+                return false;
+            }
+            state.retired = true;
+        }
+        self.detach(staged);
+        true
     }
 
     /// Use of the staging area.

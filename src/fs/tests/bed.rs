@@ -29,12 +29,14 @@ pub struct LocalHost {
     pub open: Mutex<HashMap<u64, (Serve, HashSet<u64>)>>,
     /// Numbers of inodes that were looked up.
     pub known: Mutex<HashSet<u64>>,
+    /// How often each was, and how many are about to use it: the kernel does not forget it before.
+    pub references: Mutex<HashMap<u64, (u64, u64)>>,
 }
 
 impl LocalHost {
     /// The kernel serves an inode in one way, from one file, as long as anybody has it open: what it would answer with EIO
     /// ends the test.
-    fn opened(&self, ino: u64, opened: Opened) {
+    pub fn opened(&self, ino: u64, opened: Opened) {
         let mut open = self.open.lock().unwrap();
         let (serve, handles) = open.entry(ino).or_insert_with(|| (opened.serve, HashSet::new()));
         let by_kernel = |serve| matches!(serve, Serve::Passthrough(_));
@@ -121,7 +123,7 @@ pub struct Bed {
     pub fs: FileSystem,
     pub store: Arc<FakeStore>,
     pub host: Arc<LocalHost>,
-    /// The kernel's lock on the directory: held for whatever changes names, and while one is looked up.
+    /// The kernel's lock on the directory: held for whatever changes names, and while one that is not known is looked up.
     pub directory: Mutex<()>,
     /// The kernel's lock on an inode that is written.
     pub written: Mutex<()>,
@@ -163,12 +165,19 @@ impl Bed {
         }
         Ok((ino, name.into()))
     }
+    /// Without the lock on the directory, as the kernel looks up again what it knows (`fuse_dentry_revalidate`).
     pub fn lookup(&self, path: &str, caller: Caller) -> Result<Entry> {
-        let _directory = self.directory.lock().unwrap();
         let (parent, name) = self.walk(path)?;
         let entry = self.fs.lookup(parent, &name, caller)?;
         self.host.known.lock().unwrap().insert(entry.attr.ino);
+        self.refer(entry.attr.ino, 1, 0);
         Ok(entry)
+    }
+    fn refer(&self, ino: u64, lookups: u64, pins: i64) {
+        let mut references = self.host.references.lock().unwrap();
+        let (count, pinned) = references.entry(ino).or_default();
+        *count += lookups;
+        *pinned = pinned.checked_add_signed(pins).unwrap();
     }
     /// The kernel forgets all that is not open.
     pub fn forget(&self) {
@@ -185,8 +194,16 @@ impl Bed {
     /// As the kernel opens: lookup, open, and once more after `Stale`.
     pub fn open(&self, path: &str, flags: i32, caller: Caller) -> Result<(u64, Opened)> {
         let open = || -> Result<(u64, Opened)> {
-            let ino = self.lookup(path, caller)?.attr.ino;
-            Ok((ino, self.open_inode(ino, flags, caller)?))
+            let entry = {
+                let (parent, name) = self.walk(path)?;
+                self.fs.lookup(parent, &name, caller)?
+            };
+            let ino = entry.attr.ino;
+            self.host.known.lock().unwrap().insert(ino);
+            self.refer(ino, 1, 1);
+            let opened = self.open_inode(ino, flags, caller);
+            self.refer(ino, 0, -1);
+            Ok((ino, opened?))
         };
         open().or_else(|error| if error.kind() == Kind::Stale { open() } else { Err(error) })
     }
