@@ -371,6 +371,10 @@ impl FileSystem {
         let entry_ttl = match &inode.node {
             // Its writer's next lookup may have to find another version.
             Node::Staged(_) => Duration::ZERO,
+            // Somebody writes the path, and others were led to what is published: they and the writer look again.
+            Node::View(view) if self.staging.at(&name::join(&view.directory, &view.component)).is_some() => {
+                Duration::ZERO
+            }
             _ => self.options.entry_ttl,
         };
         Ok(Entry { attr, entry_ttl, attr_ttl })

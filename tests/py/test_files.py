@@ -153,6 +153,37 @@ def test_a_second_writer_joins_the_first_also_after_fsync_and_a_reader(mount):
     assert path.read_bytes() == b"ABABA"
 
 
+READS = """
+import os, sys
+for line in sys.stdin:
+    path = line.rstrip()
+    print(len(open(path).read()), os.stat(path).st_size, flush=True)
+"""
+
+
+def test_who_closed_a_file_sees_it_by_its_path_also_after_others_read_the_version_before(make_mount, serving):
+    mount = make_mount(*serving)
+    path = mount / "f.txt"
+    path.write_bytes(b"before")
+    # Begun before: a child that inherits the descriptor, and closes it, publishes the file.
+    reader = subprocess.Popen([sys.executable, "-c", READS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        for number in range(5):
+            before, size = path.stat().st_size, 10 * (number + 2)
+            with open(path, "wb") as file:
+                file.write(b"after that" * (number + 2))
+                file.flush()
+                print(path, file=reader.stdin, flush=True)
+                assert reader.stdout.readline().split()[0] == str(before), "others read what is published"
+            assert path.stat().st_size == size
+            assert path.read_bytes() == b"after that" * (number + 2)
+            print(path, file=reader.stdin, flush=True)
+            assert reader.stdout.readline().split() == [str(size)] * 2
+    finally:
+        reader.stdin.close()
+        assert reader.wait(30) == 0
+
+
 @pytest.fixture
 def small(folder, make_mount):
     """A store of 96 MiB, and a mount of it."""
