@@ -12,7 +12,7 @@ use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
 use crate::vineyard::ObjectId;
-use crate::vineyard::store::NameQuery;
+use crate::vineyard::store::{NameQuery, NamedObject};
 
 impl FileSystem {
     /// What is about to be changed, and the turn to do so. Moves that have to do with it and could not be finished are
@@ -96,21 +96,36 @@ impl FileSystem {
         self.writable()?;
         let (_turn, target) = self.target(parent, name)?;
         self.finish_changes(Some(&[&target.plain, target.dataset()]))?;
-        let found = self.resolve(&target, 0)?;
-        self.ending_displaced(&target.path(), || match found {
-            Some(Found::Directory { .. }) => Err(Error::new(Kind::IsDirectory, "is a directory")),
-            Some(Found::Staged(staged)) => self.unlink_staged(&staged),
-            Some(Found::View(view)) => self.remove_dataset(&view),
-            None if caller.resent => Ok(()),
-            None => Err(Error::not_found("no such file")),
-        })?;
+        let remove = || {
+            let found = self.resolve(&target, 0)?;
+            self.ending_displaced(&target.path(), || match found {
+                Some(Found::Directory { .. }) => Err(Error::new(Kind::IsDirectory, "is a directory")),
+                Some(Found::Staged(staged)) => self.unlink_staged(&staged),
+                Some(Found::View(view)) => self.remove_dataset(&view),
+                None if caller.resent => Ok(()),
+                None => Err(Error::not_found("no such file")),
+            })
+        };
+        let mut removed = remove();
+        for _ in 1..ATTEMPTS {
+            match &removed {
+                Err(error) if error.kind() == Kind::Stale => removed = remove(),
+                _ => break,
+            }
+        }
+        removed?;
         self.folders.touch(&target.directory);
         Ok(())
     }
 
+    /// `Stale` if a copy for a writer took its place meanwhile, and nothing is done.
     fn unlink_staged(&self, staged: &Arc<Staged>) -> Result<()> {
         // A publish that is under way ends first; none starts afterwards.
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
+        if staged.state().displaced {
+            return Err(Error::stale("another file is at that path by now"));
+        }
+        let _repointing = staged.repointing();
         let (published, replaces, directory) = {
             let state = staged.state();
             (state.published.clone(), state.replaces.clone(), state.target.directory.clone())
@@ -128,7 +143,25 @@ impl FileSystem {
 
     fn remove_dataset(&self, view: &ViewNode) -> Result<()> {
         self.keep_directory(&view.directory);
-        self.remove_name(&view.name)
+        self.remove_name(&view.name)?;
+        // A copy that was made meanwhile for a writer of it is removed like a file that is open.
+        if let Some((copy, _)) = self.copy_of(view) {
+            self.staging.detach(&copy);
+            self.end_replaced(&copy);
+        }
+        Ok(())
+    }
+
+    /// The file at the path of a view that was made for a writer of that very version, which is returned too, unless it has
+    /// become another version.
+    fn copy_of(&self, view: &ViewNode) -> Option<(Arc<Staged>, NamedObject)> {
+        let copy = self.staging.at(&name::join(&view.directory, &view.component))?;
+        let version = (view.name.clone(), view.object);
+        let is_copy = {
+            let state = copy.state();
+            [&state.published, &state.replaces].into_iter().any(|its| its.as_ref() == Some(&version))
+        };
+        is_copy.then_some((copy, version))
     }
 
     /// Removes a name, and what it points to now unless another name does too.
@@ -455,11 +488,9 @@ impl FileSystem {
     /// A copy that was made meanwhile for a writer of what is at the old path, where the kernel looks it up, goes with it.
     /// Both names lead to the version at this moment.
     fn move_copy(&self, view: &ViewNode, to: &Target, name: &str) {
-        let path = super::name::join(&view.directory, &view.component);
-        let Some(copy) = self.staging.at(&path) else { return };
+        let Some((copy, version)) = self.copy_of(view) else { return };
         {
             let mut state = copy.state();
-            let version = (view.name.clone(), view.object);
             let State { published, replaces, .. } = &mut *state;
             let Some(its) = [published, replaces].into_iter().flatten().find(|its| **its == version) else { return };
             its.0 = name.to_owned();

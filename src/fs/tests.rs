@@ -14,6 +14,8 @@ mod others;
 mod retries;
 #[cfg(feature = "shuttle")]
 mod schedules;
+#[cfg(feature = "shuttle")]
+mod schedules_of_appends;
 mod successors;
 mod versions;
 

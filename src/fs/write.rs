@@ -193,23 +193,26 @@ impl FileSystem {
         }
         self.take_back(inode.ino, caller);
         let mut dirty = staged.is_dirty()?;
-        let again = self.was_refused(&staged.state().target.path(), caller);
-        if !dirty && self.leave_if_replaced(staged)? {
-            // A reader that was refused once gets what was there when its second lookup asked.
-            if write || !again {
-                return Err(Error::stale("somebody published another version"));
-            }
+        let (again, led) = {
+            let state = staged.state();
+            let again = self.was_refused(&state.target.path(), caller);
+            (again, again && state.expects(caller))
+        };
+        // Who was refused once gets what was there when its second lookup asked, as if it had been open already when it
+        // was replaced or removed: a second refusal would reach the program.
+        if !dirty && self.leave_if_replaced(staged)? && !(again && (led || !write)) {
+            return Err(Error::stale("somebody published another version"));
         }
         let fh = self.new_handle();
         let mut is_news = write;
         let mut state = staged.state();
-        if state.detached || state.retired {
+        if (state.detached && !led) || state.retired {
             // Removed, or all in the store, while the kernel was on its way here.
             return Err(Error::stale("the path leads elsewhere now"));
         }
         if write {
             let truncates = flags & libc::O_TRUNC != 0;
-            if state.refuses_writer(flags, caller) {
+            if state.refuses_writer(flags, caller) && !(led && !truncates && !state.is_final()) {
                 let target = state.target.clone();
                 drop(state);
                 if !(again && truncates) {

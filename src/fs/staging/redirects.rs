@@ -65,6 +65,11 @@ impl State {
         true
     }
 
+    /// Whether a thread was led here to write, and has not come yet.
+    pub(in crate::fs) fn expects(&self, caller: Caller) -> bool {
+        self.expected.iter().any(|(pid, since)| *pid == caller.pid && since.elapsed() < REDIRECT)
+    }
+
     /// A thread that was expected has come. The kernel may have looked the name up more than once for one open: it is not
     /// expected again, but where writers come one after the other it is well to wait for the next, until a reader comes.
     pub(in crate::fs) fn has_come(&mut self, caller: Caller) {
