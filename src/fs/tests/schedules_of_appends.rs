@@ -21,30 +21,24 @@ impl Bed {
     /// As a program that opens a file for each line, and creates it if it is not there.
     pub fn append_line_anyway(&self, path: &str, line: &str, caller: Caller) -> Result<()> {
         let flags = libc::O_WRONLY | libc::O_APPEND;
-        let mut opened = self.open(path, flags, caller);
-        if opened.as_ref().is_err_and(|error| error.kind() == Kind::NotFound) {
-            opened = {
-                let _directory = self.directory.lock().unwrap();
-                let (parent, name) = self.walk(path)?;
-                match self.fs.lookup(parent, &name, caller) {
-                    Ok(entry) => Ok(Err(entry.attr.ino)),
-                    Err(error) if error.kind() == Kind::NotFound => {
-                        self.fs.create(parent, &name, 0o644, 0, flags | libc::O_CREAT, caller).map(Ok)
-                    }
-                    Err(error) => Err(error),
-                }
-            }
-            .and_then(|made| match made {
-                Ok((entry, opened)) => {
-                    self.host.opened(entry.attr.ino, opened);
-                    Ok((entry.attr.ino, opened))
-                }
-                Err(_) => self.open(path, flags, caller),
-            });
-        }
-        let handle = opened?;
+        let handle = match self.open(path, flags, caller) {
+            Err(error) if error.kind() == Kind::NotFound => self.open_or_create(path, flags, caller)?,
+            opened => opened?,
+        };
         self.append(handle, line.as_bytes());
         self.close(handle, caller)
+    }
+    fn open_or_create(&self, path: &str, flags: i32, caller: Caller) -> Result<(u64, Opened)> {
+        {
+            let _directory = self.directory.lock().unwrap();
+            let (parent, name) = self.walk(path)?;
+            if self.fs.lookup(parent, &name, caller).is_err_and(|error| error.kind() == Kind::NotFound) {
+                let (entry, opened) = self.fs.create(parent, &name, 0o644, 0, flags | libc::O_CREAT, caller)?;
+                self.host.opened(entry.attr.ino, opened);
+                return Ok((entry.attr.ino, opened));
+            }
+        }
+        self.open(path, flags, caller)
     }
 }
 
@@ -129,78 +123,83 @@ fn two_lines(number: usize) -> impl FnOnce(&Bed, Caller) + Send + 'static {
     }
 }
 
-#[test]
-fn appenders_and_a_kernel_that_forgets() {
+/// Two appenders, and what somebody else does meanwhile; then what must be so.
+fn beside_two_appenders(
+    other: impl FnOnce(&Bed, Caller) + Clone + Send + Sync + 'static,
+    then: impl FnOnce(&Bed) + Clone + Send + Sync + 'static,
+) {
     for passthrough in [true, false] {
+        let (other, then) = (other.clone(), then.clone());
         check(move || {
             let bed = Arc::new(bed_with(passthrough, Options::default()));
             bed.save("log.txt", b"first\n").unwrap();
-            let threads = [
-                spawn(&bed, two_lines(0)),
-                spawn(&bed, two_lines(1)),
-                spawn(&bed, |bed, _| {
-                    for _ in 0..4 {
-                        bed.evict();
-                        thread::yield_now();
-                    }
-                }),
-            ];
+            let threads = [spawn(&bed, two_lines(0)), spawn(&bed, two_lines(1)), spawn(&bed, other.clone())];
             threads.into_iter().for_each(|thread| thread.join().unwrap());
-            assert_eq!(lines_of(&bed.load("log.txt").unwrap(), 2), [[0, 1], [0, 1]]);
+            then.clone()(&bed);
             assert_nothing_is_left(&bed);
         });
     }
+}
+
+/// Lines before a moment may be gone: not one that follows.
+fn assert_what_follows_stays(bytes: &[u8]) {
+    for lines in lines_of(bytes, 2) {
+        assert!([&[][..], &[1], &[0, 1]].contains(&&lines[..]), "{lines:?}");
+    }
+}
+
+/// What was written to a new file since the first one went, as if its first line were in it too.
+fn later(bed: &Bed) -> Vec<u8> {
+    [b"first\n".to_vec(), bed.load("log.txt").unwrap()].concat()
+}
+
+#[test]
+fn appenders_and_a_kernel_that_forgets() {
+    let forget = |bed: &Bed, _| {
+        for _ in 0..4 {
+            bed.evict();
+            thread::yield_now();
+        }
+    };
+    beside_two_appenders(forget, |bed| {
+        assert_eq!(lines_of(&bed.load("log.txt").unwrap(), 2), [[0, 1], [0, 1]]);
+    });
 }
 
 #[test]
 fn appenders_and_a_log_that_is_rotated() {
-    for passthrough in [true, false] {
-        check(move || {
-            let bed = Arc::new(bed_with(passthrough, Options::default()));
-            bed.save("log.txt", b"first\n").unwrap();
-            let threads = [
-                spawn(&bed, two_lines(0)),
-                spawn(&bed, two_lines(1)),
-                spawn(&bed, |bed, _| rename(bed, "log.txt", "log.1").unwrap()),
-            ];
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            let mut lines = lines_of(&bed.load("log.1").unwrap(), 2);
-            if bed.list("").len() == 2 {
-                let later = [b"first\n".to_vec(), bed.load("log.txt").unwrap()].concat();
-                lines.iter_mut().zip(lines_of(&later, 2)).for_each(|(lines, later)| lines.extend(later));
-            }
-            assert_eq!(lines, [[0, 1], [0, 1]]);
-            assert_nothing_is_left(&bed);
-        });
-    }
+    let rotate = |bed: &Bed, _| rename(bed, "log.txt", "log.1").unwrap();
+    beside_two_appenders(rotate, |bed| {
+        let mut lines = lines_of(&bed.load("log.1").unwrap(), 2);
+        if bed.list("").len() == 2 {
+            lines.iter_mut().zip(lines_of(&later(bed), 2)).for_each(|(lines, later)| lines.extend(later));
+        }
+        assert_eq!(lines, [[0, 1], [0, 1]]);
+    });
 }
 
 #[test]
 fn appenders_and_a_log_that_is_cut() {
-    for passthrough in [true, false] {
-        check(move || {
-            let bed = Arc::new(bed_with(passthrough, Options::default()));
-            bed.save("log.txt", b"first\n").unwrap();
-            let threads = [
-                spawn(&bed, two_lines(0)),
-                spawn(&bed, two_lines(1)),
-                spawn(&bed, |bed, me| {
-                    let cut = SetAttr { size: Some(6), ..SetAttr::default() };
-                    let once = || {
-                        let ino = bed.lookup("log.txt", me)?.attr.ino;
-                        let _written = bed.written.lock().unwrap();
-                        bed.fs.setattr(ino, None, cut, me)
-                    };
-                    once().or_else(|error| if error.kind() == Kind::Stale { once() } else { Err(error) }).unwrap();
-                }),
-            ];
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            for lines in lines_of(&bed.load("log.txt").unwrap(), 2) {
-                assert!([&[][..], &[1], &[0, 1]].contains(&&lines[..]), "{lines:?}: what follows the cut stays");
-            }
-            assert_nothing_is_left(&bed);
-        });
-    }
+    let cut = |bed: &Bed, me| {
+        let cut = SetAttr { size: Some(6), ..SetAttr::default() };
+        let once = || {
+            let ino = bed.lookup("log.txt", me)?.attr.ino;
+            let _written = bed.written.lock().unwrap();
+            bed.fs.setattr(ino, None, cut, me)
+        };
+        once().or_else(|error| if error.kind() == Kind::Stale { once() } else { Err(error) }).unwrap();
+    };
+    beside_two_appenders(cut, |bed| assert_what_follows_stays(&bed.load("log.txt").unwrap()));
+}
+
+#[test]
+fn appenders_and_a_log_that_is_removed() {
+    let remove = |bed: &Bed, _| unlink(bed, "log.txt").unwrap();
+    beside_two_appenders(remove, |bed| {
+        if !bed.list("").is_empty() {
+            assert_what_follows_stays(&later(bed));
+        }
+    });
 }
 
 #[test]
@@ -234,26 +233,6 @@ fn appenders_on_one_mount_and_readers_on_another() {
                 assert_eq!(lines_of(&bed.load("log.txt").unwrap(), 2), [[0, 1], [0, 1]]);
             }
             assert_nothing_is_left(&mounts[0]);
-        });
-    }
-}
-
-#[test]
-fn appenders_and_a_log_that_is_removed() {
-    for passthrough in [true, false] {
-        check(move || {
-            let bed = Arc::new(bed_with(passthrough, Options::default()));
-            bed.save("log.txt", b"first\n").unwrap();
-            let unlinks = |bed: &Bed, _| unlink(bed, "log.txt").unwrap();
-            let threads = [spawn(&bed, two_lines(0)), spawn(&bed, two_lines(1)), spawn(&bed, unlinks)];
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            if !bed.list("").is_empty() {
-                let later = [b"first\n".to_vec(), bed.load("log.txt").unwrap()].concat();
-                for lines in lines_of(&later, 2) {
-                    assert!([&[][..], &[1], &[0, 1]].contains(&&lines[..]), "{lines:?}: what follows stays");
-                }
-            }
-            assert_nothing_is_left(&bed);
         });
     }
 }
