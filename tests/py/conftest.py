@@ -70,7 +70,9 @@ class Store:
     def start(self):
         log = open(self.folder / "vineyardd.log", "ab")
         command = [vineyardd_binary(), "--socket", self.socket, "--size", self.size, "--meta", "local", "--rpc=false"]
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+        # As `mount` launches a private one.
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env=environment)
         self.client = None
         for _ in range(1200):
             if self.process.poll() is not None:

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use crate::error::{Context, Error, Kind, Result};
 use crate::fuse::config::Launch;
 use crate::fuse::mount::keep_open;
-use crate::vineyard::launch::LOG;
+use crate::vineyard::launch::surround;
 
 /// How long a vineyardd may take to listen.
 const STORE_START: Duration = Duration::from_secs(30);
@@ -150,7 +150,8 @@ impl Store {
         let log = std::fs::File::options().create(true).append(true).mode(0o600).open(&launch.log);
         let log = log.context(|| format!("cannot write the log {:?}", launch.log))?;
         let mut command = Command::new(&launch.program);
-        command.args(&launch.args).env(LOG.0, LOG.1);
+        command.args(&launch.args);
+        surround(&mut command);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         // SAFETY: see `in_child`.
         unsafe { command.pre_exec(|| in_child(&[], Some(Signal::SIGTERM))) };
