@@ -107,7 +107,7 @@ impl FileSystem {
     }
 
     fn change_attributes(&self, ino: u64, change: SetAttr, by_path: bool, caller: Caller) -> Result<()> {
-        let inode = self.inode(ino)?;
+        let (_turn, inode) = self.enter_directory_of(ino)?;
         match &inode.node {
             Node::Directory { name } if change.size.is_none() => self.folders.change(name, change),
             Node::Directory { .. } => return Err(Error::new(Kind::IsDirectory, "is a directory")),
@@ -193,7 +193,7 @@ impl FileSystem {
     }
 
     fn change_xattrs(&self, ino: u64, change: impl FnOnce(&mut FileAttributes) -> Result<()>) -> Result<()> {
-        let inode = self.inode(ino)?;
+        let (_turn, inode) = self.enter_directory_of(ino)?;
         let mut attributes = self.stored_attributes(&inode).unwrap_or_default();
         change(&mut attributes)?;
         attributes.ctime = Some(to_nanos(SystemTime::now()));

@@ -91,9 +91,13 @@ impl FileSystem {
     /// `NotDirectory`; what the store answers.
     pub fn opendir(&self, ino: u64) -> Result<u64> {
         self.follow_store()?;
-        let directory = self.directory_name(ino)?;
-        let listing = self.list(&directory)?;
+        let listing = self.list_inode(ino)?;
         Ok(self.add_handle(Handle::Directory(listing)))
+    }
+
+    /// The listing of a directory, whatever that is called: not of the names that are left while it moves.
+    fn list_inode(&self, ino: u64) -> Result<Arc<Listing>> {
+        self.ask_of_directory(ino, |directory| self.list(directory), |_| true)
     }
 
     /// The listing of a directory.
@@ -285,7 +289,7 @@ impl FileSystem {
             Some(Handle::Directory(listing)) => listing,
             Some(_) => return Err(Error::new(Kind::Invalid, "not a directory's handle")),
             // Opened before the server was replaced.
-            None => self.list(&self.directory_name(ino)?)?,
+            None => self.list_inode(ino)?,
         };
         for (index, dots) in [".", ".."].iter().enumerate().skip(offset as usize) {
             let next = index as u64 + 1;

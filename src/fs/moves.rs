@@ -353,6 +353,8 @@ impl FileSystem {
         }
         self.inodes.set_directories(&plan.numbers);
         self.move_views(plan);
+        self.staging.move_redirects(&plan.trees);
+        plan.trees.iter().for_each(|(from, _)| self.retries.directory_moved(from));
         Ok(())
     }
 
@@ -409,6 +411,15 @@ impl FileSystem {
     }
 
     fn move_staged_files(&self, plan: &mut Move) -> Result<()> {
+        let displaced: Vec<_> =
+            plan.trees.iter().map(|(from, to)| (self.staging.displaced_inside(from), from, to)).collect();
+        for (files, from, to) in displaced {
+            files.iter().for_each(|staged| {
+                self.move_displaced_file(staged, &|target| {
+                    Target::new(&moved(&target.directory, from, to), &target.component)
+                })
+            });
+        }
         // Of two directories that change places: before those of one are in the other.
         let staged_below = |top: &str| [self.staging.tree(top), self.staging.reserved_below(top)].concat();
         let trees: Vec<_> = plan.trees.iter().map(|(from, to)| (from, to, staged_below(from))).collect();

@@ -92,20 +92,16 @@ impl FileSystem {
             Node::Directory { .. } => Err(Error::new(Kind::IsDirectory, "is a directory")),
             // The path by which a former server gave the number out may be another than that at which the object is now.
             Node::View(_) if !is_known => Err(Error::stale("a former server's inode: its path is looked up again")),
-            Node::Staged(staged) => {
-                let directory = staged.state().target.directory.clone();
-                // A file of its own may be made for the writer: not where the directory is about to move from.
-                let _turn = wants_write(flags).then(|| self.trees.enter(&[&directory], &[]));
-                self.open_staged(&inode, staged, flags, caller)
-            }
-            Node::View(view) if wants_write(flags) => {
-                let _turn = self.trees.enter(&[&view.directory], &[]);
-                // It may have moved meanwhile.
-                match &self.inode(ino)?.node {
+            // A file of its own may be made for the writer: not where the directory is about to move from.
+            _ if wants_write(flags) => {
+                let (_turn, inode) = self.enter_directory_of(ino)?;
+                match &inode.node {
+                    Node::Staged(staged) => self.open_staged(&inode, staged, flags, caller),
                     Node::View(view) => Err(self.open_view_for_writing(view, flags, caller)),
-                    _ => Err(Error::stale("the path leads elsewhere now")),
+                    Node::Directory { .. } => Err(Error::stale("the path leads elsewhere now")),
                 }
             }
+            Node::Staged(staged) => self.open_staged(&inode, staged, flags, caller),
             Node::View(view) => {
                 self.take_back(ino, caller);
                 // What is being opened is not deleted meanwhile, nor while the open file reads its blobs.

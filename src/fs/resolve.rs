@@ -286,9 +286,19 @@ impl FileSystem {
     /// `NotFound`; `NameTooLong`; what the store answers.
     pub fn lookup(&self, parent: u64, name: &OsStr, caller: Caller) -> Result<Entry> {
         self.follow_store()?;
-        let directory = self.directory_name(parent)?;
-        let target = Target::new(&directory, name::component(name)?);
+        let component = name::component(name)?;
         self.end_old_redirects();
+        if self.retries.may_copy(caller) {
+            // A file may be made for the writer who comes: not where the directory is about to move from.
+            let (_turn, directory) = self.enter_directory(parent)?;
+            return self.lookup_at(Target::new(&directory, component), caller);
+        }
+        let ask = |directory: &str| self.lookup_at(Target::new(directory, component), caller);
+        let is_absent = |error: &Error| error.kind() == Kind::NotFound;
+        self.ask_of_directory(parent, ask, |found| found.as_ref().is_err_and(is_absent))
+    }
+
+    fn lookup_at(&self, target: Target, caller: Caller) -> Result<Entry> {
         let mut found = self.resolve_for(&target, caller)?;
         for _ in 0..HOLD_ATTEMPTS {
             match &found {

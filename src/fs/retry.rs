@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::inode::{Inodes, Node};
+use super::name::is_inside;
 use super::open::wants_write;
 use super::resolve::{Found, Target};
 use super::{Caller, FileSystem, name};
@@ -72,6 +73,18 @@ impl Retries {
         let mut refused = self.refused();
         if !refused.is_empty() {
             refused.remove(&caller.pid);
+        }
+    }
+
+    /// Whether a file may be made for a thread at its next lookup: it was refused to write.
+    pub(super) fn may_copy(&self, caller: Caller) -> bool {
+        self.refused().get(&caller.pid).is_some_and(|former| former.lasts() && wants_write(former.flags))
+    }
+
+    /// A directory has another name: who was refused something below it may come there, or not.
+    pub(super) fn directory_moved(&self, from: &str) {
+        for former in self.refused().values_mut() {
+            former.path.take_if(|path| is_inside(path, from));
         }
     }
 

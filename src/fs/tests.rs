@@ -3,6 +3,7 @@
 mod appends;
 mod away;
 mod bed;
+mod directories;
 mod formers;
 mod held;
 mod kills;
@@ -16,6 +17,8 @@ mod retries;
 mod schedules;
 #[cfg(feature = "shuttle")]
 mod schedules_of_appends;
+#[cfg(feature = "shuttle")]
+mod schedules_of_directories;
 mod successors;
 mod versions;
 

@@ -2,15 +2,18 @@
 //!
 //! The kernel locks the directories in which a name changes, and not those that move with it: files are created and removed
 //! below a directory while that is renamed. So who changes a name says in which directory, and who moves a directory waits
-//! for those below it, and lets those that come wait until it has its new name.
+//! for those below it, and lets those that come wait until it has its new name. So does whoever looks for a name in a directory
+//! that moves, and does not find it.
 //!
 //! Whoever waits here has no lock. All that is taken in one turn is said at once, and who comes later waits for who came
 //! before, so nobody waits for itself. Nor does anybody wait for long: a move takes as many requests to the store as there
 //! are names below, and what comes to the old name after all is looked for when it is done.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::FileSystem;
+use super::inode::{Inode, Node};
 use super::name::is_inside;
 use crate::error::Result;
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -29,6 +32,8 @@ pub(super) struct Trees {
 #[derive(Default)]
 struct State {
     last: u64,
+    /// Moves that have ended.
+    moved: u64,
     /// In which names change.
     changing: Vec<(u64, String)>,
     /// Which move, with all below.
@@ -44,6 +49,7 @@ pub(super) struct Turn<'a> {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         let mut state = self.trees.state();
+        state.moved += u64::from(state.moving.iter().any(|(number, _)| *number == self.number));
         state.changing.retain(|(number, _)| *number != self.number);
         state.moving.retain(|(number, _)| *number != self.number);
         drop(state);
@@ -79,6 +85,12 @@ impl Trees {
         Turn { trees: self, number }
     }
 
+    /// Whether a directory moves, or is about to, or any has moved since so many had.
+    fn has_moved(&self, directory: &str, since: u64) -> bool {
+        let state = self.state();
+        state.moved != since || state.moving.iter().any(|(_, top)| is_inside(directory, top))
+    }
+
     fn wait_while<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
@@ -98,6 +110,44 @@ impl Trees {
 }
 
 impl FileSystem {
+    /// Asks something about the names in the directory of an inode. While it moves some of them are there only: if the
+    /// answer may be due to that, as `doubtful` says, it is asked again when the directory stays where it is.
+    pub(super) fn ask_of_directory<T>(
+        &self,
+        ino: u64,
+        ask: impl Fn(&str) -> Result<T>,
+        doubtful: impl Fn(&Result<T>) -> bool,
+    ) -> Result<T> {
+        let before = self.trees.state().moved;
+        let directory = self.directory_name(ino)?;
+        let answer = ask(&directory);
+        if !doubtful(&answer) || !self.trees.has_moved(&directory, before) {
+            return answer;
+        }
+        let (_turn, directory) = self.enter_directory(ino)?;
+        ask(&directory)
+    }
+
+    /// The turn to change what is at the path of a file's inode, and that inode: the directory does not move meanwhile.
+    ///
+    /// # Errors
+    /// As [`FileSystem::inode`].
+    pub(super) fn enter_directory_of(&self, ino: u64) -> Result<(Option<Turn<'_>>, Arc<Inode>)> {
+        let directory_of = |inode: &Inode| match &inode.node {
+            Node::Directory { .. } => None,
+            Node::View(view) => Some(view.directory.clone()),
+            Node::Staged(staged) => Some(staged.state().target.directory.clone()),
+        };
+        loop {
+            let Some(directory) = directory_of(&*self.inode(ino)?) else { return Ok((None, self.inode(ino)?)) };
+            let turn = self.trees.enter(&[&directory], &[]);
+            let inode = self.inode(ino)?;
+            if directory_of(&inode).as_deref() == Some(&*directory) {
+                return Ok((Some(turn), inode));
+            }
+        }
+    }
+
     /// The turn to change names in the directory of an inode, and what that is called.
     ///
     /// # Errors

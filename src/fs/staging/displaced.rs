@@ -8,6 +8,7 @@ use crate::dataset::FileAttributes;
 use crate::error::Result;
 use crate::fs::FileSystem;
 use crate::fs::adopt::note_staged;
+use crate::fs::name::is_inside;
 use crate::fs::resolve::Target;
 use crate::vineyard::ObjectId;
 use crate::vineyard::store::NamedObject;
@@ -67,13 +68,22 @@ impl Staging {
 
     /// Those that may still publish something at a path.
     fn displaced_from(&self, path: &str) -> Vec<Arc<Staged>> {
+        self.displaced_where(|target| target.path() == path)
+    }
+
+    /// Those that may still publish something in a directory or below it.
+    pub(in crate::fs) fn displaced_inside(&self, directory: &str) -> Vec<Arc<Staged>> {
+        self.displaced_where(|target| is_inside(&target.directory, directory))
+    }
+
+    fn displaced_where(&self, is_there: impl Fn(&Target) -> bool) -> Vec<Arc<Staged>> {
         let displaced: Vec<Arc<Staged>> = {
             let displaced = self.displaced.lock().unwrap_or_else(|e| e.into_inner());
             displaced.iter().filter_map(Weak::upgrade).collect()
         };
         let publishes = |staged: &Arc<Staged>| {
             let state = staged.state();
-            state.displaced && !state.detached && !state.retired && state.target.path() == path
+            state.displaced && !state.detached && !state.retired && is_there(&state.target)
         };
         displaced.into_iter().filter(publishes).collect()
     }
@@ -189,12 +199,16 @@ impl FileSystem {
 
     /// A path was renamed: its displaced files are published under the new one, as those of any renamed file.
     pub(in crate::fs) fn move_displaced(&self, from: &str, to: &Target) {
-        for staged in self.staging.displaced_from(from) {
-            {
-                let mut state = staged.state();
-                (state.target, state.moved) = (to.clone(), true);
-            }
-            note_staged(&staged);
+        self.staging.displaced_from(from).iter().for_each(|staged| self.move_displaced_file(staged, &|_| to.clone()));
+    }
+
+    /// Called without a lock on names. A publish that is under way ends first.
+    pub(in crate::fs) fn move_displaced_file(&self, staged: &Arc<Staged>, moved: &dyn Fn(&Target) -> Target) {
+        {
+            let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
+            let mut state = staged.state();
+            (state.target, state.moved) = (moved(&state.target), true);
         }
+        note_staged(staged);
     }
 }

@@ -220,6 +220,17 @@ impl Staging {
         held
     }
 
+    /// Directories have other names: old and new name of each.
+    pub(in crate::fs) fn move_redirects(&self, trees: &[(String, String)]) {
+        let mut redirects = self.redirects();
+        let moving = |path: &str| trees.iter().find(|(from, _)| is_inside(path, from));
+        let moved: Vec<_> = redirects.extract_if(|(path, _), _| moving(path).is_some()).collect();
+        redirects.extend(moved.into_iter().filter_map(|((path, pid), redirect)| {
+            let (from, to) = moving(&path)?;
+            Some(((format!("{to}{}", path.get(from.len()..)?), pid), redirect))
+        }));
+    }
+
     /// As if all redirects were old.
     #[cfg(all(test, feature = "shuttle"))]
     pub(in crate::fs) fn expire_redirects(&self) {

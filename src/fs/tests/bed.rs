@@ -123,8 +123,12 @@ pub struct Bed {
     pub fs: FileSystem,
     pub store: Arc<FakeStore>,
     pub host: Arc<LocalHost>,
-    /// The kernel's lock on the directory: held for whatever changes names, and while one that is not known is looked up.
+    /// The kernel's lock on the root: held for whatever changes names there, and while one that is not known is looked up.
     pub directory: Mutex<()>,
+    /// Those on other directories, and whether each was removed through this kernel.
+    pub directories: Mutex<HashMap<u64, Arc<Mutex<bool>>>>,
+    /// Which directory it knows under a name in another.
+    pub dentries: Mutex<HashMap<(u64, String), u64>>,
     /// The kernel's lock on an inode that is written.
     pub written: Mutex<()>,
 }
@@ -154,16 +158,51 @@ pub fn bed() -> Bed {
 
 impl Bed {
     pub fn of(fs: FileSystem, store: Arc<FakeStore>, host: Arc<LocalHost>) -> Bed {
-        Bed { fs, store, host, directory: Mutex::default(), written: Mutex::default() }
+        Bed {
+            fs,
+            store,
+            host,
+            directory: Mutex::default(),
+            directories: Mutex::default(),
+            dentries: Mutex::default(),
+            written: Mutex::default(),
+        }
+    }
+    /// Does something in a directory that the kernel locks for it; `NotFound` if it was removed.
+    pub fn in_directory<T>(&self, ino: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        if ino == ROOT {
+            let _root = self.directory.lock().unwrap();
+            return work();
+        }
+        let lock = self.directories.lock().unwrap().entry(ino).or_default().clone();
+        let removed = lock.lock().unwrap();
+        if *removed { Err(Error::not_found("the directory was removed")) } else { work() }
     }
     pub fn walk(&self, path: &str) -> Result<(u64, OsString)> {
         let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
         let mut ino = ROOT;
         for part in directory.split('/').filter(|part| !part.is_empty()) {
-            ino = self.fs.lookup(ino, OsStr::new(part), ME)?.attr.ino;
+            ino = self.step_into(ino, part)?;
             self.host.known.lock().unwrap().insert(ino);
         }
         Ok((ino, name.into()))
+    }
+    /// A directory that the kernel knows is looked up again without a lock (`fuse_dentry_revalidate`), and with one if it
+    /// is another.
+    fn step_into(&self, parent: u64, part: &str) -> Result<u64> {
+        let lookup = || self.fs.lookup(parent, OsStr::new(part), ME).map(|entry| entry.attr.ino);
+        let key = (parent, part.to_owned());
+        let known = self.dentries.lock().unwrap().get(&key).copied();
+        if let Some(known) = known
+            && lookup().ok() == Some(known)
+        {
+            return Ok(known);
+        }
+        self.in_directory(parent, || {
+            let ino = lookup()?;
+            self.dentries.lock().unwrap().insert(key.clone(), ino);
+            Ok(ino)
+        })
     }
     /// Without the lock on the directory, as the kernel looks up again what it knows (`fuse_dentry_revalidate`).
     pub fn lookup(&self, path: &str, caller: Caller) -> Result<Entry> {
@@ -213,22 +252,24 @@ impl Bed {
         Ok(opened)
     }
     pub fn create(&self, path: &str, caller: Caller) -> Result<(u64, Opened)> {
+        let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
         let mut asked_twice = false;
         loop {
-            let directory = self.directory.lock().unwrap();
             let (parent, name) = self.walk(path)?;
-            let ino = match self.fs.lookup(parent, &name, caller) {
-                Ok(entry) => entry.attr.ino,
+            let found = self.in_directory(parent, || match self.fs.lookup(parent, &name, caller) {
+                Ok(entry) => Ok((entry.attr.ino, None)),
                 Err(error) if error.kind() == Kind::NotFound => {
-                    let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
                     let (entry, opened) = self.fs.create(parent, &name, 0o644, 0o022, flags, caller)?;
                     self.host.known.lock().unwrap().insert(entry.attr.ino);
                     self.host.opened(entry.attr.ino, opened);
-                    return Ok((entry.attr.ino, opened));
+                    Ok((entry.attr.ino, Some(opened)))
                 }
-                Err(error) => return Err(error),
+                Err(error) => Err(error),
+            });
+            let ino = match found? {
+                (ino, Some(opened)) => return Ok((ino, opened)),
+                (ino, None) => ino,
             };
-            drop(directory);
             match self.open_inode(ino, libc::O_WRONLY | libc::O_TRUNC, caller) {
                 Err(error) if error.kind() == Kind::Stale && !asked_twice => asked_twice = true,
                 opened => return Ok((ino, opened?)),
