@@ -344,7 +344,10 @@ impl FileSystem {
     fn inode(&self, ino: u64) -> Result<Arc<Inode>> {
         match self.inodes.get(ino) {
             Some(inode) => Ok(inode),
-            None => self.recover(ino)?.ok_or_else(|| Error::stale(format!("inode {ino} is not known (any more)"))),
+            None => {
+                let recovered = self.asking_between_moves(|| self.recover(ino), |found| matches!(found, Ok(None)))?;
+                recovered.ok_or_else(|| Error::stale(format!("inode {ino} is not known (any more)")))
+            }
         }
     }
 

@@ -109,6 +109,7 @@ impl FileSystem {
         for (object, view, image) in images {
             self.cache.insert(object, view, image);
         }
+        self.put_in_order(&mut staged);
         for (file, note) in staged {
             let readers = open.get(&note.ino()).map_or(&[][..], |file| &file.handles);
             let serves = served.get(&file.key).cloned();
@@ -119,6 +120,28 @@ impl FileSystem {
         let notes = self.host.notes().unwrap_or_default();
         self.adopt_changes(&notes);
         self.finish_moves(moves, &notes);
+    }
+
+    /// The server may have been killed before it noted of a file that another one had taken its place. Of two at one path
+    /// the last one stays: that to whose version the name leads, or the later one, as what takes a place is made later.
+    fn put_in_order(&self, staged: &mut [(Arc<MemoryFile>, StagedNote)]) {
+        staged.sort_unstable_by_key(|(_, note)| note.ino());
+        let mut at: HashMap<String, usize> = HashMap::new();
+        staged.iter().filter_map(|(_, note)| note.path()).for_each(|path| *at.entry(path).or_default() += 1);
+        let is_contested = |note: &StagedNote| note.path().is_some_and(|path| at.get(&path) > Some(&1));
+        let contested = staged.iter().map(|(_, note)| note).filter(|note| is_contested(note));
+        let names: Vec<&str> = contested.filter_map(|note| Some(note.version()?.0)).collect();
+        if names.is_empty() {
+            return;
+        }
+        let there = self.pointees(&names).unwrap_or_else(|error| {
+            self.warn(format!("which of two files of a former server is at a path is guessed: {error}"));
+            Vec::new()
+        });
+        staged.sort_by_key(|(_, note)| {
+            let version = note.version().filter(|_| is_contested(note));
+            version.is_some_and(|(name, object)| there.iter().any(|(n, now)| n == name && *now == object))
+        });
     }
 
     /// Which connection to the kernel this is: it changes when nothing that was open is open any more.

@@ -19,6 +19,8 @@ mod schedules;
 mod schedules_of_appends;
 #[cfg(feature = "shuttle")]
 mod schedules_of_directories;
+#[cfg(feature = "shuttle")]
+mod schedules_of_successors;
 mod successors;
 mod versions;
 

@@ -85,10 +85,16 @@ impl Trees {
         Turn { trees: self, number }
     }
 
-    /// Whether a directory moves, or is about to, or any has moved since so many had.
-    fn has_moved(&self, directory: &str, since: u64) -> bool {
+    /// Whether this directory moves, or is about to, or without one any; or any has moved since so many had.
+    fn has_moved(&self, directory: Option<&str>, since: u64) -> bool {
         let state = self.state();
-        state.moved != since || state.moving.iter().any(|(_, top)| is_inside(directory, top))
+        let concerns = |top: &str| directory.is_none_or(|directory| is_inside(directory, top));
+        state.moved != since || state.moving.iter().any(|(_, top)| concerns(top))
+    }
+
+    /// Waits until no directory moves.
+    fn rest(&self) {
+        drop(self.wait_while(self.state(), Instant::now(), |state| !state.moving.is_empty()));
     }
 
     fn wait_while<'a>(
@@ -121,11 +127,27 @@ impl FileSystem {
         let before = self.trees.state().moved;
         let directory = self.directory_name(ino)?;
         let answer = ask(&directory);
-        if !doubtful(&answer) || !self.trees.has_moved(&directory, before) {
+        if !doubtful(&answer) || !self.trees.has_moved(Some(&directory), before) {
             return answer;
         }
         let (_turn, directory) = self.enter_directory(ino)?;
         ask(&directory)
+    }
+
+    /// Asks for something that may be of a directory that moves, whichever that is: once more after the moves if the answer
+    /// is doubtful.
+    pub(super) fn asking_between_moves<T>(
+        &self,
+        ask: impl Fn() -> Result<T>,
+        doubtful: impl Fn(&Result<T>) -> bool,
+    ) -> Result<T> {
+        let before = self.trees.state().moved;
+        let answer = ask();
+        if !doubtful(&answer) || !self.trees.has_moved(None, before) {
+            return answer;
+        }
+        self.trees.rest();
+        ask()
     }
 
     /// The turn to change what is at the path of a file's inode, and that inode: the directory does not move meanwhile.

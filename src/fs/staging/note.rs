@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Place, Staged, Staging, Stamp};
 use crate::dataset::FileAttributes;
 use crate::fs::host::MemoryFile;
+use crate::fs::name::join;
 use crate::fs::opens::Open;
 use crate::fs::resolve::Target;
 use crate::image::View;
@@ -104,6 +105,19 @@ struct Opens {
 }
 
 impl StagedNote {
+    /// The path at which it was for everybody.
+    pub fn path(&self) -> Option<String> {
+        let is_reserved = self.opens.as_ref().is_some_and(|opens| opens.reserved_for.is_some());
+        let is_there = matches!(self.place, Place::Path) && !is_reserved;
+        is_there.then(|| join(&self.directory, &self.component))
+    }
+
+    /// The version that it was, or replaces.
+    pub fn version(&self) -> Option<(&str, ObjectId)> {
+        let version = self.published.as_ref().or(self.replaces.as_ref());
+        version.map(|(name, object)| (name.as_str(), ObjectId(*object)))
+    }
+
     /// Its inode number.
     pub fn ino(&self) -> u64 {
         self.ino

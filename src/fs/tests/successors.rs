@@ -168,3 +168,30 @@ fn a_writer_that_was_sent_to_its_file_finds_it_with_the_next_server_and_nobody_e
     bed.close(writer, ME).unwrap();
     assert_eq!(bed.load("x.npy").unwrap(), b"other");
 }
+
+/// It is killed between the moment at which a copy takes a file's place and the note of that.
+#[test]
+fn of_two_files_at_a_path_the_later_one_stays() {
+    for _ in 0..10 {
+        let bed = bed();
+        bed.save("log.txt", b"first\n").unwrap();
+        let flags = libc::O_WRONLY | libc::O_APPEND;
+        bed.load("log.txt").unwrap();
+        let notes = bed.host.tags.lock().unwrap().clone();
+        let former = bed.lookup("log.txt", ME).unwrap().attr.ino;
+        assert_eq!(bed.open_inode(former, flags, ME).unwrap_err().kind(), Kind::Stale);
+        bed.append_line("log.txt", "second\n", ME).unwrap();
+        let writer = bed.open("log.txt", flags, ME).unwrap();
+        bed.append(writer, b"third\n");
+        // What was noted of the first file is what it was at first.
+        let kept: Vec<u64> = bed.host.tags.lock().unwrap().keys().copied().collect();
+        let outdated = notes.into_iter().filter(|(key, (area, _))| *area == Area::Staging && kept.contains(key));
+        bed.host.tags.lock().unwrap().extend(outdated);
+        let bed = next_server(bed, 1);
+        bed.append_line("log.txt", "fourth\n", OTHER).unwrap();
+        bed.append(writer, b"fifth\n");
+        bed.close(writer, ME).unwrap();
+        let text = String::from_utf8(bed.load("log.txt").unwrap()).unwrap();
+        assert_eq!(text, "first\nsecond\nthird\nfourth\nfifth\n");
+    }
+}
