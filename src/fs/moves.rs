@@ -414,11 +414,11 @@ impl FileSystem {
         let displaced: Vec<_> =
             plan.trees.iter().map(|(from, to)| (self.staging.displaced_inside(from), from, to)).collect();
         for (files, from, to) in displaced {
-            files.iter().for_each(|staged| {
-                self.move_displaced_file(staged, &|target| {
-                    Target::new(&moved(&target.directory, from, to), &target.component)
-                })
-            });
+            let there = |target: &Target| Target::new(&moved(&target.directory, from, to), &target.component);
+            // Once: those of a directory that has changed its place with another are inside that now.
+            for staged in files.iter().filter(|staged| plan.progress.staged.insert(staged.ino())) {
+                self.move_displaced_file(staged, &there);
+            }
         }
         // Of two directories that change places: before those of one are in the other.
         let staged_below = |top: &str| [self.staging.tree(top), self.staging.reserved_below(top)].concat();

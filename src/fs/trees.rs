@@ -32,6 +32,8 @@ pub(super) struct Trees {
 #[derive(Default)]
 struct State {
     last: u64,
+    /// Who wants no directory to move.
+    resting: usize,
     /// Moves that have ended.
     moved: u64,
     /// In which names change.
@@ -57,6 +59,16 @@ impl Drop for Turn<'_> {
     }
 }
 
+/// No directory moves until it is dropped.
+pub(super) struct Rest<'a>(&'a Trees);
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.0.state().resting -= 1;
+        self.0.ended.notify_all();
+    }
+}
+
 impl Trees {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
@@ -79,22 +91,24 @@ impl Trees {
         // Who comes from now on waits for this turn.
         let disturbed = |state: &State| {
             let others = state.changing.iter().filter(|(other, _)| *other != number);
-            others.into_iter().any(|(_, name)| moves.iter().any(|top| is_inside(name, top)))
+            let rests = state.resting > 0 && !moves.is_empty();
+            rests || others.into_iter().any(|(_, name)| moves.iter().any(|top| is_inside(name, top)))
         };
         drop(self.wait_while(state, start, disturbed));
         Turn { trees: self, number }
     }
 
-    /// Whether this directory moves, or is about to, or without one any; or any has moved since so many had.
-    fn has_moved(&self, directory: Option<&str>, since: u64) -> bool {
+    /// Whether a directory moves, or is about to, or any has moved since so many had.
+    fn has_moved(&self, directory: &str, since: u64) -> bool {
         let state = self.state();
-        let concerns = |top: &str| directory.is_none_or(|directory| is_inside(directory, top));
-        state.moved != since || state.moving.iter().any(|(_, top)| concerns(top))
+        state.moved != since || state.moving.iter().any(|(_, top)| is_inside(directory, top))
     }
 
-    /// Waits until no directory moves.
-    fn rest(&self) {
-        drop(self.wait_while(self.state(), Instant::now(), |state| !state.moving.is_empty()));
+    /// No directory moves until what is returned is dropped. For who asks which directory a number is of, or a file.
+    pub(super) fn rest(&self) -> Rest<'_> {
+        let mut state = self.wait_while(self.state(), Instant::now(), |state| !state.moving.is_empty());
+        state.resting += 1;
+        Rest(self)
     }
 
     fn wait_while<'a>(
@@ -127,27 +141,11 @@ impl FileSystem {
         let before = self.trees.state().moved;
         let directory = self.directory_name(ino)?;
         let answer = ask(&directory);
-        if !doubtful(&answer) || !self.trees.has_moved(Some(&directory), before) {
+        if !doubtful(&answer) || !self.trees.has_moved(&directory, before) {
             return answer;
         }
         let (_turn, directory) = self.enter_directory(ino)?;
         ask(&directory)
-    }
-
-    /// Asks for something that may be of a directory that moves, whichever that is: once more after the moves if the answer
-    /// is doubtful.
-    pub(super) fn asking_between_moves<T>(
-        &self,
-        ask: impl Fn() -> Result<T>,
-        doubtful: impl Fn(&Result<T>) -> bool,
-    ) -> Result<T> {
-        let before = self.trees.state().moved;
-        let answer = ask();
-        if !doubtful(&answer) || !self.trees.has_moved(None, before) {
-            return answer;
-        }
-        self.trees.rest();
-        ask()
     }
 
     /// The turn to change what is at the path of a file's inode, and that inode: the directory does not move meanwhile.
