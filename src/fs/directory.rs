@@ -108,7 +108,7 @@ impl FileSystem {
         let before = before.map(|entry| (entry.file.settled_version(), entry)).collect();
         let names = self.names_below(&prefix)?;
         let staged = self.staged_among(&names, before, directory);
-        let local = self.directories_below(&prefix);
+        let local = self.local_directories(&names, &prefix)?;
         let fingerprint = fingerprint(&names, &staged, &local);
         let former = self.listings.lock().unwrap_or_else(|e| e.into_inner()).get(directory).cloned();
         if let Some(former) = former.filter(|l| l.fingerprint == fingerprint && l.complete) {
@@ -408,6 +408,27 @@ impl FileSystem {
         out.sort_unstable();
         out.dedup();
         out
+    }
+
+    /// As [`FileSystem::directories_below`], without those of which only files are left that were written here, and are
+    /// called otherwise by now, or removed: another mount has done that. `names` are all below the prefix.
+    fn local_directories(&self, names: &[NamedObject], prefix: &str) -> Result<Vec<String>> {
+        let has_names = |directory: &str| {
+            let below = format!("{directory}/");
+            let at = names.partition_point(|(name, _)| *name < below);
+            names.get(at).is_some_and(|(name, _)| name.starts_with(&below))
+        };
+        let mut local = self.directories_below(prefix);
+        let doubtful: Vec<_> =
+            local.iter().filter(|directory| !self.folders.exists(directory) && !has_names(directory)).collect();
+        let mut left = false;
+        for staged in doubtful.into_iter().flat_map(|directory| self.staging.tree(directory)) {
+            left |= self.leave_if_replaced(&staged)?;
+        }
+        if left {
+            local = self.directories_below(prefix);
+        }
+        Ok(local)
     }
 
     /// Whether a directory has anything in it.

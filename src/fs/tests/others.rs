@@ -200,3 +200,23 @@ fn what_was_renamed_to_a_free_name_is_saved_again_there() {
     bed.save("b.arrow", &table_file(&[3])).unwrap();
     assert_eq!(column(&other.load("b.arrow").unwrap()), [3]);
 }
+
+#[test]
+fn a_directory_that_another_mount_has_renamed_is_not_listed_for_a_file_that_was_written_here() {
+    let (_, bed, other) = two();
+    bed.fs.mkdir(ROOT, OsStr::new("d"), 0o755, 0, ME).unwrap();
+    bed.save("d/t.bin", b"theirs").unwrap();
+    other.save("d/sub/u.bin", b"nowhere").unwrap_err();
+    other.save("d/u.bin", b"written here").unwrap();
+    assert_eq!(other.list(""), ["d"]);
+    bed.fs.rename(ROOT, OsStr::new("d"), ROOT, OsStr::new("e"), 0, ME).unwrap();
+    assert_eq!(other.list(""), ["e"]);
+    assert_eq!(other.list("e"), ["t.bin", "u.bin"]);
+    assert_eq!(other.load("e/u.bin").unwrap(), b"written here");
+    // One that is being written keeps its directory.
+    let writer = other.create("e/w.bin", ME).unwrap();
+    bed.fs.rename(ROOT, OsStr::new("e"), ROOT, OsStr::new("f"), 0, ME).unwrap();
+    assert_eq!(other.list(""), ["e", "f"]);
+    other.close(writer, ME).unwrap();
+    assert_eq!(other.list("e"), ["w.bin"]);
+}
