@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::host::Host;
-use super::name::is_inside;
+use super::name::{is_inside, moved};
 use super::{Attr, Caller, SetAttr};
 use crate::dataset::attributes::{from_nanos, to_nanos};
 use crate::error::Result;
@@ -184,8 +184,7 @@ impl Folders {
         }
         for (from, to) in trees {
             for (name, folder) in table.iter().filter(|(name, _)| is_inside(name, from)) {
-                let new = format!("{to}{}", name.get(from.len()..).unwrap_or_default());
-                planned.insert(new, Some(folder.clone()));
+                planned.insert(moved(name, from, to), Some(folder.clone()));
             }
             planned.entry((*to).to_owned()).or_default().get_or_insert_default().made = true;
         }

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::folders::Folder;
 use super::host::{Area, MemoryFile};
 use super::inode::ViewNode;
-use super::name::{self, is_inside};
+use super::name::{self, is_inside, moved};
 use super::naming::is_clear;
 use super::resolve::Target;
 use super::{Caller, FileSystem};
@@ -569,11 +569,6 @@ impl FileSystem {
             }
         }
     }
-}
-
-/// What a name in a directory is called when that one is.
-fn moved(name: &str, from: &str, to: &str) -> String {
-    format!("{to}{}", name.get(from.len()..).unwrap_or_default())
 }
 
 fn read(log: &MemoryFile) -> Result<Move> {

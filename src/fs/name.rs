@@ -230,6 +230,11 @@ pub fn is_inside(name: &str, directory: &str) -> bool {
     name.strip_prefix(directory).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
+/// What a name in a directory is called, or that directory, when the directory is called `to` in place of `from`.
+pub fn moved(name: &str, from: &str, to: &str) -> String {
+    format!("{to}{}", name.get(from.len()..).unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -159,7 +159,8 @@ impl FileSystem {
             Node::Staged(staged) => Some(staged.state().target.directory.clone()),
         };
         loop {
-            let Some(directory) = directory_of(&*self.inode(ino)?) else { return Ok((None, self.inode(ino)?)) };
+            let inode = self.inode(ino)?;
+            let Some(directory) = directory_of(&inode) else { return Ok((None, inode)) };
             let turn = self.trees.enter(&[&directory], &[]);
             let inode = self.inode(ino)?;
             if directory_of(&inode).as_deref() == Some(&*directory) {

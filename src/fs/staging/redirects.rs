@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::{REDIRECT, Staged, Staging, State};
 use crate::error::Result;
 use crate::fs::Caller;
-use crate::fs::name::is_inside;
+use crate::fs::name::{is_inside, moved};
 use crate::fs::resolve::Target;
 use crate::sync::MutexGuard;
 use crate::vineyard::ObjectId;
@@ -224,10 +224,10 @@ impl Staging {
     pub(in crate::fs) fn move_redirects(&self, trees: &[(String, String)]) {
         let mut redirects = self.redirects();
         let moving = |path: &str| trees.iter().find(|(from, _)| is_inside(path, from));
-        let moved: Vec<_> = redirects.extract_if(|(path, _), _| moving(path).is_some()).collect();
-        redirects.extend(moved.into_iter().filter_map(|((path, pid), redirect)| {
+        let below: Vec<_> = redirects.extract_if(|(path, _), _| moving(path).is_some()).collect();
+        redirects.extend(below.into_iter().filter_map(|((path, pid), redirect)| {
             let (from, to) = moving(&path)?;
-            Some(((format!("{to}{}", path.get(from.len()..)?), pid), redirect))
+            Some(((moved(&path, from, to), pid), redirect))
         }));
     }
 

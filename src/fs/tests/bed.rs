@@ -156,6 +156,11 @@ pub fn bed() -> Bed {
     bed_with(true, Options::default())
 }
 
+/// As the kernel asks: once more after `Stale` (`retry_estale`).
+pub fn asking_twice<T>(ask: impl Fn() -> Result<T>) -> Result<T> {
+    ask().or_else(|error| if error.kind() == Kind::Stale { ask() } else { Err(error) })
+}
+
 impl Bed {
     pub fn of(fs: FileSystem, store: Arc<FakeStore>, host: Arc<LocalHost>) -> Bed {
         Bed {
@@ -244,7 +249,7 @@ impl Bed {
             self.refer(ino, 0, -1);
             Ok((ino, opened?))
         };
-        open().or_else(|error| if error.kind() == Kind::Stale { open() } else { Err(error) })
+        asking_twice(open)
     }
     pub fn open_inode(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
         let opened = self.fs.open(ino, flags, caller)?;

@@ -193,7 +193,7 @@ fn step(bed: &Bed, held: &mut Vec<Held>, step: &Step) -> Result<()> {
             let change = SetAttr { size: Some(*size), ..SetAttr::default() };
             let cut = || bed.fs.setattr(bed.lookup(path, ME)?.attr.ino, None, change, ME).map(drop);
             // As the kernel does: looked up again once.
-            cut().or_else(|error| if error.kind() == Kind::Stale { cut() } else { Err(error) })
+            asking_twice(cut)
         }
         Step::Load(path) => bed.load(path).map(drop),
         Step::Unlink(path) => {

@@ -1,7 +1,7 @@
 //! Directories that move, come and go while threads use what is in them, in interleavings that a scheduler chooses.
 
 use super::bed::*;
-use super::schedules::{spawn, two_mounts};
+use super::schedules::{assert_nothing_is_left, check_each, spawn, two_mounts};
 use super::*;
 use crate::sync::schedules::check;
 use crate::vineyard::store::{NameQuery, Store};
@@ -67,24 +67,20 @@ impl Bed {
                 false => self.in_directory(both[0], || self.in_directory(both[1], rename)),
             }
         };
-        once().or_else(|error| if error.kind() == Kind::Stale { once() } else { Err(error) })
+        asking_twice(once)
     }
-    fn remove_all(&self, path: &str) {
+    pub fn remove_all(&self, path: &str) {
         for name in self.list(path) {
             let path = if path.is_empty() { name } else { format!("{path}/{name}") };
-            if self.unlink_at(&path, ME).is_err_and(|error| error.kind() == Kind::IsDirectory) {
-                self.remove_all(&path);
-                self.rmdir(&path, ME).unwrap();
+            match self.unlink_at(&path, ME) {
+                Err(error) if error.kind() == Kind::IsDirectory => {
+                    self.remove_all(&path);
+                    self.rmdir(&path, ME).unwrap();
+                }
+                removed => removed.unwrap(),
             }
         }
     }
-}
-
-fn assert_nothing_is_left(bed: &Bed) {
-    bed.remove_all("");
-    bed.fs.staging.expire_redirects();
-    bed.fs.end_old_redirects();
-    assert_eq!((bed.store.object_count(), bed.store.blob_count()), (0, 0), "left over");
 }
 
 /// What a program loads that knows both names of a directory, of which one is there.
@@ -101,76 +97,70 @@ fn is_absent<T>(result: &Result<T>) -> bool {
 
 #[test]
 fn a_directory_that_moves_and_those_in_it() {
-    for passthrough in [true, false] {
-        check(move || {
-            let bed = Arc::new(bed_with(passthrough, Options::default()));
-            let versions: Vec<Vec<u8>> = (0..2).map(|v| table_file(&[v, v + 1])).collect();
-            bed.mkdir("d", ME).unwrap();
-            bed.save("d/t.arrow", &versions[0]).unwrap();
-            let (saved, known) = (versions[1].clone(), versions[0].clone());
-            let was_saved = Arc::new(AtomicU64::new(0));
-            let flag = was_saved.clone();
-            let threads = [
-                spawn(&bed, |bed, me| bed.move_to("d", "e", 0, me).unwrap()),
-                spawn(&bed, move |bed, me| {
-                    let done = bed.save_as("d/u.arrow", &saved, me);
-                    assert!(done.is_ok() || is_absent(&done), "{done:?}");
-                    flag.store(u64::from(done.is_ok()), Ordering::SeqCst);
-                }),
-                spawn(&bed, move |bed, me| {
-                    assert_eq!(load_from(bed, ["d", "e"], "t.arrow", me).unwrap(), known);
-                }),
-            ];
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            let root = bed.list("");
-            let both: Vec<_> = root.iter().map(|name| bed.list(name)).collect();
-            assert_eq!(
-                root,
-                ["e"],
-                "{both:?} {:?}",
-                bed.store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }])
-            );
-            assert_eq!(bed.load("e/t.arrow").unwrap(), versions[0]);
-            match was_saved.load(Ordering::SeqCst) {
-                1 => assert_eq!(bed.load("e/u.arrow").unwrap(), versions[1]),
-                _ => assert_eq!(bed.list("e"), ["t.arrow"]),
-            }
-            assert_nothing_is_left(&bed);
-        });
-    }
+    check_each(|bed| {
+        let versions: Vec<Vec<u8>> = (0..2).map(|v| table_file(&[v, v + 1])).collect();
+        bed.mkdir("d", ME).unwrap();
+        bed.save("d/t.arrow", &versions[0]).unwrap();
+        let (saved, known) = (versions[1].clone(), versions[0].clone());
+        let was_saved = Arc::new(AtomicU64::new(0));
+        let flag = was_saved.clone();
+        let threads = [
+            spawn(&bed, |bed, me| bed.move_to("d", "e", 0, me).unwrap()),
+            spawn(&bed, move |bed, me| {
+                let done = bed.save_as("d/u.arrow", &saved, me);
+                assert!(done.is_ok() || is_absent(&done), "{done:?}");
+                flag.store(u64::from(done.is_ok()), Ordering::SeqCst);
+            }),
+            spawn(&bed, move |bed, me| {
+                assert_eq!(load_from(bed, ["d", "e"], "t.arrow", me).unwrap(), known);
+            }),
+        ];
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        let root = bed.list("");
+        let both: Vec<_> = root.iter().map(|name| bed.list(name)).collect();
+        assert_eq!(
+            root,
+            ["e"],
+            "{both:?} {:?}",
+            bed.store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }])
+        );
+        assert_eq!(bed.load("e/t.arrow").unwrap(), versions[0]);
+        match was_saved.load(Ordering::SeqCst) {
+            1 => assert_eq!(bed.load("e/u.arrow").unwrap(), versions[1]),
+            _ => assert_eq!(bed.list("e"), ["t.arrow"]),
+        }
+        assert_nothing_is_left(&bed);
+    });
 }
 
 #[test]
 fn a_directory_that_moves_and_appenders_in_it() {
-    for passthrough in [true, false] {
-        check(move || {
-            let bed = Arc::new(bed_with(passthrough, Options::default()));
-            bed.mkdir("d", ME).unwrap();
-            bed.save("d/log.txt", b"first\n").unwrap();
-            let append = |number: u64| {
-                move |bed: &Bed, me: Caller| {
-                    let line = format!("{number}\n");
-                    let done = bed.append_line("d/log.txt", &line, me).or_else(|error| match error.kind() {
-                        Kind::NotFound => bed.append_line("e/log.txt", &line, me),
-                        _ => Err(error),
-                    });
-                    done.unwrap();
-                }
-            };
-            let threads = [
-                spawn(&bed, |bed, me| bed.move_to("d", "e", 0, me).unwrap()),
-                spawn(&bed, append(1)),
-                spawn(&bed, append(2)),
-            ];
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            let text = String::from_utf8(bed.load("e/log.txt").unwrap()).unwrap();
-            let mut lines: Vec<&str> = text.lines().collect();
-            lines.sort_unstable();
-            assert_eq!(lines, ["1", "2", "first"]);
-            assert_eq!(bed.list(""), ["e"]);
-            assert_nothing_is_left(&bed);
-        });
-    }
+    check_each(|bed| {
+        bed.mkdir("d", ME).unwrap();
+        bed.save("d/log.txt", b"first\n").unwrap();
+        let append = |number: u64| {
+            move |bed: &Bed, me: Caller| {
+                let line = format!("{number}\n");
+                let done = bed.append_line("d/log.txt", &line, me).or_else(|error| match error.kind() {
+                    Kind::NotFound => bed.append_line("e/log.txt", &line, me),
+                    _ => Err(error),
+                });
+                done.unwrap();
+            }
+        };
+        let threads = [
+            spawn(&bed, |bed, me| bed.move_to("d", "e", 0, me).unwrap()),
+            spawn(&bed, append(1)),
+            spawn(&bed, append(2)),
+        ];
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        let text = String::from_utf8(bed.load("e/log.txt").unwrap()).unwrap();
+        let mut lines: Vec<&str> = text.lines().collect();
+        lines.sort_unstable();
+        assert_eq!(lines, ["1", "2", "first"]);
+        assert_eq!(bed.list(""), ["e"]);
+        assert_nothing_is_left(&bed);
+    });
 }
 
 #[test]
@@ -385,49 +375,46 @@ impl Bed {
             let ino = self.fs.lookup(directory, OsStr::new(name), caller)?.attr.ino;
             Ok((ino, self.open_inode(ino, flags, caller)?))
         };
-        once().or_else(|error: Error| if error.kind() == Kind::Stale { once() } else { Err(error) })
+        asking_twice(once)
     }
 }
 
 #[test]
 fn a_directory_that_moves_and_those_who_are_in_it() {
-    for passthrough in [true, false] {
-        check(move || {
-            let bed = Arc::new(bed_with(passthrough, Options::default()));
-            let bytes = table_file(&[1, 2]);
-            bed.mkdir("d", ME).unwrap();
-            bed.save("d/t.arrow", &bytes).unwrap();
-            bed.save("d/log.txt", b"first\n").unwrap();
-            let directory = bed.walk("d/t.arrow").unwrap().0;
-            let known = bytes.clone();
-            let threads = [
-                spawn(&bed, |bed, me| {
-                    bed.move_to("d", "e", 0, me).unwrap();
-                    bed.move_to("e", "d", 0, me).unwrap();
-                }),
-                spawn(&bed, move |bed, me| {
-                    for _ in 0..2 {
-                        let handle = bed.open_in(directory, "t.arrow", libc::O_RDONLY, me).unwrap();
-                        assert_eq!(bed.read_handle(handle).unwrap(), known);
-                        bed.close(handle, me).unwrap();
-                    }
-                }),
-                spawn(&bed, move |bed, me| {
-                    for line in ["1\n", "2\n"] {
-                        let flags = libc::O_WRONLY | libc::O_APPEND;
-                        let handle = bed.open_in(directory, "log.txt", flags, me).unwrap();
-                        bed.append(handle, line.as_bytes());
-                        bed.close(handle, me).unwrap();
-                    }
-                }),
-            ];
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            assert_eq!(bed.list(""), ["d"]);
-            assert_eq!(bed.load("d/log.txt").unwrap(), b"first\n1\n2\n");
-            assert_eq!(bed.load("d/t.arrow").unwrap(), bytes);
-            assert_nothing_is_left(&bed);
-        });
-    }
+    check_each(|bed| {
+        let bytes = table_file(&[1, 2]);
+        bed.mkdir("d", ME).unwrap();
+        bed.save("d/t.arrow", &bytes).unwrap();
+        bed.save("d/log.txt", b"first\n").unwrap();
+        let directory = bed.walk("d/t.arrow").unwrap().0;
+        let known = bytes.clone();
+        let threads = [
+            spawn(&bed, |bed, me| {
+                bed.move_to("d", "e", 0, me).unwrap();
+                bed.move_to("e", "d", 0, me).unwrap();
+            }),
+            spawn(&bed, move |bed, me| {
+                for _ in 0..2 {
+                    let handle = bed.open_in(directory, "t.arrow", libc::O_RDONLY, me).unwrap();
+                    assert_eq!(bed.read_handle(handle).unwrap(), known);
+                    bed.close(handle, me).unwrap();
+                }
+            }),
+            spawn(&bed, move |bed, me| {
+                for line in ["1\n", "2\n"] {
+                    let flags = libc::O_WRONLY | libc::O_APPEND;
+                    let handle = bed.open_in(directory, "log.txt", flags, me).unwrap();
+                    bed.append(handle, line.as_bytes());
+                    bed.close(handle, me).unwrap();
+                }
+            }),
+        ];
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(bed.list(""), ["d"]);
+        assert_eq!(bed.load("d/log.txt").unwrap(), b"first\n1\n2\n");
+        assert_eq!(bed.load("d/t.arrow").unwrap(), bytes);
+        assert_nothing_is_left(&bed);
+    });
 }
 
 #[test]
@@ -482,36 +469,33 @@ fn a_directory_that_moves_and_moves_below_it() {
 
 #[test]
 fn a_directory_that_moves_and_changes_of_attributes_and_sizes() {
-    for passthrough in [true, false] {
-        check(move || {
-            let bed = Arc::new(bed_with(passthrough, Options::default()));
-            bed.mkdir("d", ME).unwrap();
-            bed.save("d/f.bin", b"0123456789").unwrap();
-            bed.save("d/g.bin", b"0123456789").unwrap();
-            let directory = bed.walk("d/f.bin").unwrap().0;
-            let change = |name: &'static str, change: SetAttr| {
-                move |bed: &Bed, me: Caller| {
-                    let once = || {
-                        let ino = bed.fs.lookup(directory, OsStr::new(name), me)?.attr.ino;
-                        bed.fs.setattr(ino, None, change, me).map(drop)
-                    };
-                    once().or_else(|error| if error.kind() == Kind::Stale { once() } else { Err(error) }).unwrap();
-                }
-            };
-            let threads = [
-                spawn(&bed, |bed, me| bed.move_to("d", "e", 0, me).unwrap()),
-                spawn(&bed, change("f.bin", SetAttr { mode: Some(0o600), ..SetAttr::default() })),
-                spawn(&bed, change("g.bin", SetAttr { size: Some(4), ..SetAttr::default() })),
-                spawn(&bed, |bed, _| bed.evict()),
-            ];
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            assert_eq!(bed.list("e"), ["f.bin", "g.bin"]);
-            assert_eq!(bed.lookup("e/f.bin", ME).unwrap().attr.perm, 0o600);
-            assert_eq!(bed.load("e/f.bin").unwrap(), b"0123456789");
-            assert_eq!(bed.load("e/g.bin").unwrap(), b"0123");
-            assert_nothing_is_left(&bed);
-        });
-    }
+    check_each(|bed| {
+        bed.mkdir("d", ME).unwrap();
+        bed.save("d/f.bin", b"0123456789").unwrap();
+        bed.save("d/g.bin", b"0123456789").unwrap();
+        let directory = bed.walk("d/f.bin").unwrap().0;
+        let change = |name: &'static str, change: SetAttr| {
+            move |bed: &Bed, me: Caller| {
+                let once = || {
+                    let ino = bed.fs.lookup(directory, OsStr::new(name), me)?.attr.ino;
+                    bed.fs.setattr(ino, None, change, me).map(drop)
+                };
+                asking_twice(once).unwrap();
+            }
+        };
+        let threads = [
+            spawn(&bed, |bed, me| bed.move_to("d", "e", 0, me).unwrap()),
+            spawn(&bed, change("f.bin", SetAttr { mode: Some(0o600), ..SetAttr::default() })),
+            spawn(&bed, change("g.bin", SetAttr { size: Some(4), ..SetAttr::default() })),
+            spawn(&bed, |bed, _| bed.evict()),
+        ];
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(bed.list("e"), ["f.bin", "g.bin"]);
+        assert_eq!(bed.lookup("e/f.bin", ME).unwrap().attr.perm, 0o600);
+        assert_eq!(bed.load("e/f.bin").unwrap(), b"0123456789");
+        assert_eq!(bed.load("e/g.bin").unwrap(), b"0123");
+        assert_nothing_is_left(&bed);
+    });
 }
 
 #[test]

@@ -199,9 +199,7 @@ fn a_directory_that_moves_a_save_in_it_and_a_server_that_is_killed() {
                 let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;
                 let name = OsStr::new("w.arrow");
                 let create = || world.ask(1001, |bed, me| bed.fs.create(directory, name, 0o644, 0o022, flags, me));
-                // The kernel asks a second time after `Stale`.
-                let stale = |error: Error| if error.kind() == Kind::Stale { create() } else { Err(error) };
-                let (entry, opened) = create().or_else(stale).unwrap();
+                let (entry, opened) = asking_twice(create).unwrap();
                 world.bed().write((entry.attr.ino, opened), 0, &bytes);
                 world.ask(1001, |bed, me| bed.fs.flush(entry.attr.ino, opened.fh, me)).unwrap();
                 world.release(1001, entry.attr.ino, opened.fh);
@@ -236,10 +234,9 @@ impl World {
             let opened = self.ask(pid, |bed, me| bed.fs.open(ino, libc::O_WRONLY | libc::O_APPEND, me))?;
             Ok((ino, opened))
         };
-        // The kernel asks twice. Whom the server that was killed had refused, the next one does not know: such a program may
-        // see `ESTALE`, and has written nothing.
-        let again = |error: Error| if error.kind() == Kind::Stale { open() } else { Err(error) };
-        let (ino, opened) = open().or_else(again).or_else(again)?;
+        // Whom the server that was killed had refused, the next one does not know: such a program may see `ESTALE`, has
+        // written nothing, and tries again.
+        let (ino, opened) = asking_twice(|| asking_twice(open))?;
         {
             let _locked = self.directory.lock().unwrap();
             let size = self.ask(pid, |bed, _| bed.fs.getattr(ino, None))?.0.size;
@@ -297,7 +294,7 @@ fn an_exchange_a_change_of_attributes_and_a_server_that_is_killed() {
                     let change = SetAttr { mode: Some(0o600), ..SetAttr::default() };
                     world.ask(1002, |bed, me| bed.fs.setattr(ino, None, change, me).map(drop))
                 };
-                once().or_else(|error| if error.kind() == Kind::Stale { once() } else { Err(error) }).unwrap();
+                asking_twice(once).unwrap();
             }),
             spawn(&world, |world| world.kill()),
         ];
