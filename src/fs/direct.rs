@@ -350,9 +350,12 @@ impl FileSystem {
     /// Removes a dataset with all its views, or a name that has outlived its object.
     ///
     /// # Errors
-    /// What the store answers.
+    /// `NotFound` if somebody else was first; what the store answers.
     pub fn remove(&self, named: &Named) -> Result<()> {
-        self.remove_name(&named.name)
+        match self.remove_name(&named.name)? {
+            true => Ok(()),
+            false => Err(Error::not_found(format!("{:?} is removed or renamed already", named.name))),
+        }
     }
 
     /// Gives a dataset another name, as a name or as the path of one of its views. A plain file that gets the extension
@@ -403,8 +406,7 @@ impl FileSystem {
                 self.staging.detach(&staged);
             }
         } else {
-            self.point_vacant(&name, from.object, &path_names, &to.vacancy)?;
-            self.remove_version(&from.name, from.object)?;
+            self.change_name_of(&(from.name.clone(), from.object), &name, &path_names, &to.vacancy)?;
         }
         self.find(path)?.ok_or_else(|| Error::stale(format!("{path:?} was removed meanwhile")))
     }

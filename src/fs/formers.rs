@@ -79,13 +79,18 @@ impl FileSystem {
         }
     }
 
-    /// A file has moved away from what its path led to: drops that, now or, if the store refuses, later.
-    pub(super) fn leave_behind(&self, (name, object): NamedObject) {
+    /// A file has moved away from what its path led to: drops that, now or, if the store refuses, later. False if it leads
+    /// elsewhere already.
+    pub(super) fn leave_behind(&self, (name, object): NamedObject) -> bool {
         let _naming = self.naming();
+        if self.object_of(&name).is_ok_and(|now| now != Some(object)) {
+            return false;
+        }
         let formers = vec![(name.clone(), object.0)];
         let change = NameChange { name, object: ObjectId::EMPTY_BLOB.0, formers, put: true };
         self.note_change_of(&change);
         self.end_change(Some(change));
+        true
     }
 
     /// After the name was not put, because of an error.

@@ -449,7 +449,7 @@ impl FileSystem {
                     false => (name, object),
                 });
                 staged.state().replaces = replaces_there;
-                plan.progress.began = true;
+                let began = std::mem::replace(&mut plan.progress.began, true);
                 if self.staging.move_reserved(&staged, &target) {
                     plan.progress.staged.insert(staged.ino());
                     continue;
@@ -457,6 +457,7 @@ impl FileSystem {
                 if let Err(error) = self.move_staged(&staged, target) {
                     staged.state().replaces = replaces;
                     if error.kind() == Kind::Stale {
+                        plan.progress.began = began;
                         // The copy that took its place moves for it, if it is known here, or is found to have no name.
                         continue;
                     }
@@ -478,6 +479,11 @@ impl FileSystem {
         }
         for directory in trees.iter().flat_map(|(from, to)| [from, to]) {
             now.extend(self.names_below(&format!("{directory}/"))?);
+        }
+        let is_there = |(old, ..): &(String, String, u64)| now.contains_key(old);
+        let is_gone = || !names.is_empty() || !trees.iter().any(|(from, _)| self.folders.exists(from));
+        if progress.own && !progress.began && !names.iter().any(is_there) && is_gone() {
+            return Err(Error::stale("another mount renamed or removed the directory"));
         }
         let planned: HashSet<ObjectId> = names.iter().map(|(_, _, object)| ObjectId(*object)).collect();
         let [old_names, new_names]: [HashSet<&str>; 2] = [

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,7 @@ const BREAK: Duration = Duration::from_millis(2);
 /// See the [module](self).
 #[derive(Default)]
 pub(super) struct Naming {
-    within: Mutex<Pace>,
+    within: Arc<Mutex<Pace>>,
     folder: Option<Folder>,
     changes: AtomicU64,
 }
@@ -144,6 +145,12 @@ impl Naming {
         Naming { folder, ..Naming::default() }
     }
 
+    /// The lock of another mount of the same vineyardd.
+    #[cfg(all(test, feature = "shuttle"))]
+    pub(super) fn shared_with(other: &Naming) -> Self {
+        Naming { within: other.within.clone(), ..Naming::default() }
+    }
+
     fn lock(&self) -> Guard<'_> {
         let mut pace = self.within.lock().unwrap_or_else(|e| e.into_inner());
         let folder = self.folder.as_ref().filter(|folder| folder.lock(&mut pace));
@@ -199,7 +206,6 @@ pub(super) fn is_clear(error: &Error) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::AtomicUsize;
 
     use serde_json::json;

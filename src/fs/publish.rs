@@ -230,6 +230,28 @@ impl FileSystem {
     pub(super) fn point_path(&self, target: &Target, native: bool, object: ObjectId) -> Result<String> {
         let _unit = self.unit();
         let _naming = self.naming();
+        self.point_path_locked(target, native, object)
+    }
+
+    /// As [`FileSystem::point_path`], for what `from` leads to. The lock on names is held until the caller has dropped that,
+    /// so that one of those who rename a file at the same time does, whichever mount of this vineyardd they use.
+    ///
+    /// # Errors
+    /// `Stale`, and nothing is done, if it leads elsewhere by now.
+    pub(super) fn repoint_path_locked(&self, from: &NamedObject, target: &Target, native: bool) -> Result<String> {
+        self.check_leads(from)?;
+        let _unit = self.unit();
+        self.point_path_locked(target, native, from.1)
+    }
+
+    fn check_leads(&self, (name, object): &NamedObject) -> Result<()> {
+        match self.object_of(name)? == Some(*object) {
+            true => Ok(()),
+            false => Err(Error::stale(format!("{name:?} was renamed, replaced or removed meanwhile"))),
+        }
+    }
+
+    fn point_path_locked(&self, target: &Target, native: bool, object: ObjectId) -> Result<String> {
         self.finish_changes_locked(Some(&[&target.plain, target.dataset()]))?;
         let mut replaced = vec![target.plain.as_str()];
         let mut name = target.plain.clone();
@@ -260,25 +282,32 @@ impl FileSystem {
         Ok(name)
     }
 
-    /// As [`FileSystem::point_vacant`], whatever is there.
+    /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
     #[cfg(test)]
     pub(super) fn point_name(&self, name: &str, object: ObjectId, path_names: &[&str]) -> Result<()> {
-        self.point_vacant(name, object, path_names, &Vacancy::default())
+        let _unit = self.unit();
+        let _naming = self.naming();
+        self.finish_changes_locked(Some(path_names))?;
+        self.point_locked(name, object, path_names, None, &Vacancy::default())
     }
 
-    /// Points `name` at a new object and removes what the other names of the same path held: the file has one value.
-    /// `Exists` if it may not replace anything, and would.
-    pub(super) fn point_vacant(
+    /// Gives the object that `from` leads to another name, and removes what the other names of the same path held.
+    ///
+    /// # Errors
+    /// `Exists` if it may not replace anything, and would; as [`FileSystem::repoint_path_locked`].
+    pub(super) fn change_name_of(
         &self,
+        from: &NamedObject,
         name: &str,
-        object: ObjectId,
         path_names: &[&str],
         vacancy: &Vacancy,
     ) -> Result<()> {
         let _unit = self.unit();
         let _naming = self.naming();
+        self.check_leads(from)?;
         self.finish_changes_locked(Some(path_names))?;
-        self.point_locked(name, object, path_names, None, vacancy)
+        self.point_locked(name, from.1, path_names, None, vacancy)?;
+        self.remove_version_locked(&from.0, from.1).map(drop)
     }
 
     /// `Exists` if one of these leads to another object than this, which exists.
@@ -297,7 +326,7 @@ impl FileSystem {
         Ok(self.store.names(&queries)?.into_iter().flatten().collect())
     }
 
-    /// As [`FileSystem::point_vacant`], with the lock on names held. `there` is what at least these names led to a moment
+    /// As [`FileSystem::point_path`], with the lock on names held, for these names of a path. `there` is what at least these names led to a moment
     /// ago.
     fn point_locked(
         &self,

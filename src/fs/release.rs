@@ -1,4 +1,4 @@
-//! The end of writing: what a close leaves to be done, and mappings that outlive it.
+//! What ends: writing, with what a close leaves to be done and mappings that outlive it, and inodes that the kernel forgets.
 //!
 //! A shared mapping of a file that the kernel writes by itself (passthrough) holds the memory file and not the open file:
 //! the last descriptor is closed, and stores still come, of which no request tells. A file that was opened for reading and
@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use super::adopt::note_staged;
 use super::cache::Assembled;
-use super::inode::Inode;
+use super::inode::{Inode, Node};
 use super::publish::Unfinished;
 use super::staging::Staged;
 use super::{FileSystem, Handle};
 use crate::image;
 use crate::sync::{Mutex, MutexGuard};
+use crate::vineyard::store::NameQuery;
 
 /// Writers whose mappings may go on.
 #[derive(Default)]
@@ -47,6 +48,41 @@ impl Mappings {
 }
 
 impl FileSystem {
+    /// Takes lookups back.
+    pub fn forget(&self, ino: u64, count: u64) {
+        let node = self.inodes.get(ino).map(|inode| inode.node.clone());
+        self.inodes.forget(ino, count);
+        self.end_former_opens(ino);
+        if self.inodes.get(ino).is_none() {
+            self.staging.forget(ino);
+        }
+        if let Some(Node::Directory { name }) = &node
+            && self.inodes.get(ino).is_none()
+        {
+            self.release_number(name, ino);
+        }
+        // A published file that the kernel forgot is found through the store from now on.
+        if let Some(Node::Staged(staged)) = node
+            && self.inodes.get(ino).is_none()
+            && staged.is_settled()
+            && self.staging.retire(&staged)
+        {
+            note_staged(&staged);
+        }
+    }
+
+    /// Forgets the inode numbers that nobody needs without a directory, which the kernel has forgotten.
+    fn release_number(&self, name: &str, number: u64) {
+        let exists = |name: &str| {
+            let names = NameQuery::Prefix { prefix: format!("{name}/"), limit: Some(1) };
+            // Not known is as good as there: a number that is kept for nothing does no harm.
+            self.folders.exists(name) || !self.store.names(&[names]).is_ok_and(|found| found.concat().is_empty())
+        };
+        for gone in self.inodes.release_directories(name, number, exists) {
+            self.folders.keep_number(&gone, None);
+        }
+    }
+
     /// True if this was the last descriptor for writing, and somebody goes on writing through a mapping: the writer stays
     /// until that ends.
     fn is_still_mapped(&self, inode: &Arc<Inode>, staged: &Arc<Staged>, fh: u64, handle: Option<&Handle>) -> bool {

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use super::inode::{Node, ViewNode};
+use super::inode::ViewNode;
 use super::publish::Unfinished;
 use super::resolve::{ATTEMPTS, Found, Target, Vacancy, check_new};
 use super::staging::{Staged, State};
@@ -12,7 +12,7 @@ use super::{Caller, Entry, FileSystem, name};
 use crate::error::{Error, Kind, Result};
 use crate::image::View;
 use crate::vineyard::ObjectId;
-use crate::vineyard::store::{NameQuery, NamedObject};
+use crate::vineyard::store::NamedObject;
 
 impl FileSystem {
     /// What is about to be changed, and the turn to do so. Moves that have to do with it and could not be finished are
@@ -76,18 +76,6 @@ impl FileSystem {
         }
     }
 
-    /// Forgets the inode numbers that nobody needs without a directory, which the kernel has forgotten.
-    fn release_number(&self, name: &str, number: u64) {
-        let exists = |name: &str| {
-            let names = NameQuery::Prefix { prefix: format!("{name}/"), limit: Some(1) };
-            // Not known is as good as there: a number that is kept for nothing does no harm.
-            self.folders.exists(name) || !self.store.names(&[names]).is_ok_and(|found| found.concat().is_empty())
-        };
-        for gone in self.inodes.release_directories(name, number, exists) {
-            self.folders.keep_number(&gone, None);
-        }
-    }
-
     /// Removes a file. The dataset goes with all its views; open files stay readable.
     ///
     /// # Errors
@@ -118,7 +106,7 @@ impl FileSystem {
         Ok(())
     }
 
-    /// `Stale` if a copy for a writer took its place meanwhile, and nothing is done.
+    /// `Stale`, and nothing is done, if a copy for a writer took its place meanwhile, or another mount's version.
     fn unlink_staged(&self, staged: &Arc<Staged>) -> Result<()> {
         // A publish that is under way ends first; none starts afterwards.
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
@@ -130,9 +118,13 @@ impl FileSystem {
             let state = staged.state();
             (state.published.clone(), state.replaces.clone(), state.target.directory.clone())
         };
-        if let Some((name, object)) = published.or(replaces) {
+        if let Some(version) = published.or(replaces) {
             self.keep_directory(&directory);
-            self.remove_version(&name, object)?;
+            let was_there = self.remove_version(&version.0, version.1)?;
+            // One that is being written is at this path whatever its name leads to.
+            if !was_there && staged.settled_version().is_some() {
+                return Err(Error::stale("another mount replaced, renamed or removed it"));
+            }
         }
         self.staging.detach(staged);
         staged.state().detached = true;
@@ -143,11 +135,13 @@ impl FileSystem {
 
     fn remove_dataset(&self, view: &ViewNode) -> Result<()> {
         self.keep_directory(&view.directory);
-        self.remove_name(&view.name)?;
+        let was_there = self.remove_name(&view.name)?;
         // A copy that was made meanwhile for a writer of it is removed like a file that is open.
         if let Some((copy, _)) = self.copy_of(view) {
             self.staging.detach(&copy);
             self.end_replaced(&copy);
+        } else if !was_there {
+            return Err(Error::not_found("somebody else removed or renamed it"));
         }
         Ok(())
     }
@@ -164,8 +158,8 @@ impl FileSystem {
         is_copy.then_some((copy, version))
     }
 
-    /// Removes a name, and what it points to now unless another name does too.
-    pub(super) fn remove_name(&self, name: &str) -> Result<()> {
+    /// Removes a name, and what it points to now unless another name does too. False if there is no such name.
+    pub(super) fn remove_name(&self, name: &str) -> Result<bool> {
         let _naming = self.naming();
         // Somebody may have replaced it since it was looked up: the name goes with its present object.
         let object = self.object_of(name)?;
@@ -175,7 +169,7 @@ impl FileSystem {
         if let Some(object) = object {
             self.delete_unnamed(object);
         }
-        Ok(())
+        Ok(object.is_some())
     }
 
     /// As [`FileSystem::remove_name`], unless the name leads to another object by now. Also for the old name of an object
@@ -330,20 +324,23 @@ impl FileSystem {
     /// Moves a staged file, and the name of what it published, to another path of the same format.
     ///
     /// # Errors
-    /// `Stale` if a copy for a writer took its place meanwhile, and nothing is done.
+    /// `Stale`, and nothing is done, if a copy for a writer took its place meanwhile, or another mount renamed, replaced or
+    /// removed what it published.
     pub(super) fn move_staged(&self, staged: &Arc<Staged>, target: Target) -> Result<()> {
         let _publishing = staged.publishing.lock().unwrap_or_else(|e| e.into_inner());
         if staged.state().displaced {
             return Err(Error::stale("another file is at that path by now"));
         }
         let _repointing = staged.repointing();
-        if let Some((name, object)) = staged.published() {
-            let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| *dataset == name);
-            let new_name = self.point_path(&target, native, object)?;
-            if new_name != name {
-                self.remove_version(&name, object)?;
+        if let Some(version) = staged.published() {
+            let (name, object) = &version;
+            let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| dataset == name);
+            let _naming = self.naming();
+            let new_name = self.repoint_path_locked(&version, &target, native)?;
+            if new_name != *name {
+                self.remove_version_locked(name, *object)?;
             }
-            staged.state().published = Some((new_name, object));
+            staged.state().published = Some((new_name, *object));
         }
         self.staging.move_to(staged, target);
         Ok(())
@@ -359,6 +356,7 @@ impl FileSystem {
             self.publish_changed(staged, Unfinished::Publish)?;
         }
         let replaces = staged.state().replaces.clone();
+        let is_free = there.is_none();
         let (other, version) = match there {
             Some(Found::Staged(other)) if !Arc::ptr_eq(&other, staged) => {
                 let version = other.published().or_else(|| other.state().replaces.clone());
@@ -415,8 +413,11 @@ impl FileSystem {
         super::adopt::note_staged(staged);
         // The version under the old path goes with the path, if it was not replaced under the new one: both may be views
         // of one dataset. The file has its new name, whether the store takes the old one from it now or later.
-        replaces.into_iter().chain(former.map(|(published, _)| published)).for_each(|behind| self.leave_behind(behind));
-        Ok(())
+        if let Some(behind) = replaces {
+            self.leave_behind(behind);
+        }
+        let left = former.is_none_or(|(published, _)| self.leave_behind(published));
+        if left || !is_free || !staged.state().is_closed() { Ok(()) } else { self.take_back_copy(staged) }
     }
 
     /// What a replaced file published was replaced with the name; what it did not publish ends here.
@@ -434,6 +435,7 @@ impl FileSystem {
             let attributes = view.summary.attributes.as_deref().cloned().unwrap_or_default();
             let staged = self.prepare_staged(to.clone(), attributes, None)?;
             self.copy_view(view, &staged)?;
+            let is_free = there.is_none();
             let other = match there {
                 Some(Found::Staged(other)) => Some(other),
                 _ => None,
@@ -455,11 +457,9 @@ impl FileSystem {
                 self.end_replaced(&other);
             }
             let replaced_itself = staged.published().is_some_and(|(name, _)| name == view.name);
-            if !replaced_itself {
-                // Not what somebody else may have saved there meanwhile.
-                self.leave_behind((view.name.clone(), view.object));
-            }
-            return Ok(());
+            // Not what somebody else may have saved there meanwhile.
+            let left = replaced_itself || self.leave_behind((view.name.clone(), view.object));
+            return if left || !is_free { Ok(()) } else { self.take_back_copy(&staged) };
         }
         let other = match &there {
             Some(Found::Staged(other)) => Some(other),
@@ -467,7 +467,8 @@ impl FileSystem {
         };
         // It publishes nothing meanwhile, and what it has goes on if the name is not put.
         let publishing = other.map(|other| other.publishing.lock().unwrap_or_else(|e| e.into_inner()));
-        let name = self.point_path(to, same_view, view.object)?;
+        let _naming = self.naming();
+        let name = self.repoint_path_locked(&(view.name.clone(), view.object), to, same_view)?;
         if let Some(other) = other {
             self.staging.detach(other);
             self.end_replaced(other);
@@ -475,14 +476,20 @@ impl FileSystem {
         drop(publishing);
         self.move_inode(view, to, &name);
         self.move_copy(view, to, &name);
-        if name == view.name {
-            return Ok(());
-        }
-        let path = name::join(&view.directory, &view.component);
-        if !self.remove_version(&view.name, view.object)? && self.staging.at(&path).is_some() {
-            return Err(Error::stale("it was written and published here while it was renamed"));
+        if name != view.name {
+            self.remove_version_locked(&view.name, view.object)?;
         }
         Ok(())
+    }
+
+    /// Somebody else renamed or removed a file of which a copy was published under another name: that goes again.
+    fn take_back_copy(&self, copy: &Arc<Staged>) -> Result<()> {
+        if let Some((name, object)) = copy.published() {
+            self.remove_version(&name, object)?;
+        }
+        self.staging.detach(copy);
+        self.end_replaced(copy);
+        Err(Error::stale("it was renamed, replaced or removed meanwhile"))
     }
 
     /// A copy that was made meanwhile for a writer of what is at the old path, where the kernel looks it up, goes with it.
@@ -559,28 +566,5 @@ impl FileSystem {
     /// Always `Invalid`.
     pub fn readlink(&self, _ino: u64) -> Result<Vec<u8>> {
         Err(Error::new(Kind::Invalid, "not a symbolic link"))
-    }
-
-    /// Takes lookups back.
-    pub fn forget(&self, ino: u64, count: u64) {
-        let node = self.inodes.get(ino).map(|inode| inode.node.clone());
-        self.inodes.forget(ino, count);
-        self.end_former_opens(ino);
-        if self.inodes.get(ino).is_none() {
-            self.staging.forget(ino);
-        }
-        if let Some(Node::Directory { name }) = &node
-            && self.inodes.get(ino).is_none()
-        {
-            self.release_number(name, ino);
-        }
-        // A published file that the kernel forgot is found through the store from now on.
-        if let Some(Node::Staged(staged)) = node
-            && self.inodes.get(ino).is_none()
-            && staged.is_settled()
-            && self.staging.retire(&staged)
-        {
-            super::adopt::note_staged(&staged);
-        }
     }
 }

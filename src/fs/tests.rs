@@ -3,6 +3,7 @@
 mod appends;
 mod away;
 mod bed;
+mod claims;
 mod directories;
 mod formers;
 mod held;
@@ -17,6 +18,8 @@ mod retries;
 mod schedules;
 #[cfg(feature = "shuttle")]
 mod schedules_of_appends;
+#[cfg(feature = "shuttle")]
+mod schedules_of_claims;
 #[cfg(feature = "shuttle")]
 mod schedules_of_directories;
 #[cfg(feature = "shuttle")]

@@ -307,6 +307,48 @@ def _(m):
     assert (m / "e/in").read_text() == "d" and os.listdir(m / "d") == []
 
 
+# The files that this process has got, of those that others try to get at the same moment.
+TAKE = """
+import os, sys, time
+mount, own, how, start, count = sys.argv[1:4] + [float(sys.argv[4]), int(sys.argv[5])]
+for number in range(count):
+    # Each file at a moment of its own, so that nobody is ahead of the others.
+    time.sleep(max(0, start + number / 50 - time.time()))
+    path = f"{mount}/job{number}.{how}"
+    try:
+        os.unlink(path) if how == "unlink" else os.rename(path, f"{mount}/{own}-{number}.{how}")
+        print(number)
+    except FileNotFoundError:
+        pass
+"""
+
+
+@check("one file is renamed or removed by several processes at the same time")
+def _(m):
+    second = Mount(m.path.parent / "second", m.store)
+    try:
+        count = 60
+        for how in ["arrow", "bin", "unlink"]:
+            for number in range(count):
+                (m / f"job{number}.{how}").write_text(f"the job {number}")
+            start = time.time() + 1.5
+            takers = [
+                subprocess.Popen([sys.executable, "-c", TAKE, str(mount.path), f"by{at}", how, str(start), str(count)], stdout=subprocess.PIPE, text=True)
+                for at, mount in enumerate([m, second, m, second])
+            ]
+            taken = [[int(line) for line in taker.communicate(timeout=90)[0].split()] for taker in takers]
+            assert all(taker.returncode == 0 for taker in takers)
+            assert sorted(sum(taken, [])) == list(range(count)), taken
+            there = [f"by{at}-{number}.{how}" for at, numbers in enumerate(taken) for number in numbers]
+            assert sorted(os.listdir(m.path)) == sorted(os.listdir(second.path)) == sorted(there if how != "unlink" else [])
+            for name in os.listdir(m.path):
+                assert (second / name).read_text() == f"the job {name.split('-')[1].split('.')[0]}"
+                os.unlink(m / name)
+        settled(m.store.usage, 0)
+    finally:
+        second.unmount()
+
+
 @check("rename of a directory")
 def _(m):
     os.makedirs(m / "d/deep")
@@ -420,6 +462,21 @@ def _(m):
 def _(m):
     (m / "f").write_text("x")
     refused(errno.EPERM, os.link, m / "f", m / "g")
+
+
+@check("create with O_EXCL")
+def _(m):
+    second = Mount(m.path.parent / "second", m.store)
+    try:
+        first = os.open(m / "x", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        refused(errno.EEXIST, os.open, m / "x", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.close(os.open(second / "x", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.write(first, b"published")
+        os.close(first)
+        refused(errno.EEXIST, os.open, second / "x", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        assert (second / "x").read_bytes() == b"published"
+    finally:
+        second.unmount()
 
 
 @check("two writers of one name")

@@ -10,7 +10,7 @@ use crate::vineyard::fake::FakeStore;
 use crate::vineyard::store::NameQuery;
 
 /// Two mounts of one store that shares its names with no other.
-fn two() -> (Arc<FakeStore>, Bed, Bed) {
+pub fn two() -> (Arc<FakeStore>, Bed, Bed) {
     let store = Arc::new(FakeStore::new(64 << 20).alone());
     let mount = || {
         let host = Arc::new(LocalHost {
@@ -25,7 +25,7 @@ fn two() -> (Arc<FakeStore>, Bed, Bed) {
     (store, beds.0, beds.1)
 }
 
-fn names(store: &FakeStore) -> Vec<String> {
+pub fn names(store: &FakeStore) -> Vec<String> {
     let all = store.names(&[NameQuery::Prefix { prefix: String::new(), limit: None }]).unwrap().concat();
     all.into_iter().map(|(name, _)| name).collect()
 }

@@ -7,7 +7,7 @@ use crate::sync::schedules::check;
 use crate::vineyard::store::{NameQuery, Store};
 
 impl Bed {
-    fn mkdir(&self, path: &str, caller: Caller) -> Result<()> {
+    pub fn mkdir(&self, path: &str, caller: Caller) -> Result<()> {
         let (parent, name) = self.walk(path)?;
         self.in_directory(parent, || {
             // The kernel does not ask for what it knows to exist.
