@@ -326,8 +326,8 @@ impl FileSystem {
         Ok(self.store.names(&queries)?.into_iter().flatten().collect())
     }
 
-    /// As [`FileSystem::point_path`], with the lock on names held, for these names of a path. `there` is what at least these names led to a moment
-    /// ago.
+    /// As [`FileSystem::point_path`], with the lock on names held, for these names of a path. `there` is what at least these
+    /// led to a moment ago.
     fn point_locked(
         &self,
         name: &str,

@@ -416,7 +416,9 @@ impl FileSystem {
         if let Some(behind) = replaces {
             self.leave_behind(behind);
         }
-        let left = former.is_none_or(|(published, _)| self.leave_behind(published));
+        // Unless it has taken that version's place under its own name.
+        let name = staged.published().map(|(name, _)| name);
+        let left = former.is_none_or(|(behind, _)| Some(&behind.0) == name.as_ref() || self.leave_behind(behind));
         if left || !is_free || !staged.state().is_closed() { Ok(()) } else { self.take_back_copy(staged) }
     }
 

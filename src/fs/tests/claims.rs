@@ -116,6 +116,31 @@ fn a_file_that_was_replaced_is_taken_as_it_is_now() {
     }
 }
 
+/// The old name and the new one may be one name.
+#[test]
+fn a_file_stays_that_takes_its_own_place() {
+    let table = table_file(&[1, 2]);
+    let same =
+        [("x.arrow", "x"), ("x.arrow", "x.feather"), ("x.feather", "x.arrow"), ("x", "x.arrow"), ("x", "x.feather")];
+    for (from, to) in same {
+        for bytes in [&table[..], b"no table"] {
+            for forgotten in [false, true] {
+                let (store, bed, other) = two();
+                bed.save(from, bytes).unwrap();
+                if forgotten {
+                    bed.forget();
+                }
+                renamed(&bed, from, to).unwrap();
+                for bed in [&bed, &other] {
+                    assert_eq!(bed.load(to).unwrap(), bytes, "{from} to {to}, forgotten: {forgotten}");
+                }
+                assert_eq!(names(&store).len(), 1, "{from} to {to}");
+                assert_all_goes(&store, &other);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_directory_is_taken_once() {
     let (store, one, other) = two();
