@@ -65,16 +65,20 @@ impl FileSystem {
         Some(change)
     }
 
-    /// After the name was put: drops the former ones, and what only they led to.
-    pub(super) fn end_change(&self, change: Option<NameChange>) {
-        let Some(mut change) = change else { return };
+    /// After the name was put: drops the former ones, and what only they led to. False if one led elsewhere by then.
+    pub(super) fn end_change(&self, change: Option<NameChange>) -> bool {
+        let Some(mut change) = change else { return true };
         change.put = true;
         match self.drop_formers(&mut change) {
-            Ok(()) => self.host.note(&change.key(), None),
+            Ok(led_there) => {
+                self.host.note(&change.key(), None);
+                led_there
+            }
             Err(error) => {
                 let formers: Vec<&String> = change.formers.iter().map(|(former, _)| former).collect();
                 self.warn(format!("{formers:?}, replaced by {:?}, is removed later: {error}", change.name));
                 self.keep_change(change);
+                true
             }
         }
     }
@@ -83,14 +87,10 @@ impl FileSystem {
     /// elsewhere already.
     pub(super) fn leave_behind(&self, (name, object): NamedObject) -> bool {
         let _naming = self.naming();
-        if self.object_of(&name).is_ok_and(|now| now != Some(object)) {
-            return false;
-        }
         let formers = vec![(name.clone(), object.0)];
         let change = NameChange { name, object: ObjectId::EMPTY_BLOB.0, formers, put: true };
         self.note_change_of(&change);
-        self.end_change(Some(change));
-        true
+        self.end_change(Some(change))
     }
 
     /// After the name was not put, because of an error.
@@ -150,21 +150,26 @@ impl FileSystem {
         Ok(true)
     }
 
-    fn drop_formers(&self, change: &mut NameChange) -> Result<()> {
+    /// False if one led elsewhere.
+    fn drop_formers(&self, change: &mut NameChange) -> Result<bool> {
+        let mut led_there = true;
         while let Some((former, id)) = change.formers.last() {
-            self.drop_former(former, ObjectId(*id), ObjectId(change.object))?;
+            led_there &= self.drop_former(former, ObjectId(*id), ObjectId(change.object))?;
             change.formers.pop();
         }
-        Ok(())
+        Ok(led_there)
     }
 
-    fn drop_former(&self, former: &str, id: ObjectId, replaced_by: ObjectId) -> Result<()> {
+    fn drop_former(&self, former: &str, id: ObjectId, replaced_by: ObjectId) -> Result<bool> {
         // The new value is the old one, renamed.
         if id == replaced_by {
             let leads_there = self.object_of(former)? == Some(id);
-            return if leads_there { self.store.drop_name(former) } else { Ok(()) };
+            if leads_there {
+                self.store.drop_name(former)?;
+            }
+            return Ok(leads_there);
         }
-        self.remove_version_locked(former, id).map(drop).inspect_err(|error| {
+        self.remove_version_locked(former, id).inspect_err(|error| {
             if !is_clear(error) {
                 self.leave_open([id]);
             }

@@ -238,7 +238,7 @@ impl FileSystem {
     ///
     /// # Errors
     /// `Stale`, and nothing is done, if it leads elsewhere by now.
-    pub(super) fn repoint_path_locked(&self, from: &NamedObject, target: &Target, native: bool) -> Result<String> {
+    pub(super) fn point_path_from(&self, from: &NamedObject, target: &Target, native: bool) -> Result<String> {
         self.check_leads(from)?;
         let _unit = self.unit();
         self.point_path_locked(target, native, from.1)
@@ -294,7 +294,7 @@ impl FileSystem {
     /// Gives the object that `from` leads to another name, and removes what the other names of the same path held.
     ///
     /// # Errors
-    /// `Exists` if it may not replace anything, and would; as [`FileSystem::repoint_path_locked`].
+    /// `Exists` if it may not replace anything, and would; as [`FileSystem::point_path_from`].
     pub(super) fn change_name_of(
         &self,
         from: &NamedObject,

@@ -336,7 +336,7 @@ impl FileSystem {
             let (name, object) = &version;
             let native = staged.state().target.view.as_ref().is_some_and(|(dataset, _)| dataset == name);
             let _naming = self.naming();
-            let new_name = self.repoint_path_locked(&version, &target, native)?;
+            let new_name = self.point_path_from(&version, &target, native)?;
             if new_name != *name {
                 self.remove_version_locked(name, *object)?;
             }
@@ -470,7 +470,7 @@ impl FileSystem {
         // It publishes nothing meanwhile, and what it has goes on if the name is not put.
         let publishing = other.map(|other| other.publishing.lock().unwrap_or_else(|e| e.into_inner()));
         let _naming = self.naming();
-        let name = self.repoint_path_locked(&(view.name.clone(), view.object), to, same_view)?;
+        let name = self.point_path_from(&(view.name.clone(), view.object), to, same_view)?;
         if let Some(other) = other {
             self.staging.detach(other);
             self.end_replaced(other);

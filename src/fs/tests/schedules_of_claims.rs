@@ -22,18 +22,27 @@ fn mounts(passthrough: bool) -> [Arc<Bed>; 3] {
     })
 }
 
-/// A thread that takes a file, and counts if it got it.
-fn taker(
-    bed: &Arc<Bed>,
-    taken: &Arc<AtomicUsize>,
-    take: impl Fn(&Bed) -> Result<()> + Send + 'static,
-) -> JoinHandle<()> {
-    let taken = taken.clone();
-    spawn(bed, move |bed, _| match asking_twice(|| take(bed)) {
-        Ok(()) => drop(taken.fetch_add(1, Ordering::SeqCst)),
-        // Who meets others both times has done nothing.
-        Err(error) => assert!(matches!(error.kind(), Kind::NotFound | Kind::Stale), "{error}"),
-    })
+/// A way to take a file from its path, through the mount of this number.
+type Taker = (usize, fn(&Bed) -> Result<()>);
+
+/// The threads of those who take a file, which count who got it.
+fn takers(mounts: &[Arc<Bed>], takers: &[Taker], taken: &Arc<AtomicUsize>) -> Vec<JoinHandle<()>> {
+    let spawned = takers.iter().map(|&(at, take)| {
+        let taken = taken.clone();
+        spawn(&mounts[at], move |bed, _| match asking_twice(|| take(bed)) {
+            Ok(()) => drop(taken.fetch_add(1, Ordering::SeqCst)),
+            // Who meets others both times has done nothing.
+            Err(error) => assert!(matches!(error.kind(), Kind::NotFound | Kind::Stale), "{error}"),
+        })
+    });
+    spawned.collect()
+}
+
+/// Of these one takes it.
+fn assert_one_takes(mounts: &[Arc<Bed>], all: &[Taker]) {
+    let taken = Arc::default();
+    takers(mounts, all, &taken).into_iter().for_each(|thread| thread.join().unwrap());
+    assert_eq!(taken.load(Ordering::SeqCst), 1);
 }
 
 /// A file that was written through the first mount, which has forgotten it or not.
@@ -68,16 +77,16 @@ fn renames_of_one_file() {
     each(|passthrough, forgotten| {
         let table = table_file(&[1, 2]);
         let mounts = with_file(passthrough, forgotten, "t.arrow", &table);
-        let taken = Arc::new(AtomicUsize::new(0));
-        let threads = [
-            taker(&mounts[0], &taken, |bed| rename(bed, "t.arrow", "a.arrow")),
-            taker(&mounts[1], &taken, |bed| rename(bed, "t.arrow", "b.arrow")),
-            taker(&mounts[1], &taken, |bed| rename(bed, "t.arrow", "c.claimed")),
-        ];
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_one_takes(
+            &mounts,
+            &[
+                (0, |bed| rename(bed, "t.arrow", "a.arrow")),
+                (1, |bed| rename(bed, "t.arrow", "b.arrow")),
+                (1, |bed| rename(bed, "t.arrow", "c.claimed")),
+            ],
+        );
         let found = shown(&mounts);
         assert!(found.len() == 1 && found[0].0 != "t.arrow" && found[0].1 == table, "{:?}", mounts[0].list(""));
-        assert_eq!(taken.load(Ordering::SeqCst), 1);
         assert_nothing_is_left(&mounts[1]);
     });
 }
@@ -86,16 +95,16 @@ fn renames_of_one_file() {
 fn renames_and_removals_of_one_file() {
     each(|passthrough, forgotten| {
         let mounts = with_file(passthrough, forgotten, "f.bin", b"a job");
-        let taken = Arc::new(AtomicUsize::new(0));
-        let threads = [
-            taker(&mounts[0], &taken, |bed| unlink(bed, "f.bin")),
-            taker(&mounts[1], &taken, |bed| unlink(bed, "f.bin")),
-            taker(&mounts[1], &taken, |bed| rename(bed, "f.bin", "g.bin")),
-        ];
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_one_takes(
+            &mounts,
+            &[
+                (0, |bed| unlink(bed, "f.bin")),
+                (1, |bed| unlink(bed, "f.bin")),
+                (1, |bed| rename(bed, "f.bin", "g.bin")),
+            ],
+        );
         let found = shown(&mounts);
         assert!(found.is_empty() || found == [("g.bin".to_owned(), b"a job".to_vec())]);
-        assert_eq!(taken.load(Ordering::SeqCst), 1);
         assert_nothing_is_left(&mounts[0]);
     });
 }
@@ -105,12 +114,9 @@ fn renames_and_removals_of_one_file() {
 fn renames_of_a_file_that_is_saved() {
     each(|passthrough, forgotten| {
         let mounts = with_file(passthrough, forgotten, "f.bin", b"first");
-        let taken = Arc::new(AtomicUsize::new(0));
-        let threads = [
-            taker(&mounts[0], &taken, |bed| rename(bed, "f.bin", "a.bin")),
-            taker(&mounts[1], &taken, |bed| rename(bed, "f.bin", "b.bin")),
-            spawn(&mounts[1], |bed, me| bed.save_as("f.bin", b"second", me).unwrap()),
-        ];
+        let renames: [Taker; 2] = [(0, |bed| rename(bed, "f.bin", "a.bin")), (1, |bed| rename(bed, "f.bin", "b.bin"))];
+        let mut threads = takers(&mounts, &renames, &Arc::default());
+        threads.push(spawn(&mounts[1], |bed, me| bed.save_as("f.bin", b"second", me).unwrap()));
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         let mut versions: Vec<Vec<u8>> = shown(&mounts).into_iter().map(|(_, bytes)| bytes).collect();
         versions.sort_unstable();
@@ -128,20 +134,16 @@ fn renames_of_a_directory_that_another_mount_has_made() {
         mounts[2].mkdir("d", ME).unwrap();
         mounts[2].save("d/t.arrow", &table_file(&[1])).unwrap();
         mounts[2].save("d/f.bin", b"f").unwrap();
-        let taken = Arc::new(AtomicUsize::new(0));
-        let threads = [
-            taker(&mounts[0], &taken, |bed| rename(bed, "d", "e")),
-            taker(&mounts[1], &taken, |bed| rename(bed, "d", "f")),
-            taker(&mounts[1], &taken, |bed| rename(bed, "d", "g")),
-        ];
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_one_takes(
+            &mounts,
+            &[(0, |bed| rename(bed, "d", "e")), (1, |bed| rename(bed, "d", "f")), (1, |bed| rename(bed, "d", "g"))],
+        );
         let found: Vec<String> = mounts[1].list("");
         assert_eq!(found.len(), 1, "{found:?}");
         for bed in &mounts[..2] {
             assert_eq!(bed.list(&found[0]), ["f.bin", "t.arrow"]);
             assert_eq!(bed.load(&format!("{}/f.bin", found[0])).unwrap(), b"f");
         }
-        assert_eq!(taken.load(Ordering::SeqCst), 1);
         assert_nothing_is_left(&mounts[1]);
     });
 }
