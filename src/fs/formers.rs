@@ -166,6 +166,7 @@ impl FileSystem {
             let leads_there = self.object_of(former)? == Some(id);
             if leads_there {
                 self.store.drop_name(former)?;
+                self.end_listed(former, id);
             }
             return Ok(leads_there);
         }

@@ -137,7 +137,9 @@ impl FileSystem {
     /// Lets two names change their objects.
     pub(super) fn exchange_names(&self, a: (&str, ObjectId), b: (&str, ObjectId), caller: Caller) -> Result<()> {
         let names = vec![(a.0.to_owned(), b.0.to_owned(), a.1.0), (b.0.to_owned(), a.0.to_owned(), b.1.0)];
-        self.carry_out(Move { request: caller.request, names, ..Move::default() })
+        let done = self.carry_out(Move { request: caller.request, names, ..Move::default() });
+        [a, b].into_iter().for_each(|(name, object)| self.end_listed(name, object));
+        done
     }
 
     /// For a request that a former server had begun to work on: the outcome, if that server had written down a move. What
@@ -235,8 +237,8 @@ impl FileSystem {
     fn show_moved(&self, plan: &Move) {
         for moved in plan.trees.iter().flat_map(|(from, to)| [from, to]) {
             let (parent, part) = name::split(moved);
-            let parent = if parent == self.options.prefix { super::ROOT } else { self.inodes.directory(parent) };
-            self.host.invalidate_entry(parent, OsStr::new(&name::encode_file(part, "", moved)));
+            let component = name::encode_file(part, "", moved);
+            self.host.invalidate_entry(self.directory_number(parent), OsStr::new(&component));
         }
         self.note_change();
     }

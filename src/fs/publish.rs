@@ -377,6 +377,7 @@ impl FileSystem {
         // From here on the new value is in place; what is left to do must not make the save fail.
         self.end_change(change);
         if let Some((_, former)) = old.into_iter().find(|(same, id)| same == name && *id != object) {
+            self.end_listed(name, former);
             self.delete_without(former, &[name]);
         }
         Ok(())
@@ -424,6 +425,9 @@ impl FileSystem {
         let path = super::name::join(&view.directory, &view.component);
         self.inodes.keep_number(&path, copy, view.view, inode.ino);
         self.show_view(inode.ino, ViewNode { object: copy, summary, ..view.clone() });
+        if view.view != view.summary.listed {
+            self.end_listed_of(&view.name, &view.summary);
+        }
         Ok(())
     }
 

@@ -167,6 +167,7 @@ impl FileSystem {
         self.suspect(object.as_slice());
         self.store.drop_name(name)?;
         if let Some(object) = object {
+            self.end_listed(name, object);
             self.delete_unnamed(object);
         }
         Ok(object.is_some())
@@ -187,6 +188,7 @@ impl FileSystem {
             let _unit = self.unit();
             self.suspect(&[object]);
             self.store.drop_name(name)?;
+            self.end_listed(name, object);
             self.delete_unnamed(object);
         }
         Ok(leads_there)

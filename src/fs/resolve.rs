@@ -152,6 +152,29 @@ pub(super) fn check_new(target: &Target) -> Result<()> {
 }
 
 impl FileSystem {
+    /// The number of a directory, by its full name.
+    pub(super) fn directory_number(&self, name: &str) -> u64 {
+        if name == self.options.prefix { super::ROOT } else { self.inodes.directory(name) }
+    }
+
+    /// After a name has come to lead elsewhere than to `object`, by whichever view's path: the kernel looks up the file that
+    /// listings showed of it again. Those of its other views it looks up each time.
+    pub(super) fn end_listed(&self, name: &str, object: ObjectId) {
+        if let Some(summary) = self.objects.known_summary(object) {
+            self.end_listed_of(name, &summary);
+        }
+    }
+
+    /// As [`FileSystem::end_listed`], for the object that this tells of.
+    pub(super) fn end_listed_of(&self, name: &str, summary: &Summary) {
+        let (directory, part) = name::split(name);
+        let component = Self::listed_component(part, name, Some(summary));
+        let number = self.inodes.view_number(&name::join(directory, &component), summary.id, summary.listed);
+        if self.inodes.get(number).is_some() {
+            self.host.invalidate_entry(self.directory_number(directory), OsStr::new(&component));
+        }
+    }
+
     /// The name prefix of a directory inode.
     pub(super) fn directory_name(&self, ino: u64) -> Result<String> {
         match &self.inode(ino)?.node {
@@ -368,8 +391,7 @@ impl FileSystem {
 
     pub(super) fn node_of(&self, found: Found) -> (u64, Node) {
         match found {
-            Found::Directory { name } if name == self.options.prefix => (super::ROOT, Node::Directory { name }),
-            Found::Directory { name } => (self.inodes.directory(&name), Node::Directory { name }),
+            Found::Directory { name } => (self.directory_number(&name), Node::Directory { name }),
             Found::View(view) => (self.inodes.number_of(&view), Node::View(view)),
             Found::Staged(staged) => (staged.ino(), Node::Staged(staged)),
         }
@@ -385,6 +407,8 @@ impl FileSystem {
             Node::View(view) if self.staging.at(&name::join(&view.directory, &view.component)).is_some() => {
                 Duration::ZERO
             }
+            // What ends it may come by the path of another view, of which the kernel does not think when it sees this one.
+            Node::View(view) if view.view != view.summary.listed => Duration::ZERO,
             _ => self.options.entry_ttl,
         };
         Ok(Entry { attr, entry_ttl, attr_ttl })

@@ -125,10 +125,8 @@ impl FileSystem {
         for retired in self.staging.retire_old(self.options.staging_size / 4) {
             super::adopt::note_staged(&retired);
             let target = retired.state().target.clone();
-            let is_root = target.directory == self.options.prefix;
-            let parent = if is_root { super::ROOT } else { self.inodes.directory(&target.directory) };
             // The kernel would know the inode, and so keep its memory file here, until memory ends.
-            self.host.invalidate_entry(parent, OsStr::new(&target.component));
+            self.host.invalidate_entry(self.directory_number(&target.directory), OsStr::new(&target.component));
         }
     }
 

@@ -154,6 +154,39 @@ def child_reads(path):
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
+@check("save, rename or removal by the path of one view")
+def _(m):
+    def size(view):
+        return (m / view).stat().st_size if (m / view).exists() else None
+
+    def follow(expected):
+        """The kernel is told of the listed one a moment after it has the answer to a removal."""
+        until(lambda: all(expected(view) for view in views))
+        views.remove(listed)
+        assert all(expected(view) for view in views)
+        views.append(listed)
+
+    arrow = frame(1).astype({"s": object})
+    for listed, put in [("x.arrow", lambda: save(m / "x.arrow", 1)), ("x.arrow", lambda: m.store.put("x", arrow))]:
+        views = ["x.arrow", "x.feather", "x.parquet"]
+        put()
+        before = {view: size(view) for view in views}
+        frame(1, rows=5000).to_parquet(m / "x.parquet")
+        follow(lambda view: size(view) not in (None, before[view]))
+        assert all(len(pd.read_feather(m / view)) == 5000 for view in views if view != "x.parquet")
+        os.rename(m / "x.parquet", m / "y.parquet")
+        follow(lambda view: size(view) is None)
+        put()
+        assert all(size(view) for view in views)
+        os.unlink(m / "x.feather")
+        follow(lambda view: size(view) is None)
+    m.store.put("t", np.arange(10.0))
+    before = size("t.npy")
+    m.store.replace("t", np.arange(10_000.0))
+    assert len(np.load(m / "t.npy")) == 10_000
+    until(lambda: size("t.npy") != before)
+
+
 @check("truncate a view and close without writing")
 def _(m):
     save(m / "x.arrow", 1)

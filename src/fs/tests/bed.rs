@@ -31,6 +31,8 @@ pub struct LocalHost {
     pub known: Mutex<HashSet<u64>>,
     /// How often each was, and how many are about to use it: the kernel does not forget it before.
     pub references: Mutex<HashMap<u64, (u64, u64)>>,
+    /// Files that it was told to look up again: number of the directory and name.
+    pub told: Mutex<Vec<(u64, OsString)>>,
 }
 
 impl LocalHost {
@@ -115,7 +117,9 @@ impl Host for LocalHost {
         self.tags.lock().unwrap().remove(&key);
         assert!(self.files.lock().unwrap().remove(&key).is_some(), "file {key} is released once");
     }
-    fn invalidate_entry(&self, _parent: u64, _name: &OsStr) {}
+    fn invalidate_entry(&self, parent: u64, name: &OsStr) {
+        self.told.lock().unwrap().push((parent, name.to_owned()));
+    }
     fn invalidate_inode(&self, _ino: u64) {}
 }
 

@@ -1,6 +1,7 @@
 //! What other mounts and clients of the same store do meanwhile.
 
 use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 
 use super::super::*;
@@ -219,4 +220,42 @@ fn a_directory_that_another_mount_has_renamed_is_not_listed_for_a_file_that_was_
     assert_eq!(other.list(""), ["e", "f"]);
     other.close(writer, ME).unwrap();
     assert_eq!(other.list("e"), ["w.bin"]);
+}
+
+#[test]
+fn what_ends_a_dataset_by_the_path_of_one_view_ends_the_others_for_the_kernel() {
+    type Change = Box<dyn Fn(&Bed, u64)>;
+    let name = OsStr::new("x.feather");
+    let changes: [Change; 5] = [
+        Box::new(|bed, _| bed.save("d/x.feather", &table_file(&[1, 2, 3])).unwrap()),
+        Box::new(|bed, parent| bed.fs.rename(parent, name, ROOT, OsStr::new("y.feather"), 0, ME).unwrap()),
+        Box::new(|bed, parent| {
+            bed.save("y.feather", &table_file(&[3])).unwrap();
+            let flags = libc::RENAME_EXCHANGE;
+            bed.fs.rename(parent, name, ROOT, OsStr::new("y.feather"), flags, ME).unwrap();
+        }),
+        Box::new(|bed, _| {
+            let ino = bed.lookup("d/x.feather", ME).unwrap().attr.ino;
+            let changes = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+            bed.fs.setattr(ino, None, changes, ME).unwrap();
+        }),
+        Box::new(|bed, parent| bed.fs.unlink(parent, name, ME).unwrap()),
+    ];
+    for (number, change) in changes.iter().enumerate() {
+        let (_, bed, other) = two();
+        other.fs.mkdir(ROOT, OsStr::new("d"), 0o755, 0, ME).unwrap();
+        other.save("d/x.arrow", &table_file(&[1, 2])).unwrap();
+        let parent = bed.lookup("d", ME).unwrap().attr.ino;
+        assert!(!bed.lookup("d/x.arrow", ME).unwrap().entry_ttl.is_zero(), "the listed view, which most use");
+        assert!(bed.lookup("d/x.feather", ME).unwrap().entry_ttl.is_zero());
+        change(&bed, parent);
+        let told = std::mem::take(&mut *bed.host.told.lock().unwrap());
+        assert_eq!(told, [(parent, OsString::from("x.arrow"))], "change {number}");
+
+        // Of what the kernel does not know it needs not be told.
+        bed.save("z.arrow", &table_file(&[1])).unwrap();
+        bed.forget();
+        bed.fs.unlink(ROOT, OsStr::new("z.arrow"), ME).unwrap();
+        assert_eq!(*bed.host.told.lock().unwrap(), []);
+    }
 }
