@@ -83,7 +83,7 @@ impl FileSystem {
     }
 
     fn open_found(&self, ino: u64, flags: i32, caller: Caller) -> Result<Opened> {
-        let is_known = self.inodes.get(ino).is_some();
+        let is_known = self.inodes.get(ino).is_some() && self.retries.comes_by_known_path(ino, caller);
         let inode = self.inode(ino)?;
         if wants_write(flags) {
             self.writable()?;

@@ -336,7 +336,7 @@ impl FileSystem {
                 if matches!(found, Found::View(_)) {
                     self.note_looked_at(&target.directory);
                 }
-                self.enter(&target, found)
+                self.enter(&target, found).inspect(|entry| self.retries.note_found(entry.attr.ino, caller))
             }
             None => {
                 self.retries.note_absent(target.path(), caller);

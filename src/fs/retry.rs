@@ -55,6 +55,12 @@ pub struct Retries {
     refused: Mutex<HashMap<u32, Refused>>,
     /// Those that were told that there is no such file, which the kernel may now create.
     absent: Mutex<HashMap<u32, (String, Instant)>>,
+    /// Until when the kernel may use a number by the path at which a former server gave it out. A file takes its number
+    /// along when it is renamed here; if it was renamed back elsewhere, that is the number by which this server has it at
+    /// the first path.
+    doubtful_until: Option<Instant>,
+    /// What threads have looked up last, until then.
+    found: Mutex<HashMap<u32, u64>>,
 }
 
 /// Processes that the mount's pid namespace does not see, such as those of other pods, all have the number 0 (Linux,
@@ -64,6 +70,33 @@ fn is_known(caller: Caller) -> bool {
 }
 
 impl Retries {
+    /// `former_entries` is how long the kernel still uses what a former server told of names.
+    pub(super) fn new(former_entries: Option<Duration>) -> Self {
+        Retries { doubtful_until: former_entries.map(|lasts| Instant::now() + lasts), ..Retries::default() }
+    }
+
+    /// Whether a thread may have a number from a former server.
+    fn is_doubtful(&self, caller: Caller) -> bool {
+        is_known(caller) && self.doubtful_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn found(&self) -> MutexGuard<'_, HashMap<u32, u64>> {
+        self.found.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Notes that a thread was told the number of a path.
+    pub(super) fn note_found(&self, ino: u64, caller: Caller) {
+        if self.is_doubtful(caller) {
+            self.found().insert(caller.pid, ino);
+        }
+    }
+
+    /// Whether a thread that opens a number has it by the path that this server knows: it has just looked it up. One that
+    /// asked a former server the same is believed, as it may not look up again.
+    pub(super) fn comes_by_known_path(&self, ino: u64, caller: Caller) -> bool {
+        !self.is_doubtful(caller) || caller.resent || self.found().remove(&caller.pid) == Some(ino)
+    }
+
     fn refused(&self) -> MutexGuard<'_, HashMap<u32, Refused>> {
         self.refused.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -126,7 +159,7 @@ impl FileSystem {
     pub(super) fn note_try<T>(&self, ino: u64, flags: i32, caller: Caller, second: bool, ended: &Result<T>) {
         self.retries.end(caller);
         if !second && is_known(caller) && ended.as_ref().is_err_and(|error| error.kind() == Kind::Stale) {
-            let path = self.path_of(ino).filter(|_| !self.has_moved(ino));
+            let path = self.path_of(ino).filter(|_| !self.has_moved(ino) && !self.retries.is_doubtful(caller));
             let mut refused = self.retries.refused();
             refused.retain(|_, former| former.lasts());
             refused.insert(caller.pid, Refused { flags, path, until: Instant::now() + REFUSED, absent: false });

@@ -232,11 +232,15 @@ fn step(bed: &Bed, held: &mut Vec<Held>, step: &Step) -> Result<()> {
 }
 
 pub fn next_server(bed: Bed, epoch: u64) -> Bed {
+    next_server_with(bed, Options { epoch, ..Options::default() })
+}
+
+pub fn next_server_with(bed: Bed, options: Options) -> Bed {
     let Bed { fs, store, host, .. } = bed;
     let waiting = fs.doomed.lock().unwrap().clone();
     // Killed: it drops nothing.
     std::mem::forget(fs);
-    let fs = FileSystem::new(store.clone(), host.clone(), Options { epoch, ..Options::default() });
+    let fs = FileSystem::new(store.clone(), host.clone(), options);
     fs.adopt();
     // The journal of a real store tells what was to be deleted.
     fs.doomed.lock().unwrap().extend(waiting);

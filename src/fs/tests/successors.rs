@@ -2,7 +2,7 @@
 
 use super::super::*;
 use super::bed::*;
-use super::model::next_server;
+use super::model::{next_server, next_server_with};
 use super::*;
 
 fn half_replaced() -> (Bed, (u64, Opened)) {
@@ -194,4 +194,29 @@ fn of_two_files_at_a_path_the_later_one_stays() {
         let text = String::from_utf8(bed.load("log.txt").unwrap()).unwrap();
         assert_eq!(text, "first\nsecond\nthird\nfourth\nfifth\n");
     }
+}
+
+#[test]
+fn a_path_that_a_former_server_told_leads_to_no_other_file_of_that_number() {
+    let (store, bed, other) = others::two();
+    other.save("a.arrow", &table_file(&[1])).unwrap();
+    bed.lookup("a.arrow", ME).unwrap();
+    let renamed = |bed: &Bed, from: &str, to: &str| bed.fs.rename(ROOT, OsStr::new(from), ROOT, OsStr::new(to), 0, ME);
+    // The number goes along, and the kernel keeps what it was told for a second.
+    renamed(&bed, "a.arrow", "b.arrow").unwrap();
+    let number = bed.lookup("b.arrow", ME).unwrap().attr.ino;
+    other.load("b.arrow").unwrap();
+    renamed(&other, "b.arrow", "a.arrow").unwrap();
+    let entry_ttl = Duration::from_secs(3600);
+    let bed = next_server_with(bed, Options { epoch: 1, entry_ttl, ..Options::default() });
+    let there = bed.open("a.arrow", libc::O_RDONLY, OTHER).unwrap();
+    assert_eq!((there.0, column(&bed.read_handle(there).unwrap())), (number, vec![1]));
+    // By a path that was looked up here it is opened without a second question.
+    let known = bed.lookup("a.arrow", ME).unwrap().attr.ino;
+    bed.open_inode(known, libc::O_RDONLY, ME).unwrap();
+    for flags in [libc::O_RDONLY, libc::O_WRONLY | libc::O_APPEND] {
+        assert_eq!(bed.open_inode(number, flags, ME).unwrap_err().kind(), Kind::Stale, "the kernel has it as b.arrow");
+        assert_eq!(bed.lookup("b.arrow", ME).unwrap_err().kind(), Kind::NotFound);
+    }
+    assert_eq!(others::names(&store), ["a"]);
 }
