@@ -282,7 +282,7 @@ impl FileSystem {
             next_handle: AtomicU64::new(start),
             listings: Mutex::default(),
             staging: staging::Staging::new(start),
-            retries: retry::Retries::default(),
+            retries: retry::Retries::new((options.epoch > 0).then_some(options.entry_ttl)),
             folders: folders::Folders::new(host.clone()),
             moves: moves::Moves::default(),
             trees: trees::Trees::default(),

@@ -3,7 +3,7 @@
 //! Uncompressed `PLAIN` pages of a fixed-width column are the column's bytes, Parquet's booleans are packed as Arrow's
 //! are, and `DELTA_LENGTH_BYTE_ARRAY` keeps the bytes of strings contiguous: a column without nulls needs only page
 //! headers, a few bytes of definition levels and for strings their lengths. Everything else (nulls, nested types, 8 and
-//! 16 bit integers, decimals of other widths, times in seconds) is encoded once and is literal bytes of the image.
+//! 16 bit integers, decimals of other widths, times in seconds, runs) is encoded once and is literal bytes of the image.
 //!
 //! Format: <https://parquet.apache.org/docs/file-format/>.
 
@@ -13,11 +13,12 @@ mod dictionary;
 mod encode;
 mod group;
 mod page;
+mod runs;
 mod types;
 
 use std::sync::Arc;
 
-use arrow_schema::Schema;
+use arrow_schema::{DataType, Schema};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{
     FileMetaData, KeyValue, ParquetMetaDataBuilder, ParquetMetaDataWriter, RowGroupMetaData,
@@ -27,7 +28,7 @@ use parquet::schema::types::SchemaDescPtr;
 
 use super::arrow::Counts;
 use super::extent::{Builder, Image};
-use crate::dataset::Table;
+use crate::dataset::{ArrayLayout, Table};
 use crate::error::{Error, Kind, Result};
 use chunk::{Chunk, Plan};
 use group::Group;
@@ -39,6 +40,12 @@ const VERSION: i32 = 2;
 /// Most row groups of a file: their numbers have 16 bits (`ordinal` of `RowGroup`, `parquet.thrift`).
 const MAX_GROUPS: u64 = i16::MAX as u64;
 
+/// Most values of a file that take no bytes in the table, so that encoding them ends. Those of runs, which are written out,
+/// count as [`RUN_WEIGHT`].
+const MAX_WEIGHTLESS: u64 = 1 << 30;
+/// See [`MAX_WEIGHTLESS`].
+const RUN_WEIGHT: u64 = 8;
+
 /// Checks that Parquet has all types of a table, and room for its rows.
 ///
 /// # Errors
@@ -49,7 +56,21 @@ pub fn supports(table: &Table) -> Result<()> {
     if rows / group::ROWS > MAX_GROUPS / 2 {
         return Err(Error::new(Kind::Unsupported, format!("{rows} rows are too many for a Parquet file")));
     }
+    let columns = table.batches.iter().flat_map(|batch| &batch.columns);
+    let weightless = columns.fold(0u64, |sum, column| sum.saturating_add(weightless(column)));
+    if weightless > MAX_WEIGHTLESS {
+        return Err(Error::new(Kind::Unsupported, "more nulls and rows of runs than are written out as Parquet"));
+    }
     types::convert(&table.schema).map(drop)
+}
+
+fn weightless(array: &ArrayLayout) -> u64 {
+    let own = match array.data_type {
+        DataType::Null => array.len,
+        DataType::RunEndEncoded(..) => array.len.saturating_mul(RUN_WEIGHT),
+        _ => 0,
+    };
+    array.children.iter().fold(own, |sum, child| sum.saturating_add(weightless(child)))
 }
 
 /// The Parquet file of a table.

@@ -12,7 +12,7 @@ use parquet::schema::types::{ColumnDescPtr, SchemaDescriptor};
 
 use super::encode::{self, Slot};
 use super::group::{Group, Piece};
-use super::{Layout, delta, dictionary, internal, page, signed};
+use super::{Layout, delta, dictionary, internal, page, runs, signed};
 use crate::dataset::{ArrayLayout, Span, Table};
 use crate::error::{Context, Error, Kind, Result};
 use crate::image::arrow::{Counts, buffers, has_validity, width};
@@ -219,12 +219,15 @@ impl<'a> Writer<'a> {
         };
         let leaves = || plan.leaves.clone().map(descriptor).collect::<Vec<ColumnDescPtr>>();
         match plan.how {
-            How::Encoded => return encode::column(field, &leaves(), group.pieces.iter().map(take)),
+            How::Encoded => {
+                let repeats = runs::has_runs(self.table.schema.field(column).data_type());
+                return encode::column(field, &leaves(), repeats, group.pieces.iter().map(take));
+            }
             How::Dictionary => {
                 let arrays = group.pieces.iter().map(take).collect::<Result<Vec<_>>>()?;
                 return match dictionary::chunk(Pages::new(descriptor(plan.leaves.start)), &arrays)? {
                     Some(chunk) => Ok(vec![chunk]),
-                    None => encode::column(field, &leaves(), arrays.into_iter().map(Ok)),
+                    None => encode::column(field, &leaves(), false, arrays.into_iter().map(Ok)),
                 };
             }
             _ => {}

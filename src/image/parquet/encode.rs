@@ -14,7 +14,7 @@ use parquet::schema::types::ColumnDescPtr;
 
 use super::chunk::Chunk;
 use super::group::{Piece, ROWS};
-use super::{internal, signed};
+use super::{internal, runs, signed};
 use crate::dataset::{ArrayLayout, Span};
 use crate::error::{Error, Kind, Result};
 use crate::image::array;
@@ -43,7 +43,8 @@ impl Slot {
     /// Rows of the column in the type that they are stored in. Each piece is taken once.
     ///
     /// # Errors
-    /// `Malformed` if data breaks Arrow's rules; what the source says of its blobs.
+    /// `Malformed` if data breaks Arrow's rules; `TooLarge` for runs that stand for too much; what the source says of its
+    /// blobs.
     pub fn take(
         &self,
         layout: &ArrayLayout,
@@ -61,38 +62,52 @@ impl Slot {
         if state.left > 0 {
             state.array = Some(array.clone());
         }
-        if piece.start == 0 && piece.rows == layout.len {
-            return Ok(array);
+        drop(state);
+        let rows = match piece.start == 0 && piece.rows == layout.len {
+            true => array,
+            false => array.slice(piece.start as usize, piece.rows as usize),
+        };
+        match runs::has_runs(rows.data_type()) {
+            true => runs::write_out(&rows, stored, &exact()),
+            false => Ok(rows),
         }
-        Ok(array.slice(piece.start as usize, piece.rows as usize))
     }
+}
+
+/// A value that the stored type does not reach is an error, and not null.
+fn exact() -> CastOptions<'static> {
+    CastOptions { safe: false, ..CastOptions::default() }
 }
 
 fn load(layout: &ArrayLayout, stored: &DataType, source: &dyn BlobSource) -> Result<ArrayRef> {
     let array = array::load(layout, source)?;
+    if runs::has_runs(array.data_type()) {
+        // They are written out piece by piece.
+        return runs::check(&array).map(|()| array);
+    }
     if array.data_type() == stored {
         return Ok(array);
     }
-    let options = CastOptions { safe: false, ..CastOptions::default() };
     // The array is sound, so it has a value that Parquet's type does not reach.
-    cast_with_options(&array, stored, &options).map_err(|error| {
+    cast_with_options(&array, stored, &exact()).map_err(|error| {
         Error::new(Kind::Unsupported, format!("storing {} as {stored}", layout.data_type)).with_source(error)
     })
 }
 
-/// Encodes one column of one row group: a chunk for each leaf, in order.
+/// Encodes one column of one row group: a chunk for each leaf, in order. `repeats` tells that few values are most rows.
 ///
 /// # Errors
 /// `Malformed` if data breaks Arrow's rules; what the source says of its blobs.
 pub fn column(
     field: &FieldRef,
     leaves: &[ColumnDescPtr],
+    repeats: bool,
     arrays: impl Iterator<Item = Result<ArrayRef>>,
 ) -> Result<Vec<Chunk>> {
     let schema = Arc::new(Schema::new(vec![Field::clone(field)]));
     let properties = WriterProperties::builder()
         .set_compression(Compression::UNCOMPRESSED)
-        .set_dictionary_enabled(has_dictionary(field.data_type()))
+        .set_dictionary_enabled(repeats || has_dictionary(field.data_type()))
         .set_coerce_types(true)
         .set_data_page_row_count_limit(ROWS as usize)
         .set_max_row_group_row_count(None)

@@ -3,7 +3,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use arrow::compute::{cast, concat_batches};
-use arrow_array::RecordBatch;
+use arrow_array::types::Int32Type;
+use arrow_array::{Array, ArrayRef, Int32Array, RecordBatch, RunArray, StringArray};
 use arrow_schema::{DataType, Field, TimeUnit};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use proptest::prelude::*;
@@ -130,21 +131,72 @@ fn sizes_are_known_without_data_where_they_can_be() {
     assert_eq!(image(&strings, Counts::Skip).unwrap_err().kind(), Kind::Unsupported);
 }
 
+fn runs(values: DataType) -> DataType {
+    let ends = Field::new("run_ends", DataType::Int32, false);
+    DataType::RunEndEncoded(Arc::new(ends), Arc::new(Field::new("values", values, true)))
+}
+
+#[test]
+fn runs_are_read_back_as_the_values_they_stand_for() {
+    for data_type in flat_types() {
+        for rows in [&[][..], &[1], &[1000]] {
+            let (schema, batches) = one_column(runs(data_type.clone()), false, rows);
+            check(&schema, &batches, true);
+            check(&schema, &batches, false);
+        }
+    }
+}
+
+/// A table of one column of these runs.
+fn table_of_runs(ends: &[i32], values: ArrayRef) -> (Arc<Schema>, RecordBatch) {
+    let array = RunArray::<Int32Type>::try_new(&Int32Array::from(ends.to_vec()), &values).unwrap();
+    let schema = Arc::new(Schema::new(vec![Field::new("c", array.data_type().clone(), true)]));
+    (schema.clone(), RecordBatch::try_new(schema, vec![Arc::new(array)]).unwrap())
+}
+
+#[test]
+fn runs_that_go_past_a_row_group_are_cut_and_stay_small() {
+    let values = Arc::new(StringArray::from(vec![Some("a"), None, Some("ccc"), Some("a")]));
+    let (schema, batch) = table_of_runs(&[3, 1 << 20, (2 << 20) + 5, (2 << 20) + 6], values);
+    let (image, _) = check(&schema, &[batch], true);
+    assert!(image.size() < 3000, "{} bytes", image.size());
+}
+
+#[test]
+fn runs_that_stand_for_too_much_are_refused() {
+    let refused = |ends: &[i32], values: Vec<String>| {
+        let memory = Memory::default();
+        let (schema, batch) = table_of_runs(ends, Arc::new(StringArray::from(values)));
+        let table = table(schema, &[batch], &memory, true);
+        supports(&table).and_then(|()| image(&table, Counts::From(&memory))).map(drop).map_err(|error| error.kind())
+    };
+    assert_eq!(refused(&[1 << 20], vec!["x".repeat(255)]), Ok(()));
+    assert_eq!(refused(&[1 << 20], vec!["x".repeat(257)]), Err(Kind::TooLarge), "too much for memory");
+    let many = |count: i32| (1..=count).map(|number| format!("{number:0100}")).collect::<Vec<_>>();
+    let each = |count: i32, rows: i32| (1..=count).map(|number| number * rows).collect::<Vec<_>>();
+    assert_eq!(refused(&each(6000, 60), many(6000)), Ok(()));
+    assert_eq!(refused(&each(6000, 70), many(6000)), Err(Kind::TooLarge), "too much for the file");
+    assert_eq!(refused(&[(1 << 27) + 1], vec!["x".into()]), Err(Kind::Unsupported), "too many rows");
+}
+
 #[test]
 fn types_that_parquet_lacks_are_refused_by_name() {
-    let runs = DataType::RunEndEncoded(
-        Arc::new(Field::new("run_ends", DataType::Int32, false)),
-        Arc::new(Field::new("values", DataType::Utf8, true)),
-    );
     let union = DataType::Union(
         arrow_schema::UnionFields::from_fields(vec![Field::new("a", DataType::Int8, true)]),
         arrow_schema::UnionMode::Dense,
     );
     let interval = DataType::Interval(arrow_schema::IntervalUnit::MonthDayNano);
     let nested = DataType::List(Arc::new(Field::new("item", interval.clone(), true)));
-    for data_type in
-        [runs, union, interval, nested, DataType::Struct(Vec::<Field>::new().into()), DataType::Decimal128(10, -2)]
-    {
+    let nested_runs = DataType::List(Arc::new(Field::new("item", runs(DataType::Utf8), true)));
+    for data_type in [
+        runs(nested.clone()),
+        nested_runs,
+        union,
+        interval,
+        nested,
+        DataType::Struct(Vec::<Field>::new().into()),
+        DataType::Decimal128(10, -2),
+    ] {
         let schema =
             Schema::new(vec![Field::new("fine", DataType::Int8, true), Field::new("bad one", data_type, true)]);
         let error = supports(&Table { schema: Arc::new(schema), batches: Vec::new() }).unwrap_err();

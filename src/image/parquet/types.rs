@@ -6,6 +6,7 @@ use arrow_schema::{DataType, Field, FieldRef, Schema, TimeUnit};
 use parquet::arrow::ArrowSchemaConverter;
 use parquet::schema::types::SchemaDescPtr;
 
+use super::runs;
 use crate::error::{Context, Error, Kind, Result};
 
 /// The schema with the types that values are stored in, and its Parquet form.
@@ -17,7 +18,8 @@ pub fn convert(schema: &Schema) -> Result<(Arc<Schema>, SchemaDescPtr)> {
     let mut fields = Vec::with_capacity(schema.fields().len());
     for field in schema.fields() {
         let context = || format!("column {:?}", field.name());
-        let stored = stored_field(field).context(context)?;
+        let flat = runs::written_out(field);
+        let stored = stored_field(flat.as_ref().unwrap_or(field)).context(context)?;
         // Column by column, so that an error names the column.
         descriptor(&Schema::new(vec![stored.clone()])).context(context)?;
         fields.push(stored);
