@@ -148,6 +148,25 @@ def test_every_type(make_mount, store, tmp_path, first):
     assert not problems, f"{len(problems)} problems\n" + "\n".join(problem[:600] for problem in problems[:60])
 
 
+@pytest.mark.parametrize("first", ["arrow", "parquet"])
+def test_identifiers_and_json_are_known_as_such_through_every_view(mount, first):
+    table = pa.table({
+        "id": pa.array([bytes(range(16)), None, b"\xff" * 16], pa.uuid()),
+        "doc": pa.array(['{"a": 1}', None, "[]"], pa.json_()),
+        "of": pa.ListArray.from_arrays([0, 1, 1, 3], pa.array([bytes(16), b"1" * 16, bytes(range(16))], pa.uuid())),
+    })
+    if first == "parquet":
+        pq.write_table(table, mount / "ids.parquet")
+    else:
+        pa.feather.write_feather(table, mount / "ids.arrow", compression="uncompressed")
+    for found in (pa.feather.read_table(mount / "ids.arrow"), pq.read_table(mount / "ids.parquet")):
+        assert found.schema.types == table.schema.types and found.equals(table)
+    select = f"select id::text, of[1]::text, typeof(id), typeof(doc), typeof(of) from '{mount / 'ids.parquet'}'"
+    rows = duckdb.sql(select).fetchall()
+    assert {row[2:] for row in rows} == {("UUID", "JSON", "UUID[]")}
+    assert [row[0] for row in rows] == ["00010203-0405-0607-0809-0a0b0c0d0e0f", None, "ffffffff-ffff-ffff-ffff-ffffffffffff"]
+
+
 def test_runs_are_values_to_those_who_read_parquet(mount):
     runs = pa.RunEndEncodedArray.from_arrays(pa.array([3, 5, 100_000], pa.int32()), pa.array(["a", None, "ö"]))
     pa.feather.write_feather(pa.table({"runs": runs}), mount / "r.arrow", compression="uncompressed")
