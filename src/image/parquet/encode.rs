@@ -67,16 +67,12 @@ impl Slot {
             true => array,
             false => array.slice(piece.start as usize, piece.rows as usize),
         };
-        match runs::has_runs(rows.data_type()) {
-            true => runs::write_out(&rows, stored, &exact()),
-            false => Ok(rows),
+        if !runs::has_runs(rows.data_type()) {
+            return Ok(rows);
         }
+        runs::check_piece(&rows)?;
+        store(rows, stored)
     }
-}
-
-/// A value that the stored type does not reach is an error, and not null.
-fn exact() -> CastOptions<'static> {
-    CastOptions { safe: false, ..CastOptions::default() }
 }
 
 fn load(layout: &ArrayLayout, stored: &DataType, source: &dyn BlobSource) -> Result<ArrayRef> {
@@ -85,12 +81,18 @@ fn load(layout: &ArrayLayout, stored: &DataType, source: &dyn BlobSource) -> Res
         // They are written out piece by piece.
         return runs::check(&array).map(|()| array);
     }
+    store(array, stored)
+}
+
+/// An array in the type that it is stored in.
+fn store(array: ArrayRef, stored: &DataType) -> Result<ArrayRef> {
     if array.data_type() == stored {
         return Ok(array);
     }
+    let options = CastOptions { safe: false, ..CastOptions::default() };
     // The array is sound, so it has a value that Parquet's type does not reach.
-    cast_with_options(&array, stored, &exact()).map_err(|error| {
-        Error::new(Kind::Unsupported, format!("storing {} as {stored}", layout.data_type)).with_source(error)
+    cast_with_options(&array, stored, &options).map_err(|error| {
+        Error::new(Kind::Unsupported, format!("storing {} as {stored}", array.data_type())).with_source(error)
     })
 }
 

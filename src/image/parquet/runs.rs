@@ -3,7 +3,6 @@
 //! A few bytes may stand for any number of rows, so that writing them out is bounded: see [`MAX_PIECE`] and [`MAX_GROWTH`],
 //! and for the number of rows [`super::supports`].
 
-use arrow::compute::CastOptions;
 use arrow_array::cast::AsArray;
 use arrow_array::types::RunEndIndexType;
 use arrow_array::{Array, ArrayRef, RunArray, downcast_run_array};
@@ -47,18 +46,16 @@ pub fn check(array: &ArrayRef) -> Result<()> {
     Ok(())
 }
 
-/// The values of the rows of one group, in the type that they are stored in.
+/// Checks that the values of the rows of one group fit memory when they are written out.
 ///
 /// # Errors
-/// `TooLarge`; `Unsupported` if a value does not fit the type.
-pub fn write_out(array: &ArrayRef, stored: &DataType, options: &CastOptions<'_>) -> Result<ArrayRef> {
+/// `TooLarge`.
+pub fn check_piece(array: &ArrayRef) -> Result<()> {
     let (_, written) = sizes(array)?;
     if written > MAX_PIECE {
         return Err(Error::new(Kind::TooLarge, format!("{} rows of runs that stand for {written} bytes", array.len())));
     }
-    arrow::compute::cast_with_options(array, stored, options).map_err(|error| {
-        Error::new(Kind::Unsupported, format!("storing {} as {stored}", array.data_type())).with_source(error)
-    })
+    Ok(())
 }
 
 /// Bytes of the values of an array's runs, and of the values of its rows.
